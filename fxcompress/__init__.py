@@ -1,0 +1,1 @@
+"""fxcompress: a graph-rewriting compiler for model compression."""

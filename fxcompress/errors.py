@@ -1,0 +1,82 @@
+"""The exceptions of fxcompress, all under one root:
+
+    FxCompressError
+    ├── PlanError          a plan that cannot work: unknown pass or option, wrong type, impossible order
+    ├── ConfigError        a configuration or argument that cannot be meant: unknown key, value out of range
+    ├── TraceError         a model that cannot be captured with what was given
+    ├── DataError          calibration or training data that is missing, empty, NaN, or does not fit the model
+    ├── VerificationError  a graph that breaks the graph contract
+    │   └── PromiseError   a pass whose result differs from what it promised
+    ├── PassError          a pass that failed; carries the pass, the step and the reproducer
+    ├── BackendError       a target that cannot run what was asked, or is not installed
+    └── ArtifactError      a saved model that is missing, damaged, or needs something that was not supplied
+
+Every message says what happened, where, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ArtifactError",
+    "BackendError",
+    "ConfigError",
+    "DataError",
+    "FxCompressError",
+    "PassError",
+    "PlanError",
+    "PromiseError",
+    "TraceError",
+    "VerificationError",
+    "did_you_mean",
+]
+
+
+class FxCompressError(Exception):
+    """Root of everything fxcompress raises on purpose."""
+
+
+class PlanError(FxCompressError, ValueError):
+    """A plan that cannot work as written."""
+
+
+class ConfigError(FxCompressError, ValueError):
+    """An argument or configuration value that cannot be meant."""
+
+
+class TraceError(FxCompressError, RuntimeError):
+    """A model, or a part of it, that could not be captured."""
+
+
+class DataError(FxCompressError, ValueError):
+    """Data that is missing, empty, not finite, or does not fit the model."""
+
+
+class VerificationError(FxCompressError, RuntimeError):
+    """A graph that breaks the graph contract; the message names the rule and the node."""
+
+
+class PromiseError(VerificationError):
+    """A pass whose result differs from the original by more than it promised."""
+
+
+class PassError(FxCompressError, RuntimeError):
+    """A pass that failed while rewriting; ``__cause__`` holds the original exception."""
+
+
+class BackendError(FxCompressError, RuntimeError):
+    """A backend that cannot do what was asked, or is not installed."""
+
+
+class ArtifactError(FxCompressError, RuntimeError):
+    """A saved model that cannot be read back."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
+    """`` Did you mean 'x'?`` with the closest of ``known``, or an empty string where nothing is close."""
+    close = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    if not close:
+        return ""
+    return " Did you mean " + " or ".join(repr(c) for c in close) + "?"
