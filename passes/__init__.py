@@ -1,1 +1,27 @@
-"""The library of passes."""
+"""The library of passes: one rewrite per file, the file named like the pass.
+
+A new pass is a file here, a line in :data:`PASSES`, and a page of tests.
+"""
+
+from fxcompress.passes.calibrate import Calibrate
+from fxcompress.passes.fold_batchnorm import FoldBatchNorm
+from fxcompress.passes.fold_quantization import FoldQuantization
+from fxcompress.passes.fuse_activations import FuseActivations
+from fxcompress.passes.insert_observers import InsertObservers
+from fxcompress.passes.lower import Lower
+from fxcompress.passes.remove_dead import RemoveDead
+from fxcompress.passes.require import Require
+
+PASSES = (
+    RemoveDead,
+    FoldBatchNorm,
+    FuseActivations,
+    InsertObservers,
+    Calibrate,
+    FoldQuantization,
+    Lower,
+    Require,
+)
+
+if __name__ != "fxcompress.passes":
+    raise ImportError("the library of passes is imported as 'fxcompress.passes', not as a top-level package")

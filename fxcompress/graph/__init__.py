@@ -1,0 +1,25 @@
+"""What a program is: capture, the op table, shapes, cost, edit verbs, the verifier."""
+
+from fxcompress.graph.cost import Cost, cost, macs
+from fxcompress.graph.inputs import Arguments, arguments
+from fxcompress.graph.island import regions
+from fxcompress.graph.ops import Attr, Call, kind, read
+from fxcompress.graph.shapes import propagate
+from fxcompress.graph.trace import Rung, is_traced, trace
+
+__all__ = [
+    "Arguments",
+    "Attr",
+    "Call",
+    "Cost",
+    "Rung",
+    "arguments",
+    "cost",
+    "is_traced",
+    "kind",
+    "macs",
+    "propagate",
+    "read",
+    "regions",
+    "trace",
+]

@@ -1,0 +1,55 @@
+"""What a backend is: which operators it runs in integers and under which conditions, as data; and how it lowers them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+from fxcompress.graph.ops import Call
+
+__all__ = ["Backend", "Rule"]
+
+Output = Literal["own", "input"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a backend runs one kind of operator in integers.
+
+    ``operands``  the arguments that must be quantized (an argument may hold a list of tensors)
+    ``weighted``  the operator has an int8 weight and a float bias
+    ``output``    ``own``: its result gets a range of its own; ``input``: it keeps scale and zero point of its input
+    ``fixed``     (scale, zero point) the kernel dictates, instead of a range
+    ``refuse``    the reason why this very call cannot run in integers, or None
+    """
+
+    operands: tuple[str, ...] = ("input",)
+    weighted: bool = False
+    output: Output = "own"
+    fixed: tuple[float, int] | None = None
+    refuse: Callable[[Call], str | None] = lambda call: None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A target.
+
+    ``activation``        dtype of activations: ``uint8`` (affine) or ``int8`` (symmetric)
+    ``per_channel``       whether weights may have a scale per output channel
+    ``rules``             operator kind → rule; a kind without one stays in float
+    ``lower``             rewrite one quantize/dequantize region into the backend's kernels, in place
+    ``unavailable``       the reason why it cannot run on this machine, or None
+    ``saturates``         whether 8-bit activations can overflow the kernels' 16-bit partial sums on this CPU
+    """
+
+    name: str
+    runs_on: str
+    activation: str
+    per_channel: bool
+    rules: Mapping[str, Rule]
+    lower: Callable[[fx.GraphModule, Callable[[fx.Node, str], None]], None]
+    unavailable: Callable[[], str | None]
+    saturates: Callable[[], bool]

@@ -1,0 +1,147 @@
+"""Layers that run in integers: int8 weights packed for the engine in use, a fixed output scale and zero point.
+
+The int8 weight, its scales and the bias are buffers, so that a layer copies, pickles and counts like any other; the packed
+form is made from them when the layer is built, copied or unpickled.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcompress.backends.cpu import has_vnni
+
+__all__ = ["LAYERS", "QuantizedLayer", "engine", "quantize_input"]
+
+
+def _quiet_quantized_types() -> None:
+    """torch warns once per process that quantized tensor types are deprecated; this is the one place that uses them."""
+    warnings.filterwarnings("ignore", message=".*(quint8|qint8|quantized tensor|QuantizedCPU|TypedStorage).*")
+
+
+_quiet_quantized_types()
+
+
+def engine() -> str:
+    """The engine whose kernels are fastest here: oneDNN's where the CPU has VNNI, FBGEMM's elsewhere."""
+    supported = torch.backends.quantized.supported_engines
+    return "x86" if has_vnni() and "x86" in supported else "fbgemm"
+
+
+class QuantizedLayer(nn.Module):
+    """A weighted operator on quint8 tensors.
+
+    ``weight``        int8, as the float layer had it
+    ``weight_scale``  float32, one per output channel, or one in all
+    ``bias``          float32 or None; kernels hold it as int32 in units of input scale times weight scale
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        kind: str,
+        weight: Tensor,
+        weight_scale: Tensor,
+        axis: int,
+        bias: Tensor | None,
+        geometry: dict[str, Any],
+        activation: str | None,
+        scale: float,
+        zero_point: int,
+    ) -> None:
+        super().__init__()
+        self.kind, self.axis, self.geometry, self.activation = kind, axis, geometry, activation
+        self.scale, self.zero_point = scale, zero_point
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("bias", bias)
+        self._pack()
+
+    def _pack(self) -> None:
+        prepack, kernels = LAYERS[self.kind]
+        previous = torch.backends.quantized.engine
+        torch.backends.quantized.engine = engine()
+        try:
+            self.packed = prepack(
+                _quantized_weight(self.weight, self.weight_scale, self.axis), self.bias, self.geometry
+            )
+        finally:
+            torch.backends.quantized.engine = previous
+        self.kernel = kernels[self.activation]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.kernel(input, self.packed, self.scale, self.zero_point)  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("packed", "kernel")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack()
+
+    def extra_repr(self) -> str:
+        shape = "×".join(map(str, self.weight.shape))
+        return (
+            f"{self.kind} {shape}, activation={self.activation}, scale={self.scale:.4g}, zero_point={self.zero_point}"
+        )
+
+
+def _quantized_weight(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
+    zeros = torch.zeros(scale.numel(), dtype=torch.int64)
+    if scale.numel() == 1:
+        return torch._make_per_tensor_quantized_tensor(weight, float(scale), 0)
+    return torch._make_per_channel_quantized_tensor(weight, scale.to(torch.float64), zeros, axis)
+
+
+def _pack_linear(weight: Tensor, bias: Tensor | None, geometry: dict[str, Any]) -> Any:
+    return torch.ops.quantized.linear_prepack(weight, bias)
+
+
+def _pack_conv(dims: int) -> Callable[[Tensor, Tensor | None, dict[str, Any]], Any]:
+    prepack = getattr(torch.ops.quantized, f"conv{dims}d_prepack")
+
+    def pack(weight: Tensor, bias: Tensor | None, geometry: dict[str, Any]) -> Any:
+        places = [geometry[name] for name in ("stride", "padding", "dilation")]
+        return prepack(weight, bias, *places, geometry["groups"])
+
+    return pack
+
+
+def _pack_conv_transpose(dims: int) -> Callable[[Tensor, Tensor | None, dict[str, Any]], Any]:
+    prepack = getattr(torch.ops.quantized, f"conv_transpose{dims}d_prepack")
+
+    def pack(weight: Tensor, bias: Tensor | None, geometry: dict[str, Any]) -> Any:
+        places = [geometry[name] for name in ("stride", "padding", "output_padding", "dilation")]
+        return prepack(weight, bias, *places, geometry["groups"])
+
+    return pack
+
+
+_q = torch.ops.quantized
+_Prepack = Callable[[Tensor, "Tensor | None", dict[str, Any]], Any]
+
+LAYERS: dict[str, tuple[_Prepack, dict[str | None, Any]]] = {
+    "linear": (_pack_linear, {None: _q.linear.default, "relu": _q.linear_relu.default}),
+    "conv1d": (_pack_conv(1), {None: _q.conv1d.default, "relu": _q.conv1d_relu.default}),
+    "conv2d": (_pack_conv(2), {None: _q.conv2d.new, "relu": _q.conv2d_relu.new}),
+    "conv3d": (_pack_conv(3), {None: _q.conv3d.new, "relu": _q.conv3d_relu.new}),
+    "conv_transpose1d": (_pack_conv_transpose(1), {None: _q.conv_transpose1d.default}),
+    "conv_transpose2d": (_pack_conv_transpose(2), {None: _q.conv_transpose2d.default}),
+}
+"""Kind → how its weight is packed, and its kernel per fused activation."""
+
+
+def quantize_input(input: Tensor, scale: float, zero_point: int) -> Tensor:
+    """A float tensor as quint8, images and volumes in the channels-last layout the kernels work in."""
+    if input.dim() == 4:
+        input = input.contiguous(memory_format=torch.channels_last)
+    elif input.dim() == 5:
+        input = input.contiguous(memory_format=torch.channels_last_3d)
+    return torch.quantize_per_tensor(input, scale, zero_point, torch.quint8)

@@ -1,0 +1,314 @@
+"""Lowering a quantize/dequantize graph to ``torch.ops.quantized`` kernels on quint8 tensors.
+
+Every operator that stands between dequantizes and a quantize, and that the placement marked as integer, becomes one kernel.
+What is left in float runs between an explicit dequantize and quantize.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcompress.backends.kernels import LAYERS, QuantizedLayer, quantize_input
+from fxcompress.graph import edit, ops, qdq
+from fxcompress.graph.cost import macs
+from fxcompress.graph.shapes import TensorMetadata, shape_of, tensor_meta
+
+__all__ = ["lower"]
+
+_QUANTIZE, _DEQUANTIZE = qdq.quantize, qdq.dequantize
+_WEIGHT_DEQUANTIZE = (qdq.dequantize, qdq.dequantize_per_channel)
+_q = torch.ops.quantized
+
+
+def lower(module: fx.GraphModule, remark: Callable[[fx.Node, str], None]) -> None:
+    """Rewrite ``module`` in place; its signature and names stay."""
+    lowering = _Lowering(module, remark)
+    for node in module.graph.nodes:
+        lowering.visit(node)
+    codegen = module.graph._codegen
+    lowering.graph.set_codegen(codegen)
+    for name, layer in lowering.layers.items():
+        _install(module, name, layer)
+    module.graph = lowering.graph
+
+
+def _install(module: nn.Module, name: str, layer: nn.Module) -> None:
+    prefix, _, leaf = name.rpartition(".")
+    edit.ensure(module, prefix)._modules[leaf] = layer.train(module.training)
+
+
+class _Lowering:
+    """One walk over the old graph, writing the new one."""
+
+    def __init__(self, module: fx.GraphModule, remark: Callable[[fx.Node, str], None]) -> None:
+        self.module, self.remark = module, remark
+        self.graph = fx.Graph()
+        self.floats: dict[fx.Node, fx.Node] = {}
+        self.integers: dict[fx.Node, fx.Node] = {}
+        self.layers: dict[str, nn.Module] = {}
+        self.readers = edit.readers(module)
+
+    def visit(self, node: fx.Node) -> None:
+        if node.target is _QUANTIZE:
+            self.integers[node] = self._quantize(node)
+        elif node.target in _WEIGHT_DEQUANTIZE or _is_integer(node):
+            if _is_tuple(node):
+                self.integers[node] = self._keep_on_integers(node)
+            return
+        else:
+            self.floats[node] = self._copy(node)
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        copied = self.graph.node_copy(node, self._float)
+        _reshape_any_layout(copied)
+        return copied
+
+    def _float(self, node: fx.Node) -> fx.Node:
+        """The float value of an old node; an integer one is dequantized where first needed."""
+        if node not in self.floats:
+            if node.target is _DEQUANTIZE:
+                source = self.integers[node.args[0]]  # type: ignore[index]
+            elif node in self.integers:
+                source = self.integers[node]
+            else:
+                return self._weight(node)
+            made = self.graph.call_method("dequantize", (source,))
+            made.meta["tensor_meta"] = node.meta.get("tensor_meta")
+            self.floats[node] = made
+        return self.floats[node]
+
+    def _weight(self, node: fx.Node) -> fx.Node:
+        """A quantized weight that a float operator reads."""
+        self.floats[node] = self.graph.node_copy(node, self._float)
+        return self.floats[node]
+
+    def _quantize(self, node: fx.Node) -> fx.Node:
+        source, scale, zero_point, low, high = node.args[:5]
+        assert isinstance(source, fx.Node)
+        if _is_integer(source):
+            made = self._kernel(source, scale, zero_point)
+        else:
+            made = self.graph.call_function(quantize_input, (self._float(source), scale, zero_point))
+        made.meta["tensor_meta"] = _as_quint8(node)
+        if (low, high) != (0, 255):
+            bounds = tuple((level - zero_point) * scale for level in (low, high))  # type: ignore[operator]
+            made = self.graph.call_function(torch.clamp, (made, *bounds))
+            made.meta["tensor_meta"] = _as_quint8(node)
+        return made
+
+    def _kernel(self, node: fx.Node, scale: Any, zero_point: Any) -> fx.Node:
+        call = ops.read(node)
+        assert call is not None
+        if call.kind in LAYERS:
+            made = self._layer(call, scale, zero_point)
+        elif call.kind in _KERNELS:
+            made = _KERNELS[call.kind](self, call, scale, zero_point)
+        else:
+            made = self._keep_on_integers(node)
+        made.meta |= {"integer": True, "macs": macs(node), "kind": call.kind}
+        if "nn_module_stack" in node.meta:
+            made.meta["nn_module_stack"] = node.meta["nn_module_stack"]
+        return made
+
+    def operand(self, node: fx.Node) -> fx.Node:
+        """The quint8 value behind a dequantize."""
+        if node in self.integers:
+            return self.integers[node]
+        assert isinstance(node.args[0], fx.Node)
+        return self.integers[node.args[0]]
+
+    def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(function, args, kwargs)
+
+    def _keep_on_integers(self, node: fx.Node) -> fx.Node:
+        """An operator that torch runs on quint8 tensors as it stands."""
+
+        def value(arg: fx.Node) -> fx.Node:
+            return self.operand(arg) if arg in self.integers or arg.target is _DEQUANTIZE else self._float(arg)
+
+        made = self.graph.node_copy(node, value)
+        made.meta["tensor_meta"] = _as_quint8(node)
+        _reshape_any_layout(made)
+        return made
+
+    def _layer(self, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
+        weight, weight_scale, axis = self._int8_weight(call["weight"])
+        bias = edit.get_tensor(self.module, call["bias"].name) if call["bias"] is not None else None
+        activation = "relu" if call["activation"] in ("relu", "relu6") else None
+        layer = QuantizedLayer(
+            call.kind, weight, weight_scale, axis, bias, _geometry(call), activation, scale, zero_point
+        )
+        name = self._layer_name(call)
+        self.layers[name] = layer
+        return self.graph.call_module(name, (self.operand(call["input"]),))
+
+    def _int8_weight(self, node: fx.Node) -> tuple[Tensor, Tensor, int]:
+        stored = node.args[0]
+        assert isinstance(stored, fx.Node)
+        weight = edit.get_tensor(self.module, str(stored.target))
+        if node.target is qdq.dequantize:
+            return weight, torch.tensor([node.args[1]], dtype=torch.float32), 0
+        scale, axis = node.args[1:3]
+        assert isinstance(scale, fx.Node)
+        assert isinstance(axis, int)
+        return weight, edit.get_tensor(self.module, str(scale.target)), axis
+
+    def _layer_name(self, call: ops.Call) -> str:
+        """The layer's own name where its module holds nothing else, a fresh one under it otherwise."""
+        stored = call["weight"].args[0]
+        owner, _, leaf = str(stored.target).rpartition(".")
+        if owner and leaf == "weight" and owner not in self.layers and not self.module.get_submodule(owner)._modules:
+            return owner
+        name, count = call.node.name, 0
+        while name in self.layers or hasattr(self.module, name):
+            count += 1
+            name = f"{call.node.name}_{count}"
+        return name
+
+
+def _is_integer(node: fx.Node) -> bool:
+    return bool(node.meta.get("integer"))
+
+
+def _is_tuple(node: fx.Node) -> bool:
+    return tensor_meta(node) is None and isinstance(node.meta.get("tensor_meta"), (tuple, list))
+
+
+def _as_quint8(node: fx.Node) -> Any:
+    meta = node.meta.get("tensor_meta")
+    if isinstance(meta, TensorMetadata):
+        return meta._replace(dtype=torch.quint8, requires_grad=False, is_quantized=True)
+    if isinstance(meta, (tuple, list)):
+        return tuple(
+            m._replace(dtype=torch.quint8, requires_grad=False, is_quantized=True)
+            if isinstance(m, TensorMetadata)
+            else None
+            for m in meta
+        )
+    return None
+
+
+def _reshape_any_layout(node: fx.Node) -> None:
+    """Kernels leave channels-last tensors, which ``view`` may refuse where ``reshape`` does not."""
+    if node.op == "call_method" and node.target == "view":
+        node.target = "reshape"
+    elif node.target is torch.ops.aten.view.default:
+        node.target = torch.ops.aten.reshape.default
+
+
+def _geometry(call: ops.Call) -> dict[str, Any]:
+    if call.kind == "linear":
+        return {}
+    dims = int(call.kind[-2])
+    named = {"stride": 1, "padding": 0, "dilation": 1}
+    if call.kind.startswith("conv_transpose"):
+        named["output_padding"] = 0
+    geometry: dict[str, Any] = {}
+    for name, default in named.items():
+        value = call[name] if call[name] is not None else default
+        value = 0 if value == "valid" else value
+        geometry[name] = [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))
+    geometry["groups"] = call["groups"] or 1
+    return geometry
+
+
+def _add(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
+    function = _q.add_relu.default if call["activation"] == "relu" else _q.add.default
+    return to.call(function, to.operand(call["input"]), to.operand(call["other"]), scale, zero_point)
+
+
+def _mul(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
+    return to.call(_q.mul.default, to.operand(call["input"]), to.operand(call["other"]), scale, zero_point)
+
+
+def _cat(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
+    return to.call(_q.cat.default, [to.operand(t) for t in call["tensors"]], call["dim"], scale, zero_point)
+
+
+def _unary(function: Any, *options: str) -> Callable[[_Lowering, ops.Call, Any, Any], fx.Node]:
+    def emit(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
+        return to.call(function, to.operand(call["input"]), *(call[o] for o in options), scale, zero_point)
+
+    return emit
+
+
+def _elu(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
+    return to.call(_q.elu.default, to.operand(call["input"]), scale, zero_point, call["alpha"])
+
+
+def _leaky_relu(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
+    return to.call(_q.leaky_relu.default, to.operand(call["input"]), call["negative_slope"], False, scale, zero_point)
+
+
+def _fixed(function: Any) -> Callable[[_Lowering, ops.Call, Any, Any], fx.Node]:
+    def emit(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
+        return to.call(function, to.operand(call["input"]))
+
+    return emit
+
+
+def _clamp(low: str | float | None, high: str | float | None) -> Callable[[_Lowering, ops.Call, Any, Any], fx.Node]:
+    def emit(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
+        bounds = [call[b] if isinstance(b, str) else b for b in (low, high)]
+        return to.call(torch.clamp, to.operand(call["input"]), *bounds)
+
+    return emit
+
+
+def _dropped(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
+    return to.call(torch.clone, to.operand(call["input"]))
+
+
+def _batch_norm(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
+    mean, variance = (edit.get_tensor(to.module, call[n].name) for n in ("running_mean", "running_var"))
+    affine = [edit.get_tensor(to.module, call[n].name) if call[n] is not None else None for n in ("weight", "bias")]
+    weight = affine[0] if affine[0] is not None else torch.ones_like(mean)
+    bias = affine[1] if affine[1] is not None else torch.zeros_like(mean)
+    dims = len(shape_of(call.inputs[0]) or ()) - 2
+    name = edit.add_module(to.module, call.node.name, QuantizedBatchNorm(weight, bias, mean, variance, call["eps"]))
+    layer = to.module.get_submodule(name)
+    assert isinstance(layer, QuantizedBatchNorm)
+    layer.dims, layer.scale, layer.zero_point = dims, scale, zero_point
+    return to.graph.call_module(name, (to.operand(call["input"]),))
+
+
+class QuantizedBatchNorm(nn.Module):
+    """Batch normalisation in eval mode on quint8 images or volumes."""
+
+    dims: int
+    scale: float
+    zero_point: int
+
+    def __init__(self, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> None:
+        super().__init__()
+        for name, value in {"weight": weight, "bias": bias, "running_mean": mean, "running_var": variance}.items():
+            self.register_buffer(name, value.detach())
+        self.eps = eps
+
+    def forward(self, input: Tensor) -> Tensor:
+        kernel = _q.batch_norm2d if self.dims == 2 else _q.batch_norm3d
+        statistics = (self.weight, self.bias, self.running_mean, self.running_var)
+        return kernel(input, *statistics, self.eps, self.scale, self.zero_point)  # type: ignore[no-any-return]
+
+
+_KERNELS: dict[str, Callable[[_Lowering, ops.Call, Any, Any], fx.Node]] = {
+    "add": _add,
+    "mul": _mul,
+    "cat": _cat,
+    "batch_norm": _batch_norm,
+    "hardswish": _unary(_q.hardswish.default),
+    "leaky_relu": _leaky_relu,
+    "elu": _elu,
+    "hardsigmoid": _fixed(torch.nn.functional.hardsigmoid),
+    "sigmoid": _fixed(torch.sigmoid),
+    "tanh": _fixed(torch.tanh),
+    "relu": _fixed(torch.relu),
+    "relu6": _clamp(0.0, 6.0),
+    "hardtanh": _clamp("min_val", "max_val"),
+    "clamp": _clamp("min", "max"),
+    "dropout": _dropped,
+}

@@ -1,0 +1,65 @@
+"""Batches: what a dataloader may yield, and how a batch becomes a call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxcompress.errors import DataError
+from fxcompress.graph.inputs import Arguments, tensors_in
+
+__all__ = ["batches", "check_batch", "split_batch"]
+
+
+def split_batch(batch: Any) -> tuple[Arguments, Any]:
+    """A batch as a call and its target: a tensor, a tuple or list (input, target, ...), or a dict passed by keyword."""
+    if isinstance(batch, Arguments):
+        return batch, None
+    if isinstance(batch, torch.Tensor):
+        return Arguments((batch,), {}), None
+    if isinstance(batch, Mapping):
+        return Arguments((), dict(batch)), None
+    if isinstance(batch, (tuple, list)) and batch:
+        return Arguments((batch[0],), {}), batch[1] if len(batch) > 1 else None
+    raise DataError(
+        f"a batch is a {type(batch).__name__}; a dataloader yields tensors, (input, target) tuples, or dicts by keyword."
+    )
+
+
+def check_batch(call: Arguments, position: int) -> None:
+    """Refuse a batch that holds no samples, or values that are not finite."""
+    tensors = tensors_in(tuple(call))
+    if not tensors:
+        raise DataError(f"batch {position} holds no tensor.")
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            raise DataError(f"batch {position} is empty: its input has shape {tuple(tensor.shape)}.")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum())) and not _finite(tensor):
+            raise DataError(
+                f"batch {position} holds NaN or infinite values; calibrating with them would poison every range. "
+                "Clean the data first."
+            )
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def batches(data: Iterable[Any], model: nn.Module, limit: int | None = None) -> Iterator[Arguments]:
+    """Up to ``limit`` checked batches of ``data`` as calls of ``model``, on its device."""
+    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    signature = inspect.signature(model.forward)
+    for position, batch in enumerate(data):
+        if limit is not None and position >= limit:
+            return
+        call, _ = split_batch(batch)
+        check_batch(call, position)
+        try:
+            signature.bind(*call.args, **call.kwargs)
+        except TypeError as error:
+            raise DataError(f"batch {position} does not fit {signature}: {error}.") from error
+        yield call.to(device)

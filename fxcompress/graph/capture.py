@@ -1,0 +1,175 @@
+"""The second rung: capture a module with ``torch.export`` and inline its ATen graph where the module was called.
+
+Parameters and buffers keep their qualified names; sizes stay symbolic where ``torch.export`` allows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxcompress.errors import TraceError
+from fxcompress.graph.inputs import Arguments, frozen_state, preserved_attributes
+
+__all__ = ["capture", "inline"]
+
+
+def capture(module: nn.Module, call: Arguments) -> tuple[torch.export.ExportedProgram, str]:
+    """The exported program of ``module``, and what was fixed to get it (an empty string where every size is free).
+
+    Raises TraceError with the reason where ``torch.export`` refuses too.
+    """
+    attempts = [
+        (_doubled_batch(call), True, ""),
+        (call, True, "its batch size is fixed"),
+        (call, False, "sizes are fixed"),
+    ]
+    failure: Exception | None = None
+    for attempt, free, fixed in attempts:
+        if attempt is None:
+            continue
+        dynamic = pytree.tree_map(_free_sizes, tuple(attempt)) if free else None
+        shapes = _by_argument(dynamic) if dynamic else None
+        try:
+            with _quiet(), frozen_state(module), preserved_attributes(module):
+                program = torch.export.export(module, attempt.args, attempt.kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # whatever torch.export raises means the same: this rung does not hold
+            failure = failure or error
+            continue
+        if program.graph_signature.buffers_to_mutate:
+            raise TraceError("it updates buffers while running")
+        return program, fixed
+    raise TraceError(f"torch.export refused it: {_first_line(failure)}") from failure
+
+
+def _by_argument(dynamic: tuple[Any, Any]) -> Any:
+    args, kwargs = dynamic
+    return None if kwargs else args
+
+
+def _free_sizes(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO)
+
+
+def _doubled_batch(call: Arguments) -> Arguments | None:
+    """The call with every leading dimension of size one doubled: torch.export takes a size of one for a constant."""
+
+    def double(leaf: torch.Tensor) -> torch.Tensor:
+        return torch.cat([leaf, leaf]) if leaf.dim() and leaf.shape[0] == 1 else leaf
+
+    leaves = [leaf for leaf in pytree.tree_leaves(tuple(call)) if isinstance(leaf, torch.Tensor)]
+    if not leaves or any(leaf.dim() == 0 or leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
+        return call
+    return Arguments(*pytree.tree_map_only(torch.Tensor, double, tuple(call)))
+
+
+def _first_line(error: Exception | None) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export narrates a refusal at length, in logs and in print; the reason alone goes to the ledger."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def inline(
+    graph: fx.Graph, root: nn.Module, prefix: str, program: torch.export.ExportedProgram, call: Arguments
+) -> Any:
+    """Copy ``program`` into ``graph`` at its insertion point; returns its result as a structure of nodes.
+
+    ``call`` holds the nodes (or literals) the module was called with; ``prefix`` is the module's qualified name, under
+    which its tensors live in ``root``.
+    """
+    owner = root.get_submodule(prefix) if prefix else root
+    values = _bind_tensors(graph, owner, prefix, program)
+    user_names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    leaves = _spread(graph, tuple(call), program.call_spec.in_spec)
+    by_name = dict(zip(user_names, leaves, strict=True))
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if node.name in by_name:
+                values[node] = by_name[node.name]
+        elif node.op == "output":
+            results = [values.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf for leaf in node.args[0]]
+            return pytree.tree_unflatten(results, program.call_spec.out_spec)
+        elif not _is_assertion(node):
+            values[node] = _copy(graph, node, values, prefix)
+    raise TraceError("the exported graph has no output")
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", str(node.target))
+    return not node.users and ("_assert" in name or "sym_constrain" in name)
+
+
+def _copy(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any], prefix: str) -> fx.Node:
+    for needed in node.all_input_nodes:
+        if needed not in values:
+            raise TraceError(f"the exported graph uses {needed.name!r} before it is computed")
+    args = fx.node.map_arg(node.args, values.__getitem__)
+    kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+    copied = graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+    stack = node.meta.get("nn_module_stack") or {}
+    copied.meta["nn_module_stack"] = {
+        key: (".".join(part for part in (prefix, str(name).removeprefix("L['self'].").strip(".")) if part), kind)
+        for key, (name, kind) in stack.items()
+    }
+    copied.meta["stack_trace"] = node.meta.get("stack_trace")
+    return copied
+
+
+def _bind_tensors(
+    graph: fx.Graph, owner: nn.Module, prefix: str, program: torch.export.ExportedProgram
+) -> dict[fx.Node, Any]:
+    """Placeholders of lifted parameters, buffers and constants become get_attr nodes under their own names."""
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    values: dict[fx.Node, Any] = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind.name == "USER_INPUT":
+            continue
+        name = str(spec.target)
+        if spec.kind.name == "CONSTANT_TENSOR":
+            name = _add_constant(owner, name, program.constants[name])
+        placeholder = placeholders[spec.arg.name]
+        if placeholder.users:
+            values[placeholder] = graph.get_attr(f"{prefix}.{name}" if prefix else name)
+    return values
+
+
+def _add_constant(owner: nn.Module, name: str, value: torch.Tensor) -> str:
+    name = name.replace(".", "_")
+    while hasattr(owner, name):
+        name += "_"
+    owner.register_buffer(name, value.detach().clone(), persistent=True)
+    return name
+
+
+def _spread(graph: fx.Graph, value: Any, spec: pytree.TreeSpec) -> list[Any]:
+    """The leaves of ``value`` as ``spec`` counts them; a node that stands for a container is taken apart by getitem."""
+    if spec.is_leaf():
+        return [value]
+    children = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
+    if isinstance(value, fx.Node):
+        keys = spec.context if spec.type in (dict,) else range(len(children))
+        parts = [graph.call_function(operator.getitem, (value, key)) for key in keys]
+    else:
+        parts = [value[key] for key in spec.context] if spec.type is dict else list(value)
+    return [leaf for part, child in zip(parts, children, strict=True) for leaf in _spread(graph, part, child)]

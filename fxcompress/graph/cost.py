@@ -1,0 +1,144 @@
+"""What a graph costs: parameters, multiply-accumulates, stored bytes; per node and in sum.
+
+Multiply-accumulates (MACs) are counted for contractions and attention, from the shapes in the metadata; everything else
+counts none, as is customary. A node that stands for another one (a lowered kernel) carries its count in ``meta["macs"]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxcompress.graph import ops
+from fxcompress.graph.island import regions
+from fxcompress.graph.shapes import module_of, shape_of
+
+__all__ = ["Cost", "cost", "macs", "parameter_count", "stored_bytes", "tensor_shape"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Totals of a graph module; ``macs`` are those of one forward pass with the example inputs."""
+
+    nodes: int
+    parameters: int
+    macs: int
+    bytes: int
+
+
+def cost(module: nn.Module) -> Cost:
+    """Totals over every compiled region; parameters and bytes over the whole module, shared tensors once."""
+    graphs = list(regions(module).values()) or ([module] if isinstance(module, fx.GraphModule) else [])
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    return Cost(
+        nodes=sum(1 for node in nodes if node.op.startswith("call")),
+        parameters=parameter_count(module),
+        macs=sum(macs(node) for node in nodes),
+        bytes=stored_bytes(module),
+    )
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Elements of parameters, and of what replaced parameters (integer weights, scales do not count)."""
+    weights = [
+        b for name, b in module.named_buffers() if name.endswith((".weight", ".bias")) or name in ("weight", "bias")
+    ]
+    return sum(p.numel() for p in module.parameters()) + sum(b.numel() for b in weights)
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared storage once: what a file of the model's tensors needs."""
+    seen: set[int] = set()
+    total = 0
+    for tensor in [*module.parameters(), *module.buffers()]:
+        key = tensor.untyped_storage().data_ptr() or id(tensor)
+        if key not in seen:
+            seen.add(key)
+            total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def macs(node: fx.Node) -> int:
+    """Multiply-accumulates of one node; 0 where shapes are unknown or nothing is contracted."""
+    if "macs" in node.meta:
+        return int(node.meta["macs"])
+    call = ops.read(node) if node.op.startswith("call") else None
+    count = _COUNTS.get(call.kind) if call else None
+    if call is None or count is None:
+        return 0
+    try:
+        return int(count(call))
+    except (TypeError, IndexError, AttributeError, KeyError):
+        return 0
+
+
+def tensor_shape(call: ops.Call, value: Any) -> torch.Size:
+    """The shape of an argument: of a node by its metadata, of a parameter by itself."""
+    if isinstance(value, ops.Attr):
+        owner = call.node.graph.owning_module
+        assert owner is not None
+        prefix, _, name = value.name.rpartition(".")
+        return getattr(owner.get_submodule(prefix), name).shape  # type: ignore[no-any-return]
+    shape = shape_of(value)
+    if shape is None:
+        raise TypeError(f"the shape of {value} is not known")
+    return shape
+
+
+def _output(call: ops.Call) -> torch.Size:
+    return tensor_shape(call, call.node)
+
+
+def _conv(call: ops.Call) -> int:
+    weight = tensor_shape(call, call["weight"])
+    return _output(call).numel() * weight[1:].numel()
+
+
+def _conv_transpose(call: ops.Call) -> int:
+    weight = tensor_shape(call, call["weight"])
+    return tensor_shape(call, call["input"]).numel() * weight[1:].numel()
+
+
+def _linear(call: ops.Call) -> int:
+    return _output(call).numel() * tensor_shape(call, call["weight"])[-1]
+
+
+def _matmul(call: ops.Call) -> int:
+    return _output(call).numel() * tensor_shape(call, call["input"])[-1]
+
+
+def _attention(call: ops.Call) -> int:
+    query, key, value = (tensor_shape(call, call[name]) for name in ("query", "key", "value"))
+    return query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+
+
+def _multihead(call: ops.Call) -> int:
+    module: Any = module_of(call.node)
+    query, key = tensor_shape(call, call["query"]), tensor_shape(call, call["key"])
+    tokens, others, width = query[:-1].numel(), key[:-1].numel(), query[-1]
+    length = key[1 if module.batch_first else 0]
+    projections = 2 * tokens * width * width + others * width * (key[-1] + tensor_shape(call, call["value"])[-1])
+    return projections + 2 * tokens * length * width
+
+
+def _recurrent(call: ops.Call) -> int:
+    weights = [p for name, p in module_of(call.node).named_parameters() if name.startswith("weight")]
+    return tensor_shape(call, call["input"])[:-1].numel() * sum(p.numel() for p in weights)
+
+
+_COUNTS: dict[str, Callable[[ops.Call], int]] = {
+    **{f"conv{dims}d": _conv for dims in (1, 2, 3)},
+    **{f"conv_transpose{dims}d": _conv_transpose for dims in (1, 2, 3)},
+    "linear": _linear,
+    "matmul": _matmul,
+    "addmm": _matmul,
+    "scaled_dot_product_attention": _attention,
+    "multihead_attention": _multihead,
+    "lstm": _recurrent,
+    "gru": _recurrent,
+    "rnn": _recurrent,
+}

@@ -1,0 +1,104 @@
+"""The coverage report: how much of a graph runs in integers, and the reason for every operator that does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tabulate import tabulate
+from torch import fx, nn
+
+from fxcompress.graph import ops, qdq
+from fxcompress.graph.cost import macs
+from fxcompress.graph.island import regions
+
+__all__ = ["Coverage", "FloatOperator", "coverage"]
+
+_SILENT = ("query", "other")
+_BOUNDARIES = (qdq.quantize, qdq.dequantize, qdq.quantize_per_channel, qdq.dequantize_per_channel)
+
+
+@dataclass(frozen=True)
+class FloatOperator:
+    """An operator left in float, and why."""
+
+    node: str
+    kind: str
+    macs: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Shares in [0, 1], the number of quantize and dequantize boundaries, and the float operators, costliest first."""
+
+    integer_macs: int
+    total_macs: int
+    integer_nodes: int
+    total_nodes: int
+    boundaries: int
+    floats: tuple[FloatOperator, ...]
+
+    @property
+    def mac_share(self) -> float:
+        return self.integer_macs / self.total_macs if self.total_macs else 0.0
+
+    @property
+    def node_share(self) -> float:
+        return self.integer_nodes / self.total_nodes if self.total_nodes else 0.0
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.mac_share:.1%} of {self.total_macs:,} MACs and {self.integer_nodes} of {self.total_nodes} operators "
+            f"run in integers; {self.boundaries} quantize/dequantize boundaries"
+        )
+        rows = [(row.node, row.kind, f"{row.macs:,}", row.reason) for row in self.floats]
+        return f"{head}\n{tabulate(rows, ('left in float', 'kind', 'MACs', 'reason'))}" if rows else head
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """Count over every compiled region of ``model``; works on any stage."""
+    integer_macs = total_macs = integer_nodes = total_nodes = boundaries = 0
+    floats: list[FloatOperator] = []
+    for region, module in regions(model).items():
+        for node in module.graph.nodes:
+            if _is_boundary(node):
+                boundaries += 1
+            elif _counts(node):
+                total_macs += macs(node)
+                total_nodes += 1
+                if node.meta.get("integer"):
+                    integer_macs += macs(node)
+                    integer_nodes += 1
+                else:
+                    floats.append(_float_operator(region, node))
+    floats.sort(key=lambda row: -row.macs)
+    return Coverage(integer_macs, total_macs, integer_nodes, total_nodes, boundaries, tuple(floats))
+
+
+def _is_boundary(node: fx.Node) -> bool:
+    if node.target == "dequantize" or getattr(node.target, "__name__", "") == "quantize_input":
+        return True
+    return node.target in _BOUNDARIES and not _is_weight(node)
+
+
+def _is_weight(node: fx.Node) -> bool:
+    source = node.args[0]
+    return isinstance(source, fx.Node) and source.op == "get_attr"
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a node is an operator on tensors: not a question about shapes, nor a step into a tuple."""
+    if not node.op.startswith("call") or node.target in _BOUNDARIES:
+        return False
+    if node.op == "call_module" and node.meta.get("observer"):
+        return False
+    found = ops.lookup(node)
+    if found is None:
+        return not (node.op == "call_function" and node.meta.get("tensor_meta") is None and "integer" not in node.meta)
+    return found.family not in _SILENT and found.kind != "getitem"
+
+
+def _float_operator(region: str, node: fx.Node) -> FloatOperator:
+    name = ops.owner_name(node) if node.op == "call_module" else node.name
+    reason = node.meta.get("float", "it was not placed")
+    return FloatOperator(f"{region}.{name}" if region else name, ops.kind(node), macs(node), reason)

@@ -1,0 +1,122 @@
+"""A weighted operator, or an addition, with its activation: one node instead of two.
+
+Each is the original operator with one more argument, so the op table reads both alike and the arithmetic is unchanged bit
+for bit. Module forms keep the parameter names of the module they replace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["ACTIVATIONS", "FUNCTIONS", "MODULES", "fuse_module"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "relu6": F.relu6}
+
+
+class _Fused(nn.Module):
+    """Mixed in before a layer class: the layer, then its activation."""
+
+    activation: str = "relu"
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return ACTIVATIONS[self.activation](super().forward(input, *args, **kwargs))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class ConvActivation1d(_Fused, nn.Conv1d):
+    """Conv1d, then its activation."""
+
+
+class ConvActivation2d(_Fused, nn.Conv2d):
+    """Conv2d, then its activation."""
+
+
+class ConvActivation3d(_Fused, nn.Conv3d):
+    """Conv3d, then its activation."""
+
+
+class ConvTransposeActivation1d(_Fused, nn.ConvTranspose1d):
+    """ConvTranspose1d, then its activation."""
+
+
+class ConvTransposeActivation2d(_Fused, nn.ConvTranspose2d):
+    """ConvTranspose2d, then its activation."""
+
+
+class ConvTransposeActivation3d(_Fused, nn.ConvTranspose3d):
+    """ConvTranspose3d, then its activation."""
+
+
+class LinearActivation(_Fused, nn.Linear):
+    """Linear, then its activation."""
+
+
+MODULES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: ConvActivation1d,
+    nn.Conv2d: ConvActivation2d,
+    nn.Conv3d: ConvActivation3d,
+    nn.ConvTranspose1d: ConvTransposeActivation1d,
+    nn.ConvTranspose2d: ConvTransposeActivation2d,
+    nn.ConvTranspose3d: ConvTransposeActivation3d,
+    nn.Linear: LinearActivation,
+}
+
+
+def fuse_module(module: nn.Module, activation: str) -> None:
+    """Turn ``module`` into its fused form in place; parameters, buffers, hooks and names stay."""
+    module.__class__ = MODULES[type(module)]
+    module.activation = activation  # type: ignore[assignment]
+
+
+def conv1d(input: Tensor, *args: Any, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](F.conv1d(input, *args))
+
+
+def conv2d(input: Tensor, *args: Any, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](F.conv2d(input, *args))
+
+
+def conv3d(input: Tensor, *args: Any, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](F.conv3d(input, *args))
+
+
+def conv_transpose1d(input: Tensor, *args: Any, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](F.conv_transpose1d(input, *args))
+
+
+def conv_transpose2d(input: Tensor, *args: Any, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](F.conv_transpose2d(input, *args))
+
+
+def conv_transpose3d(input: Tensor, *args: Any, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](F.conv_transpose3d(input, *args))
+
+
+def linear(input: Tensor, *args: Any, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](F.linear(input, *args))
+
+
+def add(input: Tensor, other: Tensor, *, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](torch.add(input, other))
+
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    function.__name__: function
+    for function in (
+        conv1d,
+        conv2d,
+        conv3d,
+        conv_transpose1d,
+        conv_transpose2d,
+        conv_transpose3d,
+        linear,
+        add,
+    )
+}

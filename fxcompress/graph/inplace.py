@@ -1,0 +1,94 @@
+"""In-place operators become out-of-place where nothing can tell the difference.
+
+A value that is overwritten cannot be observed, tapped or fused safely. Every later reader of the overwritten value is given
+the result instead. An operator that writes through a view, or into an input or a parameter, is left as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcompress.graph import ops
+
+__all__ = ["make_functional"]
+
+_OPERATORS = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+_FAMILIES = ("activation", "pointwise", "normalisation")
+_VIEWS = ("reshape", "flatten", "permute", "transpose", "getitem", "slice", "select", "chunk", "split", "unbind")
+_VIEWS += ("squeeze", "unsqueeze", "expand", "t", "view_as", "narrow", "identity", "unflatten", "movedim")
+
+
+def make_functional(module: fx.GraphModule) -> None:
+    """Rewrite the module's in-place calls; call sites keep their names."""
+    sites = [node for node in module.graph.nodes if node.all_input_nodes and _is_in_place(module, node)]
+    blocked = {node.target for node in sites if node.op == "call_module" and _shares_storage(node.all_input_nodes[0])}
+    order = {node: position for position, node in enumerate(module.graph.nodes)} if sites else {}
+    for node in sites:
+        written = node.all_input_nodes[0]
+        if _shares_storage(written) or (node.op == "call_module" and node.target in blocked):
+            continue
+        for user in list(written.users):
+            if order[user] > order[node]:
+                user.replace_input_with(written, node)
+        _respell(module, node)
+
+
+def _shares_storage(node: fx.Node) -> bool:
+    """Whether writing into ``node`` may reach a value that somebody else reads."""
+    if any(ops.kind(user) in _VIEWS for user in node.users):
+        return True
+    while ops.kind(node) in _VIEWS:
+        node = node.all_input_nodes[0]
+        if len(node.users) > 1:
+            return True
+    return node.op in ("placeholder", "get_attr")
+
+
+def _is_in_place(module: fx.GraphModule, node: fx.Node) -> bool:
+    call = ops.read(node)
+    if call is None or call.op.family not in _FAMILIES:
+        return False
+    if node.op == "call_module":
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    if node.target in _OPERATORS or call["inplace"] is True:
+        return True
+    return _name(node.target).endswith("_") and not _name(node.target).endswith("__")
+
+
+def _name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket.__name__)
+    return target if isinstance(target, str) else str(getattr(target, "__name__", ""))
+
+
+def _respell(module: fx.GraphModule, node: fx.Node) -> None:
+    target: Any = node.target
+    if node.op == "call_module":
+        module.get_submodule(str(target)).inplace = False  # type: ignore[assignment]
+    elif target in _OPERATORS:
+        node.target = _OPERATORS[target]
+    elif node.kwargs.get("inplace") is True:
+        node.kwargs = {**node.kwargs, "inplace": False}
+    elif node.args[-1] is True:
+        node.args = (*node.args[:-1], False)
+    elif node.op == "call_method":
+        node.target = target.rstrip("_")
+    else:
+        node.target = _out_of_place(target)
+
+
+def _out_of_place(target: Any) -> Any:
+    if isinstance(target, torch._ops.OpOverload):
+        packet = getattr(torch.ops.aten, _name(target).rstrip("_"))
+        return getattr(packet, target._overloadname)
+    plain = _name(target).rstrip("_")
+    return getattr(torch.nn.functional, plain, None) or getattr(torch, plain)

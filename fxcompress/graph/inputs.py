@@ -1,0 +1,121 @@
+"""Example inputs: what a user may write, and what a call needs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxcompress.errors import DataError
+
+__all__ = ["Arguments", "arguments", "bind", "frozen_state", "preserved_attributes", "record_calls", "tensors_in"]
+
+
+class Arguments(NamedTuple):
+    """Positional and keyword arguments of one call."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, function: Any) -> Any:
+        return function(*self.args, **self.kwargs)
+
+    def to(self, device: torch.device | str) -> Arguments:
+        return Arguments(*pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), tuple(self)))
+
+
+def arguments(example_inputs: Any) -> Arguments:
+    """One call's arguments from a tensor, a tuple or list of positionals, or a dict by keyword."""
+    if isinstance(example_inputs, Arguments):
+        return example_inputs
+    if isinstance(example_inputs, torch.Tensor):
+        return Arguments((example_inputs,), {})
+    if isinstance(example_inputs, (tuple, list)):
+        return Arguments(tuple(example_inputs), {})
+    if isinstance(example_inputs, Mapping):
+        return Arguments((), dict(example_inputs))
+    raise DataError(
+        f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of positional arguments, "
+        "or a dict of keyword arguments."
+    )
+
+
+def bind(module: nn.Module, call: Arguments) -> inspect.BoundArguments:
+    """``call`` bound to the module's forward; raises DataError where it does not fit."""
+    signature = inspect.signature(module.forward)
+    try:
+        return signature.bind(*call.args, **call.kwargs)
+    except TypeError as error:
+        raise DataError(
+            f"example_inputs do not fit {type(module).__name__}.forward{signature}: {error}. "
+            "Give a tuple of positional arguments, or a dict by keyword."
+        ) from error
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Every tensor in a nested structure, in order."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+@contextmanager
+def frozen_state(module: nn.Module) -> Iterator[None]:
+    """Run the module for a look: no gradients, buffers and random state as before afterwards."""
+    training = any(m.training for m in module.modules())
+    saved = {name: buffer.clone() for name, buffer in module.named_buffers()} if training else {}
+    state = torch.get_rng_state()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_rng_state(state)
+        if saved:
+            buffers = dict(module.named_buffers())
+            with torch.no_grad():
+                for name, value in saved.items():
+                    buffers[name].copy_(value)
+
+
+@contextmanager
+def preserved_attributes(model: nn.Module) -> Iterator[None]:
+    """Undo what code leaves on modules while it is traced (a cache filled with proxies); fx's own constants stay."""
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            now = module.__dict__
+            changed = [key for key, value in now.items() if attributes.get(key, before) is not value]
+            for key in changed:
+                if key in attributes:
+                    now[key] = attributes[key]
+                elif not key.startswith("_tensor_constant"):
+                    del now[key]
+
+
+def record_calls(model: nn.Module, call: Arguments, names: set[str]) -> dict[str, tuple[Arguments, Any]]:
+    """Run ``model`` once and keep the first call of each named submodule: its arguments and its result."""
+    seen: dict[str, tuple[Arguments, Any]] = {}
+    handles = []
+
+    def hook(name: str) -> Any:
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+            seen.setdefault(name, (Arguments(args, kwargs), result))
+
+        return record
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        if name in modules:
+            handles.append(modules[name].register_forward_hook(hook(name), with_kwargs=True))
+    try:
+        with frozen_state(model):
+            call(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

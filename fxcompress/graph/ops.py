@@ -1,0 +1,255 @@
+"""Reading a node: which operator it is, however it is spelled, and what its arguments mean.
+
+``torch.add``, ``operator.add``, ``Tensor.add_``, ``nn.ReLU``, ``F.relu`` and ``aten.relu.default`` are spellings. A row of
+the table in :mod:`fxcompress.graph.table` gathers the spellings of one operator under one *kind* and holds beside it what
+analyses need. Passes ask :func:`kind` and :func:`read`, never a spelling.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+__all__ = ["Attr", "Call", "Op", "argument_order", "call_arguments", "kind", "lookup", "owner_name", "read"]
+
+
+@dataclass(frozen=True)
+class Attr:
+    """A parameter or buffer of the graph module, by its qualified name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operator.
+
+    ``kind``       its name here, and in the ledger
+    ``family``     what analyses treat alike: contraction, normalisation, activation, pointwise, movement, pooling,
+                   reduction, attention, recurrent, embedding, query (no tensor comes out), other
+    ``names``      names under which torch, torch.nn.functional, Tensor, operator and aten spell it
+    ``arguments``  canonical argument names in call order; ``*rest`` gathers what follows
+    ``modules``    classes that are this operator (or ``"package.Class"`` where importing the package is not ours to ask)
+    ``tensors``    the arguments that are parameters or buffers of those modules
+    ``functions``  further callables that are this operator, with their own argument order where it differs
+    ``defaults``   canonical values of arguments that a call may leave out
+    ``same``       values pass through unchanged (copied, moved, dropped; never computed), so a range found on the input
+                   holds for the output
+    """
+
+    kind: str
+    family: str
+    names: str = ""
+    arguments: str = "input"
+    modules: tuple[type[nn.Module] | str, ...] = ()
+    tensors: tuple[str, ...] = ()
+    functions: tuple[tuple[Any, str | None], ...] = ()
+    defaults: dict[str, Any] = field(default_factory=dict)
+    same: bool = False
+
+    @property
+    def argument_names(self) -> tuple[str, ...]:
+        return tuple(self.arguments.split())
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node read through the op table: ``arguments`` maps canonical names to nodes, literals or :class:`Attr`."""
+
+    node: fx.Node
+    op: Op
+    arguments: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return self.op.kind
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments.get(name, self.op.defaults.get(name))
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The nodes whose values this call consumes, in order, parameters left out."""
+        return [n for n in self.node.all_input_nodes if n.op != "get_attr"]
+
+
+class _Index:
+    """Spelling → (row, argument names). Built once, when first asked."""
+
+    def __init__(self) -> None:
+        self.targets: dict[Any, tuple[Op, tuple[str, ...]]] = {}
+        self.methods: dict[str, tuple[Op, tuple[str, ...]]] = {}
+        self.modules: dict[type, Op] = {}
+        self.module_names: dict[str, Op] = {}
+
+    def add(self, op: Op) -> None:
+        for name in op.names.split():
+            self.methods.setdefault(name, (op, op.argument_names))
+            for target in _spellings(name):
+                self.targets.setdefault(target, (op, op.argument_names))
+        for target, order in op.functions:
+            self.targets[target] = (op, tuple(order.split()) if order else op.argument_names)
+        for module in op.modules:
+            if isinstance(module, str):
+                self.module_names[module] = op
+            else:
+                self.modules[module] = op
+
+    def module(self, cls: type) -> Op | None:
+        found = self.modules.get(cls)
+        if found is None:
+            found = self.module_names.get(f"{cls.__module__}.{cls.__qualname__}")
+        if found is None and cls.__name__.startswith("Parametrized"):
+            return self.module(cls.__mro__[1])
+        return found
+
+
+def _spellings(name: str) -> Iterator[Any]:
+    for place in (torch, F, torch.special, torch._C._nn, operator):
+        target = getattr(place, name, None)
+        if callable(target):
+            yield target
+    if hasattr(torch.ops.aten, name):
+        yield getattr(torch.ops.aten, name)
+
+
+_index: _Index | None = None
+
+
+def _table() -> _Index:
+    global _index
+    if _index is None:
+        from fxcompress.graph.table import TABLE
+
+        _index = _Index()
+        for op in TABLE:
+            _index.add(op)
+    return _index
+
+
+def _target_row(target: Any) -> tuple[Op, tuple[str, ...]] | None:
+    table = _table().targets
+    if isinstance(target, torch._ops.OpOverload):
+        return table.get(target) or table.get(target.overloadpacket)
+    try:
+        return table.get(target)
+    except TypeError:
+        return None
+
+
+def is_known_module(module: nn.Module) -> bool:
+    """Whether the op table has a row for this module's class."""
+    return _table().module(type(module)) is not None
+
+
+def lookup(node: fx.Node) -> Op | None:
+    """The row of the op table for ``node``, or None where its operator is unknown."""
+    if node.op == "call_module":
+        module = _submodule(node)
+        return _table().module(type(module)) if module is not None else None
+    if node.op == "call_method":
+        row = _table().methods.get(str(node.target))
+    else:
+        row = _target_row(node.target) if node.op == "call_function" else None
+    return row[0] if row else None
+
+
+def kind(node: fx.Node) -> str:
+    """The operator's kind: a row's kind, or ``placeholder``, ``get_attr``, ``output``, ``island``, ``unknown``."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return node.op
+    found = lookup(node)
+    if found is not None:
+        return found.kind
+    return "island" if node.op == "call_module" else "unknown"
+
+
+def owner_name(node: fx.Node) -> str:
+    """The qualified name of the module that ``node`` belongs to: its target, or the module whose code made the call."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    return str(next(reversed(stack.values()))[0])
+
+
+def read(node: fx.Node) -> Call | None:
+    """``node`` with its arguments under canonical names, or None where the op table has no row for it.
+
+    Module attributes (stride, eps, ...) and functional arguments come out alike; parameters come out as :class:`Attr`,
+    whether a module owns them or a ``get_attr`` node fetches them.
+    """
+    if node.op == "call_module":
+        op = lookup(node)
+        return _read_module(node, op) if op else None
+    if node.op == "call_method":
+        row = _table().methods.get(str(node.target))
+    elif node.op == "call_function":
+        row = _target_row(node.target)
+    else:
+        return None
+    if row is None:
+        return None
+    op, names = row
+    bound = {name: _as_attr(value) for name, value in call_arguments(names, node.args, node.kwargs).items()}
+    return Call(node, op, bound)
+
+
+def argument_order(node: fx.Node) -> tuple[str, ...]:
+    """The canonical argument names of a function call, in the order its spelling takes them."""
+    row = _target_row(node.target)
+    return row[1] if row else ()
+
+
+def call_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Positional and keyword arguments under ``names``; a last name ``*x`` gathers the remaining positionals."""
+    bound: dict[str, Any] = {}
+    for position, name in enumerate(names):
+        if name.startswith("*"):
+            rest = args[position:]
+            bound[name[1:]] = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else tuple(rest)
+            break
+        if position < len(args):
+            bound[name] = args[position]
+    bound.update(kwargs)
+    return bound
+
+
+def _read_module(node: fx.Node, op: Op) -> Call:
+    module = _submodule(node)
+    inputs = [name for name in op.argument_names if name not in op.tensors and not _has_attribute(module, name)]
+    bound = call_arguments(tuple(inputs), node.args, dict(node.kwargs))
+    for name in op.argument_names:
+        if name in bound or name.startswith("*"):
+            continue
+        if name in op.tensors:
+            present = getattr(module, name, None) is not None
+            bound[name] = Attr(f"{node.target}.{name}") if present else None
+        elif _has_attribute(module, name):
+            bound[name] = getattr(module, name)
+    return Call(node, op, bound)
+
+
+def _has_attribute(module: nn.Module | None, name: str) -> bool:
+    return name != "input" and not name.startswith("*") and name in getattr(module, "__dict__", {})
+
+
+def _as_attr(value: Any) -> Any:
+    return Attr(str(value.target)) if isinstance(value, fx.Node) and value.op == "get_attr" else value
+
+
+def _submodule(node: fx.Node) -> nn.Module | None:
+    owner = node.graph.owning_module
+    if owner is None:
+        return None
+    module: Any = owner
+    for part in str(node.target).split("."):
+        module = module._modules.get(part) if isinstance(module, nn.Module) else None
+    return module

@@ -1,0 +1,71 @@
+"""The quantization operators a graph carries explicitly: ``torch.ops.fxcompress.quantize`` and its relatives.
+
+They work on plain uint8 and int8 tensors, have Meta kernels, run anywhere torch runs, and are the reference semantics that
+lowered kernels are held against. ``quantize`` divides by the scale, rounds half to even, adds the zero point and clamps to
+``[quant_min, quant_max]``, as ONNX QuantizeLinear does; ``dequantize`` is ``(q - zero_point) * scale``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["dequantize", "dequantize_per_channel", "quantize", "quantize_per_channel"]
+
+_library = torch.library.Library("fxcompress", "DEF")
+_library.define(
+    "quantize(Tensor input, float scale, int zero_point, int quant_min, int quant_max, ScalarType dtype) -> Tensor"
+)
+_library.define(
+    "quantize_per_channel(Tensor input, Tensor scale, int axis, int quant_min, int quant_max, ScalarType dtype) -> Tensor"
+)
+_library.define("dequantize(Tensor input, float scale, int zero_point, ScalarType dtype=float) -> Tensor")
+_library.define("dequantize_per_channel(Tensor input, Tensor scale, int axis, ScalarType dtype=float) -> Tensor")
+
+
+def _along(scale: Tensor, dims: int, axis: int) -> Tensor:
+    shape = [1] * dims
+    shape[axis] = -1
+    return scale.reshape(shape)
+
+
+def _quantize(
+    input: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: torch.dtype
+) -> Tensor:
+    levels = torch.round(input.to(torch.float32) / scale) + zero_point
+    return levels.clamp_(quant_min, quant_max).to(dtype)
+
+
+def _quantize_per_channel(
+    input: Tensor, scale: Tensor, axis: int, quant_min: int, quant_max: int, dtype: torch.dtype
+) -> Tensor:
+    levels = torch.round(input.to(torch.float32) / _along(scale, input.dim(), axis))
+    return levels.clamp_(quant_min, quant_max).to(dtype)
+
+
+def _dequantize(input: Tensor, scale: float, zero_point: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return ((input.to(torch.float32) - zero_point) * scale).to(dtype)
+
+
+def _dequantize_per_channel(input: Tensor, scale: Tensor, axis: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (input.to(torch.float32) * _along(scale, input.dim(), axis)).to(dtype)
+
+
+def _empty_like(input: Tensor, *args: object, dtype: torch.dtype = torch.float32) -> Tensor:
+    kinds = [arg for arg in args if isinstance(arg, torch.dtype)]
+    return torch.empty_like(input, dtype=kinds[0] if kinds else dtype)
+
+
+for _name, _kernel in {
+    "quantize": _quantize,
+    "quantize_per_channel": _quantize_per_channel,
+    "dequantize": _dequantize,
+    "dequantize_per_channel": _dequantize_per_channel,
+}.items():
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, _empty_like, "Meta")
+
+quantize = torch.ops.fxcompress.quantize.default
+quantize_per_channel = torch.ops.fxcompress.quantize_per_channel.default
+dequantize = torch.ops.fxcompress.dequantize.default
+dequantize_per_channel = torch.ops.fxcompress.dequantize_per_channel.default

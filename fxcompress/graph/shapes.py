@@ -1,0 +1,166 @@
+"""Shapes and dtypes of every value, found without computing any: fake tensors carry the sizes and no storage.
+
+Each node's ``meta["tensor_meta"]`` holds fx's ``TensorMetadata`` (or a tuple, list or dict of them), the place other fx
+tools look for it. What a fake run cannot tell (an island's result) is found by a real one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.shape_prop import TensorMetadata
+from torch.utils import _pytree as pytree
+
+from fxcompress.errors import DataError
+from fxcompress.graph import ops
+from fxcompress.graph.inputs import Arguments, bind, frozen_state
+
+__all__ = ["Recorder", "describe", "dtype_of", "module_of", "numel", "propagate", "shape_of", "tensor_meta"]
+
+
+def describe(value: Any) -> Any:
+    """The metadata of a value: of each tensor in its structure, None for anything else."""
+    if isinstance(value, torch.Tensor):
+        return TensorMetadata(
+            torch.Size(value.shape), value.dtype, value.requires_grad, (), None, value.is_quantized, {}
+        )
+    if isinstance(value, (tuple, list)):
+        return tuple(describe(item) for item in value)
+    if isinstance(value, dict):
+        return {key: describe(item) for key, item in value.items()}
+    return None
+
+
+def tensor_meta(node: fx.Node) -> TensorMetadata | None:
+    """The metadata of a node whose value is one tensor; None where it is unknown or something else."""
+    meta = node.meta.get("tensor_meta")
+    return meta if isinstance(meta, TensorMetadata) else None
+
+
+def shape_of(node: fx.Node) -> torch.Size | None:
+    meta = tensor_meta(node)
+    return meta.shape if meta else None
+
+
+def dtype_of(node: fx.Node) -> torch.dtype | None:
+    meta = tensor_meta(node)
+    return meta.dtype if meta else None
+
+
+def numel(node: fx.Node) -> int:
+    """Elements of the node's tensor, 0 where unknown."""
+    shape = shape_of(node)
+    return shape.numel() if shape is not None else 0
+
+
+class Recorder(fx.Interpreter):
+    """Runs the graph on real tensors and notes each value's metadata under the node.
+
+    What a module computes is what is noted; gradients are off and buffers keep their values.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[fx.Node, Any] = {}
+        self.current: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n
+        value = super().run_node(n)
+        self.found[n] = describe(value)
+        return value
+
+    def record(self, call: Arguments) -> Any:
+        """The graph's result for ``call``; raises DataError naming the node where the call does not fit the model."""
+        assert isinstance(self.module, fx.GraphModule)
+        with frozen_state(self.module):
+            try:
+                return self.run(*placeholder_values(self.module, call), enable_io_processing=False)
+            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+                where = self.current.format_node() if self.current is not None else "the inputs"
+                sizes = [tuple(t.shape) for t in pytree.tree_leaves(tuple(call)) if isinstance(t, torch.Tensor)]
+                reason = str(error).split("While executing")[0].strip().split("\n")[0]
+                raise DataError(
+                    f"the example inputs {sizes} do not run through the model: {reason} (at {where}). "
+                    "Give inputs the model accepts."
+                ) from error
+
+
+def placeholder_values(module: fx.GraphModule, call: Arguments) -> list[Any]:
+    """``call`` in the order of the graph's placeholders, defaults filled in, containers flattened where the graph wants."""
+    bound = bind(module, call)
+    bound.apply_defaults()
+    codegen = module.graph._codegen
+    if isinstance(codegen, fx.graph._PyTreeCodeGen):
+        return list(codegen.process_inputs(*bound.args, **bound.kwargs))
+    return list(bound.arguments.values())
+
+
+class _FakeRun(fx.Interpreter):
+    """One pass over the graph under a fake mode; unknown values propagate as unknown."""
+
+    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(module)
+        self.mode = mode
+        self.unknown: set[fx.Node] = set()
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        return self._fake(value) if isinstance(value, torch.Tensor) else value
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.mode.from_tensor(tensor, static_shapes=True)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        state = itertools.chain(module.named_parameters(), module.named_buffers())
+        fakes = {name: self._fake(value) for name, value in state}
+        return (
+            torch.func.functional_call(module, fakes, args, kwargs, strict=False) if fakes else module(*args, **kwargs)
+        )
+
+    def run_node(self, n: fx.Node) -> Any:
+        if any(source in self.unknown for source in n.all_input_nodes):
+            self.unknown.add(n)
+            return None
+        if ops.kind(n) == "island":
+            self.unknown.add(n)
+            return None
+        try:
+            value = super().run_node(n)
+        except Exception:  # a fake kernel may be missing or refuse; a real run will tell
+            self.unknown.add(n)
+            return None
+        n.meta["tensor_meta"] = describe(value)
+        return value
+
+
+def propagate(module: fx.GraphModule, call: Arguments) -> None:
+    """Write ``tensor_meta`` for every node, as ``call`` would make them.
+
+    No activation is allocated unless a node is beyond fake tensors; then one real run fills the gaps.
+    Raises DataError where ``call`` does not fit the model.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    values = placeholder_values(module, call)
+    run = _FakeRun(module, mode)
+    fakes = pytree.tree_map_only(torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=True), values)
+    with torch.no_grad(), mode, contextlib.suppress(StopIteration):
+        run.run(*fakes, enable_io_processing=False)
+    if run.unknown:
+        recorder = Recorder(module)
+        recorder.record(call)
+        for node, meta in recorder.found.items():
+            node.meta["tensor_meta"] = meta
+
+
+def module_of(node: fx.Node) -> nn.Module:
+    """The module a ``call_module`` node calls."""
+    owner = node.graph.owning_module
+    assert owner is not None
+    return owner.get_submodule(str(node.target))

@@ -1,0 +1,163 @@
+"""The graph contract, as a list of named rules.
+
+Each rule looks at a graph module and at what was true before the pass, and yields what is wrong. A new invariant is a new
+function in :data:`RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxcompress.errors import VerificationError
+from fxcompress.graph import edit
+from fxcompress.graph.inputs import Arguments
+from fxcompress.graph.shapes import Recorder
+
+__all__ = ["RULES", "Snapshot", "check", "check_metadata", "run", "snapshot"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a pass must not change."""
+
+    signature: tuple[tuple[str, Any], ...]
+    training: dict[str, bool]
+    requires_grad: dict[str, bool]
+    shared: tuple[frozenset[str], ...]
+
+
+def snapshot(module: fx.GraphModule) -> Snapshot:
+    """Note what :data:`RULES` compares with."""
+    groups: dict[int, set[str]] = {}
+    requires: dict[str, bool] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
+        requires[name] = parameter.requires_grad
+    return Snapshot(
+        signature=_signature(module),
+        training={name: m.training for name, m in module.named_modules()},
+        requires_grad=requires,
+        shared=tuple(frozenset(names) for names in groups.values() if len(names) > 1),
+    )
+
+
+def _signature(module: fx.GraphModule) -> tuple[tuple[str, Any], ...]:
+    return tuple((str(n.target), n.args) for n in module.graph.nodes if n.op == "placeholder")
+
+
+def well_formed(module: fx.GraphModule, before: Snapshot) -> Iterator[str]:
+    """The graph is acyclic, every argument is defined before use, every target exists."""
+    try:
+        module.graph.lint()
+    except (RuntimeError, ValueError, AttributeError) as error:
+        yield str(error)
+
+
+def no_orphans(module: fx.GraphModule, before: Snapshot) -> Iterator[str]:
+    """Every parameter and buffer is reached by a node."""
+    for name in edit.orphans(module):
+        yield f"nothing uses {name!r}"
+
+
+def same_signature(module: fx.GraphModule, before: Snapshot) -> Iterator[str]:
+    """Inputs keep their names, order and defaults."""
+    now = _signature(module)
+    if now != before.signature:
+        yield f"the inputs were {before.signature} and are {now}"
+
+
+def same_training_flags(module: fx.GraphModule, before: Snapshot) -> Iterator[str]:
+    """Modules that stay keep their training flag."""
+    for name, child in module.named_modules():
+        if before.training.get(name, child.training) != child.training:
+            yield f"{name!r} was training={before.training[name]}"
+
+
+def same_gradients(module: fx.GraphModule, before: Snapshot) -> Iterator[str]:
+    """Parameters that stay keep ``requires_grad``."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if before.requires_grad.get(name, parameter.requires_grad) != parameter.requires_grad:
+            yield f"{name!r} was requires_grad={before.requires_grad[name]}"
+
+
+def same_sharing(module: fx.GraphModule, before: Snapshot) -> Iterator[str]:
+    """Names that shared one parameter share one, as far as they are still parameters."""
+    now = dict(module.named_parameters(remove_duplicate=False))
+    for group in before.shared:
+        kept = [name for name in sorted(group) if name in now]
+        if len({id(now[name]) for name in kept}) > 1:
+            yield f"{', '.join(kept)} were one parameter and are several"
+
+
+Rule = Callable[[fx.GraphModule, Snapshot], Iterator[str]]
+
+RULES: tuple[Rule, ...] = (
+    well_formed,
+    no_orphans,
+    same_signature,
+    same_training_flags,
+    same_gradients,
+    same_sharing,
+)
+
+
+def check(module: fx.GraphModule, before: Snapshot | None = None) -> None:
+    """Raise VerificationError with every broken rule, or return quietly."""
+    before = before if before is not None else snapshot(module)
+    broken = [f"{rule.__name__}: {problem}" for rule in RULES for problem in rule(module, before)]
+    if broken:
+        shown = "\n  ".join(broken[:20])
+        raise VerificationError(f"{len(broken)} broken rule(s) of the graph contract:\n  {shown}")
+
+
+def run(module: fx.GraphModule, call: Arguments) -> Any:
+    """The graph's result for ``call``, with every node's metadata held against what was really computed.
+
+    Nodes without metadata get it. Raises VerificationError naming the first node that disagrees.
+    """
+    recorder = Recorder(module)
+    result = recorder.record(call)
+    check_metadata(recorder.found)
+    return result
+
+
+def check_metadata(found: dict[fx.Node, Any]) -> None:
+    """Hold the metadata of a real run against the nodes'."""
+    for node, real in found.items():
+        stated = node.meta.get("tensor_meta")
+        if stated is None:
+            node.meta["tensor_meta"] = real
+            continue
+        for a, b in zip(_leaves(stated), _leaves(real), strict=False):
+            if (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise VerificationError(
+                    f"metadata of {node.name!r} says {tuple(a.shape)} {a.dtype}, "
+                    f"a real run gives {tuple(b.shape)} {b.dtype}."
+                )
+
+
+def _leaves(meta: Any) -> list[Any]:
+    is_meta = lambda value: hasattr(value, "shape") and hasattr(value, "dtype")  # noqa: E731
+    return [leaf for leaf in pytree.tree_leaves(meta, is_leaf=is_meta) if is_meta(leaf)]
+
+
+def same_structure(before: Any, after: Any) -> bool:
+    """Whether two results have the same nesting, keys and number of tensors."""
+    return pytree.tree_structure(before) == pytree.tree_structure(after)
+
+
+def largest_difference(before: Any, after: Any) -> float:
+    """The largest absolute difference between two results' tensors, in float64."""
+    pairs = zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True)
+    gaps = [
+        (a.to(torch.float64) - b.to(torch.float64)).abs().max().item()
+        for a, b in pairs
+        if isinstance(a, torch.Tensor) and a.numel()
+    ]
+    return max(gaps, default=0.0)

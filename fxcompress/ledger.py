@@ -1,0 +1,116 @@
+"""The ledger: a row per pass, and under it every remark: what was left alone, and why."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from fxcompress.pass_base import Remark
+
+__all__ = ["Ledger", "Row"]
+
+_HEADERS = ("pass", "nodes", "parameters", "MACs", "MB", "zeros", "SNR dB", "seconds")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pass: the totals of the graph it left, and how far the outputs are from the original model's.
+
+    ``snr``       10·log10 of output power over error power against the original model; inf: same bits; None: not measured
+    ``sparsity``  share of weight elements that are zero
+    """
+
+    step: str
+    nodes: int
+    parameters: int
+    macs: int
+    bytes: int
+    sparsity: float
+    snr: float | None
+    seconds: float
+    remarks: tuple[Remark, ...] = ()
+
+
+@dataclass
+class Ledger:
+    """The rows of one run, in order."""
+
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def remarks(self, step: str | None = None) -> list[Remark]:
+        """Every remark, or those of one pass."""
+        return [remark for row in self.rows if step in (None, row.step) for remark in row.remarks]
+
+    def __str__(self) -> str:
+        table = tabulate([_cells(row) for row in self.rows], _HEADERS, disable_numparse=True, colalign=_ALIGN)
+        lines = [table, *self.notes]
+        for row in self.rows:
+            lines += _grouped(row)
+        return "\n".join(lines)
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain data for JSON; an infinite SNR is written as the string ``exact``."""
+        rows = []
+        for row in self.rows:
+            data = asdict(row)
+            data["snr"] = "exact" if row.snr is not None and math.isinf(row.snr) else row.snr
+            rows.append(data)
+        return {"rows": rows, "notes": list(self.notes)}
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Ledger:
+        """The inverse of :meth:`as_data`."""
+        rows = []
+        for row in data["rows"]:
+            remarks = tuple(Remark(**remark) for remark in row["remarks"])
+            snr = math.inf if row["snr"] == "exact" else row["snr"]
+            rows.append(Row(**{**row, "remarks": remarks, "snr": snr}))
+        return cls(rows, list(data.get("notes", ())))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the ledger as JSON; the file appears whole or not at all."""
+        target = Path(path)
+        temporary = target.with_name(target.name + ".partial")
+        temporary.write_text(json.dumps(self.as_data(), indent=1), encoding="utf-8")
+        os.replace(temporary, target)
+
+
+_ALIGN = ("left", *("right",) * (len(_HEADERS) - 1))
+
+
+def _cells(row: Row) -> Sequence[str]:
+    snr = "" if row.snr is None else "exact" if math.isinf(row.snr) else f"{row.snr:.1f}"
+    return (
+        row.step,
+        str(row.nodes),
+        f"{row.parameters:,}",
+        f"{row.macs / 1e6:,.1f}M",
+        f"{row.bytes / 1e6:.2f}",
+        f"{row.sparsity:.1%}",
+        snr,
+        f"{row.seconds:.3f}",
+    )
+
+
+def _grouped(row: Row, shown: int = 4) -> list[str]:
+    """Remarks of one pass, nodes with the same reason on one line."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for remark in row.remarks:
+        by_reason[remark.reason].append(remark.node or "model")
+    lines = []
+    for reason, nodes in by_reason.items():
+        names = ", ".join(nodes[:shown]) + (f" and {len(nodes) - shown} more" if len(nodes) > shown else "")
+        lines.append(f"  {row.step}: {names}: {reason}")
+    return lines

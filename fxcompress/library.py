@@ -1,0 +1,42 @@
+"""Pass name → class: the built-in table, and the entry-point group ``fxcompress.passes`` for everybody else's."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from importlib.metadata import entry_points
+
+from fxcompress.errors import PlanError, did_you_mean
+from fxcompress.pass_base import Pass
+
+__all__ = ["GROUP", "find", "passes"]
+
+GROUP = "fxcompress.passes"
+
+
+@functools.cache
+def passes() -> dict[str, type[Pass]]:
+    """Every pass that can be named in a plan, built-in ones first.
+
+    An installed package adds its own by an entry point in the group ``fxcompress.passes``: name = the pass's name, value =
+    ``module:Class``. A name that is taken, or an object that is not a pass, is refused.
+    """
+    table: dict[str, type[Pass]] = {}
+    for cls in importlib.import_module("fxcompress.passes").PASSES:
+        table[cls.name] = cls
+    for point in entry_points(group=GROUP):
+        cls = point.load()
+        if not (isinstance(cls, type) and issubclass(cls, Pass)):
+            raise PlanError(f"entry point {point.name!r} of group {GROUP!r} is {cls!r}, which is not a Pass.")
+        if point.name in table:
+            raise PlanError(f"entry point {point.name!r} ({point.value}) takes the name of a pass that exists.")
+        table[point.name] = cls
+    return table
+
+
+def find(name: str) -> type[Pass]:
+    """The pass called ``name``, or PlanError with the closest names."""
+    table = passes()
+    if name not in table:
+        raise PlanError(f"there is no pass {name!r}.{did_you_mean(name, table)} Known: {', '.join(sorted(table))}.")
+    return table[name]

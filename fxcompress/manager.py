@@ -1,0 +1,160 @@
+"""PassManager: trace, then for every step of the plan: run it, sweep up, let the observers look."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from fxcompress import reproducer
+from fxcompress.data import split_batch
+from fxcompress.errors import DataError, FxCompressError, PassError, PlanError, VerificationError
+from fxcompress.graph import edit, trace
+from fxcompress.graph.inputs import Arguments, arguments
+from fxcompress.graph.island import regions
+from fxcompress.graph.trace import region_inputs
+from fxcompress.ledger import Ledger
+from fxcompress.observe import Diffs, LedgerKeeper, Observer, Promises, Run, Verifier, check_trace
+from fxcompress.pass_base import Context, Pass, Remark
+from fxcompress.plan import Plan
+
+__all__ = ["PassManager"]
+
+
+class PassManager:
+    """Runs a plan over a model.
+
+    ``plan``        a :class:`Plan`, a list, a mapping, YAML text or a path (see :meth:`Plan.parse`)
+    ``verify``      check the graph contract and every pass's promise after every pass (needs example inputs or data to
+                    run the graph; without them the structure alone is checked)
+    ``show``        ``"changes"`` prints what every pass changed in the graph
+    ``observers``   further :class:`Observer` objects
+    ``reproducer``  the folder in which a failing run leaves what is needed to replay it; None: a new temporary folder;
+                    False: none
+    """
+
+    def __init__(
+        self,
+        plan: Plan | Pass | Sequence[Any] | Mapping[str, Any] | str | os.PathLike[str],
+        *,
+        verify: bool = True,
+        show: str | None = None,
+        observers: Sequence[Observer] = (),
+        reproducer: str | os.PathLike[str] | bool | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> None:
+        if show not in (None, "changes"):
+            raise PlanError(f"show is {show!r}; it is None or 'changes'.")
+        self.plan = Plan.parse(plan)
+        self.ledger = Ledger()
+        self.reproducer = reproducer
+        self.seed, self.progress = seed, progress
+        checks: list[Observer] = [Verifier(), Promises()] if verify else []
+        self._watchers: list[Observer] = [*checks, *([Diffs()] if show else []), *observers]
+
+    def run(
+        self,
+        model: nn.Module,
+        example_inputs: Any = None,
+        data: Iterable[Any] | None = None,
+        *,
+        teacher: nn.Module | None = None,
+    ) -> fx.GraphModule:
+        """The compressed model; ``model`` itself is left as it is.
+
+        ``example_inputs``  a tensor, a tuple of positional arguments, or a dict by keyword; the first batch of ``data``
+                            serves where they are left out
+        ``data``            an iterable of batches, for steps that calibrate or train
+
+        Raises PlanError before any work where a step needs what was not given; PassError, VerificationError or
+        PromiseError where a step fails, with the folder that replays it.
+        """
+        self._check_needs(example_inputs, data, teacher)
+        call = _example_call(example_inputs, data)
+        self.ledger.rows.clear()
+        traced = trace(model, call)
+        context = Context(
+            inputs=region_inputs(traced, call) if call is not None else {},
+            data=data,
+            teacher=teacher,
+            seed=self.seed,
+            progress=self.progress,
+        )
+        context.remarks = [Remark(rung.module, f"{rung.rung}: {rung.reason}") for rung in traced.meta["rungs"]]
+        run = Run(traced, context)
+        self._check_stage(traced)
+        keeper = LedgerKeeper(self.ledger)
+        watchers = [*self._watchers, keeper]
+        for watcher in watchers:
+            watcher.begin(run)
+        check_trace(run, model, call)
+        for step in self.plan:
+            self._step(run, step, watchers, model, call)
+        for watcher in watchers:
+            watcher.end(run)
+        return traced
+
+    def _step(
+        self, run: Run, step: Pass, watchers: Sequence[Observer], model: nn.Module, call: Arguments | None
+    ) -> None:
+        run.step = step
+        try:
+            for watcher in watchers:
+                watcher.before(run)
+            step.run_model(run.model, run.context)
+            for region in regions(run.model).values():
+                edit.finish(region)
+            run.context.forget()
+            for watcher in watchers:
+                watcher.after(run)
+        except VerificationError as error:
+            raise type(error)(f"{error}{self._leave_reproducer(model, step, call)}") from error
+        except FxCompressError:
+            raise
+        except Exception as error:  # a pass is somebody's code: say which, and leave a way to replay it
+            where = f"step {self.plan.steps.index(step) + 1} {step.name!r}"
+            raise PassError(
+                f"{where} failed: {type(error).__name__}: {error}{self._leave_reproducer(model, step, call)}"
+            ) from error
+
+    def _leave_reproducer(self, model: nn.Module, step: Pass, call: Arguments | None) -> str:
+        if self.reproducer is False:
+            return ""
+        steps = self.plan.steps[: self.plan.steps.index(step) + 1]
+        place = self.reproducer if isinstance(self.reproducer, (str, os.PathLike)) else None
+        folder = reproducer.leave(model, Plan(steps), call, place)
+        return f"\nA reproducer is in {folder}; replay it with: python -m fxcompress replay {folder}"
+
+    def _check_needs(self, example_inputs: Any, data: Any, teacher: Any) -> None:
+        given = {
+            "inputs": example_inputs is not None or data is not None,
+            "data": data is not None,
+            "teacher": teacher is not None,
+        }
+        for number, step in enumerate(self.plan, 1):
+            for need in step.needs:
+                if not given.get(need, True):
+                    how = {"inputs": "example_inputs", "data": "data=dataloader", "teacher": "teacher=model"}[need]
+                    raise PlanError(f"step {number} {step.name!r} needs {need}, and none were given: run(..., {how}).")
+
+    def _check_stage(self, traced: fx.GraphModule) -> None:
+        stage = traced.meta["stage"]
+        if self.plan.steps and stage not in self.plan.steps[0].takes:
+            first = self.plan.steps[0]
+            raise PlanError(
+                f"the model is {stage}, and step 1 {first.name!r} takes a {' or '.join(first.takes)} graph."
+            )
+
+
+def _example_call(example_inputs: Any, data: Iterable[Any] | None) -> Arguments | None:
+    if example_inputs is not None:
+        return arguments(example_inputs)
+    if data is None or iter(data) is data:  # an iterator's first batch is not ours to take
+        return None
+    first = next(iter(data), None)
+    if first is None:
+        raise DataError("the dataloader is empty: it yields no batch.")
+    return split_batch(first)[0]

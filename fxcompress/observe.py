@@ -1,0 +1,217 @@
+"""What may watch a run: the verifier, the promise check, the ledger, graph diffs, the reproducer.
+
+An observer sees the run before and after every pass. The manager knows none of them by name, so it stays a loop.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxcompress.errors import PromiseError, VerificationError
+from fxcompress.graph import verify
+from fxcompress.graph.cost import cost
+from fxcompress.graph.inputs import Arguments, frozen_state, tensors_in
+from fxcompress.graph.island import regions
+from fxcompress.ledger import Ledger, Row
+from fxcompress.pass_base import Context, Pass
+
+__all__ = ["Diffs", "LedgerKeeper", "Observer", "Promises", "Run", "Verifier", "check_trace", "output_snr", "sparsity"]
+
+
+@dataclass
+class Run:
+    """The state of one run that observers share.
+
+    ``original``  results of the model as it came, per region
+    ``outputs``   results of the graph as it stands, per region; refreshed by the verifier
+    ``previous``  the same before the pass at hand
+    """
+
+    model: fx.GraphModule
+    context: Context
+    original: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
+    previous: dict[str, Any] = field(default_factory=dict)
+    step: Pass | None = None
+
+
+class Observer:
+    """Watches a run. Every method may be left out."""
+
+    def begin(self, run: Run) -> None:
+        """The model is traced; nothing has run."""
+
+    def before(self, run: Run) -> None:
+        """``run.step`` is about to run."""
+
+    def after(self, run: Run) -> None:
+        """``run.step`` has run; raise to refuse its result."""
+
+    def end(self, run: Run) -> None:
+        """Every pass has run."""
+
+
+class Verifier(Observer):
+    """Holds every region against the graph contract after every pass, and runs it on the example inputs."""
+
+    def begin(self, run: Run) -> None:
+        for module in regions(run.model).values():
+            verify.check(module)
+        run.outputs = self._outputs(run)
+        run.original = run.outputs
+
+    def before(self, run: Run) -> None:
+        self.snapshots = {name: verify.snapshot(module) for name, module in regions(run.model).items()}
+
+    def after(self, run: Run) -> None:
+        for name, module in regions(run.model).items():
+            verify.check(module, self.snapshots.get(name))
+        run.previous, run.outputs = run.outputs, self._outputs(run)
+
+    def _outputs(self, run: Run) -> dict[str, Any]:
+        graphs = regions(run.model)
+        return {name: verify.run(graphs[name], call) for name, call in run.context.inputs.items() if name in graphs}
+
+
+class Promises(Observer):
+    """Compares results before and after a pass with what it promised. Needs the verifier before it."""
+
+    def after(self, run: Run) -> None:
+        assert run.step is not None
+        for region, now in run.outputs.items():
+            before = run.previous.get(region)
+            if before is not None:
+                self._compare(run.step, region, before, now)
+
+    def _compare(self, step: Pass, region: str, before: Any, now: Any) -> None:
+        if not verify.same_structure(before, now):
+            raise PromiseError(f"{step.name!r} changed the structure of the output of {region or 'the model'}.")
+        promise = step.promise
+        if promise.kind == "approximate":
+            return
+        gap = verify.largest_difference(before, now)
+        magnitude = max((t.detach().abs().max().item() for t in tensors_in(before) if t.numel()), default=0.0)
+        allowed = promise.atol + promise.rtol * magnitude
+        if not gap <= allowed:
+            raise PromiseError(
+                f"{step.name!r} promised outputs {promise.kind} (within {allowed:.3g}) and moved those of "
+                f"{region or 'the model'} by {gap:.3g}."
+            )
+
+
+class LedgerKeeper(Observer):
+    """Writes a row per pass."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def begin(self, run: Run) -> None:
+        self.started = time.perf_counter()
+        self._write(run, "trace")
+
+    def before(self, run: Run) -> None:
+        run.context.remarks.clear()
+        self.started = time.perf_counter()
+
+    def after(self, run: Run) -> None:
+        assert run.step is not None
+        self._write(run, run.step.name)
+
+    def _write(self, run: Run, step: str) -> None:
+        seconds = time.perf_counter() - self.started
+        totals = cost(run.model)
+        self.ledger.add(
+            Row(
+                step,
+                totals.nodes,
+                totals.parameters,
+                totals.macs,
+                totals.bytes,
+                sparsity(run.model),
+                _run_snr(run),
+                seconds,
+                tuple(run.context.remarks),
+            )
+        )
+
+
+class Diffs(Observer):
+    """Keeps, and optionally prints, what each pass changed in the graph; passes that change nothing say nothing."""
+
+    def __init__(self, echo: bool = True) -> None:
+        self.echo = echo
+        self.texts: dict[str, str] = {}
+
+    def before(self, run: Run) -> None:
+        self.was = _listing(run.model)
+
+    def after(self, run: Run) -> None:
+        assert run.step is not None
+        lines = difflib.unified_diff(self.was, _listing(run.model), "before", "after", lineterm="", n=1)
+        text = "\n".join(lines)
+        if text:
+            self.texts[run.step.name] = text
+            if self.echo:
+                print(f"--- {run.step.name}\n{text}")
+
+
+def _listing(model: fx.GraphModule) -> list[str]:
+    lines = []
+    for region, module in regions(model).items():
+        prefix = f"{region}: " if region else ""
+        lines += [prefix + (node.format_node() or node.name) for node in module.graph.nodes]
+    return lines
+
+
+def sparsity(model: torch.nn.Module) -> float:
+    """Share of zeros among the elements of weights (tensors of two or more dimensions called ``weight``)."""
+    tensors = {id(t): t for name, t in [*model.named_parameters(), *model.named_buffers()] if name.endswith("weight")}
+    weights = [t for t in tensors.values() if t.dim() > 1]
+    total = sum(t.numel() for t in weights)
+    return sum(t.numel() - int(torch.count_nonzero(t)) for t in weights) / total if total else 0.0
+
+
+def _run_snr(run: Run) -> float | None:
+    pairs = [(run.original[name], run.outputs[name]) for name in run.outputs if name in run.original]
+    found = [output_snr(before, now) for before, now in pairs]
+    return min(found) if found else None
+
+
+def output_snr(reference: Any, result: Any) -> float:
+    """SNR in dB over all tensors of two results together: inf for equal bits, -inf where shapes differ."""
+    signal = noise = 0.0
+    for a, b in zip(pytree.tree_leaves(reference), pytree.tree_leaves(result), strict=False):
+        if not isinstance(a, torch.Tensor) or not a.numel():
+            continue
+        if not isinstance(b, torch.Tensor) or a.shape != b.shape:
+            return -math.inf
+        exact = a.detach().to(torch.float64)
+        signal += exact.square().sum().item()
+        noise += (exact - b.detach().to(torch.float64)).square().sum().item()
+    if noise == 0.0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def check_trace(run: Run, model: torch.nn.Module, call: Arguments | None) -> None:
+    """Hold the traced graph's result against the model's own; islands run the model's own code and need no check.
+
+    Raises VerificationError where the model's code takes another path while it is traced.
+    """
+    if call is None or "" not in run.outputs:
+        return
+    with frozen_state(model):
+        expected = call(model)
+    if not verify.same_structure(expected, run.outputs[""]) or output_snr(expected, run.outputs[""]) < 80:
+        raise VerificationError(
+            "the traced graph does not compute what the model computes on the example inputs: its code takes another "
+            "path while it is traced. Give example_inputs of the shapes you will use, or make the branch a module."
+        )

@@ -1,0 +1,147 @@
+"""What a pass is, what it may use, and what it promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import fx, nn
+
+from fxcompress.errors import DataError
+from fxcompress.graph.inputs import Arguments
+from fxcompress.graph.island import regions
+
+__all__ = ["APPROXIMATE", "EXACT", "STAGES", "Context", "Pass", "Promise", "Remark", "close"]
+
+STAGES = ("float", "observed", "qdq", "lowered")
+"""The stages of a graph: as trained, with observers, with explicit quantize/dequantize, in a backend's kernels."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Promise:
+    """How far a pass may move the outputs: ``exact`` (same bits), ``close`` (within tolerances), ``approximate``.
+
+    ``rtol`` is relative to the largest output magnitude, the scale at which rounding errors of a network live.
+    """
+
+    kind: str
+    atol: float = 0.0
+    rtol: float = 0.0
+
+
+EXACT = Promise("exact")
+APPROXIMATE = Promise("approximate")
+
+
+def close(rtol: float, atol: float = 1e-6) -> Promise:
+    """Outputs may move by ``atol + rtol * max|output|``."""
+    return Promise("close", atol, rtol)
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Something a pass did not do, or did in another way than asked: where, and why."""
+
+    node: str
+    reason: str
+
+
+class Pass:
+    """One rewrite. A subclass is a frozen dataclass: its fields are its options, :meth:`run` its work.
+
+    ``name``     the word in a plan
+    ``takes``    the stages it accepts
+    ``leaves``   the stage it leaves the graph in; None leaves it as it was
+    ``needs``    what must be given to the run: ``inputs``, ``data``, ``labels``, ``teacher``
+    ``promise``  how far outputs may move
+    """
+
+    name: ClassVar[str]
+    takes: ClassVar[tuple[str, ...]] = ("float",)
+    leaves: ClassVar[str | None] = None
+    needs: ClassVar[tuple[str, ...]] = ()
+    promise: ClassVar[Promise] = EXACT
+
+    def run(self, module: fx.GraphModule, context: Context) -> None:
+        """Rewrite one compiled region in place."""
+        raise TypeError(f"{type(self).__name__} defines neither run nor run_model")
+
+    def run_model(self, model: fx.GraphModule, context: Context) -> None:
+        """Rewrite a whole model: every compiled region in turn."""
+        for region, module in regions(model).items():
+            with context.in_region(region):
+                self.run(module, context)
+                if self.leaves:
+                    module.meta["stage"] = self.leaves
+        if self.leaves:
+            model.meta["stage"] = self.leaves
+
+
+@dataclass
+class Context:
+    """What a pass may use besides the graph.
+
+    ``inputs``    arguments of one call of each compiled region; empty where no example inputs were given
+    ``data``      an iterable of batches, or None
+    ``teacher``   the model to learn from, or None
+    ``seed``      for every random choice
+    ``progress``  whether to show progress bars; None: on a terminal
+    """
+
+    inputs: dict[str, Arguments] = field(default_factory=dict)
+    data: Iterable[Any] | None = None
+    teacher: nn.Module | None = None
+    seed: int = 0
+    progress: bool | None = None
+    remarks: list[Remark] = field(default_factory=list)
+    region: str = ""
+    _analyses: dict[tuple[Any, int], Any] = field(default_factory=dict)
+
+    def skip(self, node: fx.Node | str, reason: str) -> None:
+        """Say that ``node`` is left alone, and why."""
+        self.remarks.append(Remark(self._where(node), reason))
+
+    note = skip
+
+    def _where(self, node: fx.Node | str) -> str:
+        name = node if isinstance(node, str) else str(node.target if node.op == "call_module" else node.name)
+        return f"{self.region}.{name}" if self.region and name else name or self.region
+
+    @contextmanager
+    def in_region(self, region: str) -> Iterator[None]:
+        """Name remarks after ``region`` inside a ``with``."""
+        outer, self.region = self.region, region
+        try:
+            yield
+        finally:
+            self.region = outer
+
+    def example(self) -> Arguments | None:
+        """Arguments of one call of the current region."""
+        return self.inputs.get(self.region)
+
+    def analysis(self, analyse: Callable[[fx.GraphModule], T], module: fx.GraphModule) -> T:
+        """``analyse(module)``, remembered until the graph changes."""
+        key = (analyse, id(module))
+        if key not in self._analyses:
+            self._analyses[key] = analyse(module)
+        return self._analyses[key]  # type: ignore[no-any-return]
+
+    def forget(self) -> None:
+        """Drop remembered analyses: the graph has changed."""
+        self._analyses.clear()
+
+    def generator(self) -> torch.Generator:
+        """A fresh random generator seeded with ``seed``."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def require_data(self, who: str) -> Iterable[Any]:
+        """The data, or DataError naming who needs it."""
+        if self.data is None:
+            raise DataError(f"{who} needs data: give run(..., data=dataloader).")
+        return self.data

@@ -1,0 +1,225 @@
+"""A plan: an immutable, ordered list of passes with their options, written as text, as data, or as objects.
+
+Everything that can be known before any work is checked when the plan is built: unknown passes and options, wrong types, an
+order that cannot work. ``str(plan)`` is canonical YAML and parses back to an equal plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pydantic
+import yaml
+
+from fxcompress import library
+from fxcompress.errors import FxCompressError, PlanError, did_you_mean
+from fxcompress.pass_base import STAGES, Pass
+
+__all__ = ["Plan", "build_pass", "read_yaml"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The passes to run, in order."""
+
+    steps: tuple[Pass, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_order(self.steps)
+
+    @classmethod
+    def parse(cls, plan: Plan | Pass | Sequence[Any] | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
+        """A plan from any of its forms.
+
+        A list holds passes, names, or one-entry mappings ``{name: {option: value}}``. A mapping is ``{name: options}`` in
+        order, or ``{"steps": [...]}``; either may hold ``require``, checked at the end. A string is YAML of such a list or
+        mapping, or the path of a file that holds it.
+
+        Raises PlanError naming the step, the option and the closest known name.
+        """
+        if isinstance(plan, Plan):
+            return plan
+        if isinstance(plan, Pass):
+            return cls((plan,))
+        if isinstance(plan, os.PathLike):
+            return cls.parse(read_yaml(_read(Path(plan))))
+        if isinstance(plan, str):
+            return cls.parse(read_yaml(_read(Path(plan)) if _is_path(plan) else plan))
+        if isinstance(plan, Mapping):
+            return cls.parse(_steps_of(plan))
+        if isinstance(plan, Sequence):
+            return cls(tuple(_parse_step(number, step) for number, step in enumerate(plan, 1)))
+        raise PlanError(f"a plan is a Plan, a list, a mapping, YAML text or a path, not a {type(plan).__name__}.")
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __add__(self, other: Plan) -> Plan:
+        return Plan(self.steps + other.steps)
+
+    def as_data(self) -> list[Any]:
+        """The plan as plain lists, mappings and scalars; options at their defaults are left out."""
+        return [_step_data(step) for step in self.steps]
+
+    def __str__(self) -> str:
+        return str(yaml.safe_dump(self.as_data(), sort_keys=False, default_flow_style=None)) if self.steps else "[]\n"
+
+
+def read_yaml(text: str) -> Any:
+    """YAML as plain data. Refuses tags that would build objects, duplicate keys, and anchors that unfold without end."""
+    try:
+        loaded = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise PlanError(f"this is not YAML we read: {' '.join(str(error).split())}") from error
+    if isinstance(loaded, str):
+        raise PlanError(f"there is no file {loaded!r}, and as YAML it is a word, not a list of steps.")
+    return loaded
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases (they can unfold without end) and without duplicate keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.YAMLError(f"aliases (*{event.anchor}) are not read, line {event.start_mark.line + 1}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key.value, str) else str(key.value)
+            if name in seen:
+                raise yaml.YAMLError(f"key {name!r} stands twice, line {key.start_mark.line + 1}")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _is_path(text: str) -> bool:
+    return "\n" not in text and (text.endswith((".yaml", ".yml", ".json")) or Path(text).is_file())
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"the plan {str(path)!r} cannot be read: {error}.") from error
+
+
+def _steps_of(plan: Mapping[str, Any]) -> list[Any]:
+    if "steps" not in plan:
+        return [{name: options} for name, options in plan.items()]
+    unknown = [key for key in plan if key not in ("steps", "require")]
+    if unknown:
+        raise PlanError(f"a plan has no key {unknown[0]!r}.{did_you_mean(str(unknown[0]), ('steps', 'require'))}")
+    steps = plan["steps"]
+    if not isinstance(steps, Sequence) or isinstance(steps, str):
+        raise PlanError(f"'steps' is a {type(steps).__name__}; it is a list of passes.")
+    return [*steps, {"require": plan["require"]}] if "require" in plan else list(steps)
+
+
+def _parse_step(number: int, step: Any) -> Pass:
+    if isinstance(step, Pass):
+        return step
+    if isinstance(step, str):
+        return build_pass(step, {}, f"step {number} ")
+    if isinstance(step, Mapping) and len(step) == 1:
+        name, options = next(iter(step.items()))
+        if options is None or isinstance(options, Mapping):
+            return build_pass(str(name), options or {}, f"step {number} ")
+        raise PlanError(f"step {number} {name!r}: its options are a {type(options).__name__}, and must be a mapping.")
+    raise PlanError(f"step {number} is {step!r}; write a pass's name, or one name with its options: {{name: {{...}}}}.")
+
+
+def build_pass(name: str, options: Mapping[str, Any], where: str = "") -> Pass:
+    """The pass ``name`` with ``options``, each checked against the type of its field."""
+    try:
+        cls = library.find(name)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}" if where else str(error)) from error
+    values = {}
+    fields = _option_types(cls)
+    for key, value in options.items():
+        if key not in fields:
+            known = f" It takes: {', '.join(fields)}." if fields else " It takes none."
+            raise PlanError(f"{where}{name!r} has no option {key!r}.{did_you_mean(str(key), fields) or known}")
+        values[key] = _checked(fields[key], value, f"{where}{name!r}: option {key!r}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and _is_required(f)]  # type: ignore[arg-type]
+        raise PlanError(f"{where}{name!r} needs the option(s) {', '.join(missing)}.") from error
+    except FxCompressError as error:
+        raise PlanError(f"{where}{name!r}: {error}") from error
+
+
+def _is_required(field: Any) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+@functools.cache
+def _option_types(cls: type[Pass]) -> dict[str, pydantic.TypeAdapter[Any]]:
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: pydantic.TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+
+def _checked(adapter: pydantic.TypeAdapter[Any], value: Any, where: str) -> Any:
+    try:
+        return adapter.validate_python(_tupled(value), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise PlanError(f"{where} is {value!r}: {first['msg'].lower()}.") from error
+
+
+def _tupled(value: Any) -> Any:
+    """Lists, as text has them, become the tuples that options are."""
+    if isinstance(value, list):
+        return tuple(_tupled(item) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _tupled(item) for key, item in value.items()}
+    return value
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_listed(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _listed(item) for key, item in value.items()}
+    return value
+
+
+def _step_data(step: Pass) -> Any:
+    options = {}
+    for field in dataclasses.fields(step):  # type: ignore[arg-type]
+        value = getattr(step, field.name)
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if value != default:
+            options[field.name] = _listed(value)
+    return {step.name: options} if options else step.name
+
+
+def _check_order(steps: Sequence[Pass]) -> None:
+    """Follow the graph's stage through the steps; raise where one cannot take what its predecessor leaves."""
+    possible, author = set(STAGES), "the start"
+    for number, step in enumerate(steps, 1):
+        if not isinstance(step, Pass):
+            raise PlanError(f"step {number} is {step!r}, which is not a pass.")
+        accepted = possible & set(step.takes)
+        if not accepted:
+            helpers = [n for n, c in library.passes().items() if c.leaves in step.takes and set(c.takes) & possible]
+            hint = f" Put {' or '.join(map(repr, helpers))} before it." if helpers else ""
+            raise PlanError(
+                f"step {number} {step.name!r} takes a {' or '.join(step.takes)} graph, "
+                f"but {author} leaves it {' or '.join(sorted(possible))}.{hint}"
+            )
+        possible = {step.leaves} if step.leaves else accepted
+        if step.leaves or accepted != set(STAGES):
+            author = f"step {number} {step.name!r}"

@@ -1,0 +1,39 @@
+"""The observer: a module that passes a value through and lets a calibrator see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxcompress.quantization.calibrator import Calibrator, build_calibrator
+
+__all__ = ["ActivationObserver", "observers"]
+
+
+class ActivationObserver(nn.Module):
+    """Returns its input; while ``enabled``, its calibrator collects it.
+
+    ``calibrator``  a calibrator's name (``minmax``, ``histogram``, ...)
+    ``options``     the calibrator's parameters
+    """
+
+    def __init__(self, calibrator: str, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.calibrator_name, self.options = calibrator, dict(options or {})
+        self.calibrator: Calibrator = build_calibrator(calibrator, **self.options)
+        self.enabled = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.enabled:
+            self.calibrator.collect(input.detach())
+        return input
+
+    def extra_repr(self) -> str:
+        return self.calibrator_name
+
+
+def observers(model: nn.Module) -> dict[str, ActivationObserver]:
+    """Every observer in a model by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, ActivationObserver)}

@@ -1,0 +1,96 @@
+"""Which operators run in integers, and which values are therefore quantized. A policy: it decides and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from fxcompress.backends import Backend, Rule
+from fxcompress.graph import ops
+from fxcompress.graph.select import Selection
+from fxcompress.graph.shapes import dtype_of
+
+__all__ = ["Placement", "operands", "place"]
+
+
+@dataclass
+class Placement:
+    """The decision for one graph.
+
+    ``integers``  operators that run in integers, with the rule each follows
+    ``floats``    operators that stay in float, with the reason
+    ``observed``  values that need a range of their own, in graph order
+    """
+
+    integers: dict[fx.Node, Rule] = field(default_factory=dict)
+    floats: dict[fx.Node, str] = field(default_factory=dict)
+    observed: dict[fx.Node, None] = field(default_factory=dict)
+
+
+def operands(call: ops.Call, rule: Rule) -> list[fx.Node]:
+    """The nodes whose values a rule wants quantized."""
+    found: list[fx.Node] = []
+    for name in rule.operands:
+        value = call[name]
+        found += [v for v in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(v, fx.Node)]
+    return found
+
+
+def place(module: fx.GraphModule, backend: Backend, selection: Selection, region: str = "") -> Placement:
+    """Walk the graph once and decide for every operator; ``region`` is where the graph lives in the whole model.
+
+    A weighted operator always runs in integers where its rule allows it. Any other operator does when its operands come out
+    of integer operators (a model input may join them): it would not repay a quantization of its own.
+    """
+    placed = Placement()
+    for node in module.graph.nodes:
+        if not node.op.startswith("call"):
+            continue
+        call = ops.read(node)
+        reason = _obstacle(node, call, placed, backend)
+        owner = ops.owner_name(node)
+        if reason is None and owner and (f"{region}.{owner}" if region else owner) not in selection:
+            reason = "it is excluded by name"
+        if reason is None:
+            assert call is not None
+            placed.integers[node] = backend.rules[call.kind]
+        else:
+            placed.floats[node] = reason
+    placed.observed = dict.fromkeys(_observed(module, placed))
+    return placed
+
+
+def _obstacle(node: fx.Node, call: ops.Call | None, placed: Placement, backend: Backend) -> str | None:
+    if call is None:
+        return "its own code runs (an island)" if node.op == "call_module" else f"{node.target} is not in the op table"
+    rule = backend.rules.get(call.kind)
+    if rule is None:
+        return f"{backend.name} has no integer kernel for {call.kind}"
+    sources = operands(call, rule)
+    if not sources:
+        return "it takes no tensor"
+    wrong = [s for s in sources if dtype_of(s) not in (None, torch.float32)]
+    if wrong:
+        return f"its input {wrong[0].name!r} is {dtype_of(wrong[0])}"
+    reason = rule.refuse(call)
+    if reason or rule.weighted:
+        return reason
+    if not any(s in placed.integers for s in sources):
+        return "its inputs are in float"
+    lonely = [s for s in sources if s not in placed.integers and s.op != "placeholder"]
+    return f"its input {lonely[0].name!r} is in float" if lonely else None
+
+
+def _observed(module: fx.GraphModule, placed: Placement) -> Iterator[fx.Node]:
+    """Values with a range of their own: float operands of integer operators, and results that do not inherit a range."""
+    wanted = set()
+    for node, rule in placed.integers.items():
+        call = ops.read(node)
+        assert call is not None
+        wanted.update(source for source in operands(call, rule) if source not in placed.integers)
+        if rule.output == "own" and rule.fixed is None:
+            wanted.add(node)
+    yield from (node for node in module.graph.nodes if node in wanted)

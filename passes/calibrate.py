@@ -1,0 +1,70 @@
+"""calibrate: run batches through an observed graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import fx
+from tqdm import tqdm
+
+from fxcompress.data import batches
+from fxcompress.errors import DataError
+from fxcompress.pass_base import EXACT, Context, Pass, Promise
+from fxcompress.quantization.observer import observers
+
+__all__ = ["Calibrate"]
+
+
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """Let the observers see up to ``num_batches`` batches, in constant memory.
+
+    A batch that is empty, holds NaN or infinite values, or does not fit the model is refused by number.
+    Fewer batches than asked is a remark with both numbers.
+    """
+
+    name: ClassVar[str] = "calibrate"
+    takes: ClassVar[tuple[str, ...]] = ("observed",)
+    needs: ClassVar[tuple[str, ...]] = ("data",)
+    promise: ClassVar[Promise] = EXACT
+
+    num_batches: Annotated[int, Field(ge=1)] = 100
+
+    def run_model(self, model: fx.GraphModule, context: Context) -> None:
+        watching = observers(model)
+        training = {m for m in model.modules() if m.training}
+        model.eval()
+        for observer in watching.values():
+            observer.enabled = True
+        seen = 0
+        try:
+            with torch.no_grad():
+                feed = batches(context.require_data("'calibrate'"), model, self.num_batches)
+                for call in tqdm(feed, "calibrate", disable=_hidden(context.progress), leave=False, unit="batch"):
+                    self._run(model, call, seen)
+                    seen += 1
+        finally:
+            for observer in watching.values():
+                observer.enabled = False
+            for module in training:
+                module.training = True
+        if not seen:
+            raise DataError("the dataloader is empty: there is nothing to calibrate with.")
+        if seen < self.num_batches:
+            context.note("", f"{self.num_batches} batches were asked for and the data has {seen}")
+
+    def _run(self, model: fx.GraphModule, call: object, number: int) -> None:
+        try:
+            call(model)  # type: ignore[operator]
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"batch {number} does not run through the model: {str(error).splitlines()[0]}") from error
+
+
+def _hidden(progress: bool | None) -> bool | None:
+    """tqdm's ``disable``: None hides the bar where the output is not a terminal."""
+    return None if progress is None else not progress

@@ -1,0 +1,207 @@
+"""fold-quantization: observers become explicit quantize and dequantize operators, weights become int8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fxcompress import backends
+from fxcompress.backends.base import Backend
+from fxcompress.errors import DataError
+from fxcompress.graph import edit, fused, ops, qdq
+from fxcompress.graph.island import regions
+from fxcompress.graph.shapes import describe, module_of, tensor_meta
+from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
+from fxcompress.quantization.grid import Grid
+from fxcompress.quantization.observer import ActivationObserver, observers
+from fxcompress.quantization.placement import operands
+from fxcompress.quantization.weights import quantize_weight
+
+__all__ = ["FoldQuantization"]
+
+
+@dataclass(frozen=True)
+class FoldQuantization(Pass):
+    """Turn observed ranges into quantize/dequantize operators around every integer operator.
+
+    A value is quantized once, whoever reads it; operators that keep their input's range are requantized on the same scale;
+    weights are stored as int8 beside their scales, under the names they had. The result runs anywhere, exports, and is what
+    backends lower from. Operators whose values no batch ever reached stay in float.
+    """
+
+    name: ClassVar[str] = "fold-quantization"
+    takes: ClassVar[tuple[str, ...]] = ("observed",)
+    leaves: ClassVar[str | None] = "qdq"
+    promise: ClassVar[Promise] = APPROXIMATE
+
+    def run_model(self, model: fx.GraphModule, context: Context) -> None:
+        watching = [o for module in regions(model).values() for o in observers(module).values()]
+        if watching and not any(o.calibrator.count for o in watching):
+            raise DataError("the model is not calibrated: no observer has seen data. Run batches through it first.")
+        super().run_model(model, context)
+
+    def run(self, module: fx.GraphModule, context: Context) -> None:
+        _Folding(module, context).run()
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """The scale and zero point of one value."""
+
+    scale: float
+    zero_point: int
+    quant_max: int
+
+    def quantize(self, node: fx.Node) -> fx.Node:
+        made = edit.insert_after(
+            node, qdq.quantize, (node, self.scale, self.zero_point, 0, self.quant_max, torch.uint8)
+        )
+        _describe(made, node, torch.uint8)
+        return made
+
+    def dequantize(self, node: fx.Node) -> fx.Node:
+        made = edit.insert_after(node, qdq.dequantize, (node, self.scale, self.zero_point))
+        _describe(made, node, torch.float32)
+        return made
+
+
+def _describe(node: fx.Node, like: fx.Node, dtype: torch.dtype) -> None:
+    meta = tensor_meta(like)
+    if meta is not None:
+        node.meta["tensor_meta"] = meta._replace(dtype=dtype, requires_grad=False)
+
+
+class _Folding:
+    """The rewrite of one region."""
+
+    def __init__(self, module: fx.GraphModule, context: Context) -> None:
+        self.module, self.context = module, context
+        self.settings: dict[str, Any] = module.meta["quantization"]
+        self.backend: Backend = backends.find(self.settings["backend"])
+        self.parameters: dict[fx.Node, _Parameters] = {}
+        self.stored: set[str] = set()
+
+    def run(self) -> None:
+        watching = self._remove_observers()
+        for node in list(self.module.graph.nodes):
+            if node.meta.get("integer"):
+                self._settle(node, watching)
+            elif node in watching and (found := self._observed(watching[node])):
+                self.parameters[node] = found
+        for node in list(self.module.graph.nodes):
+            if node in self.parameters:
+                self._quantize_value(node)
+        for node in list(self.module.graph.nodes):
+            call = ops.read(node) if node.meta.get("integer") else None
+            if call is not None and self.backend.rules[call.kind].weighted:
+                self._fold_weight(call)
+
+    def _remove_observers(self) -> dict[fx.Node, ActivationObserver]:
+        watching: dict[fx.Node, ActivationObserver] = {}
+        for node in list(self.module.graph.nodes):
+            if node.meta.get("observer"):
+                observer = module_of(node)
+                assert isinstance(observer, ActivationObserver)
+                watching[node.all_input_nodes[0]] = observer
+                edit.bypass(node)
+        return watching
+
+    def _observed(self, observer: ActivationObserver) -> _Parameters | None:
+        if not observer.calibrator.count:
+            return None
+        top = 127 if self.settings["reduce_range"] else 255
+        scale, zero_point = observer.calibrator.compute_scale_zp(Grid(torch.uint8, 0, top, symmetric=False))
+        return _Parameters(float(scale), int(zero_point), top)
+
+    def _settle(self, node: fx.Node, watching: dict[fx.Node, ActivationObserver]) -> None:
+        """Find the parameters of an integer operator's result; without ranges the operator goes back to float."""
+        call = ops.read(node)
+        assert call is not None
+        rule = self.backend.rules[call.kind]
+        sources = operands(call, rule)
+        found = None
+        if all(source in self.parameters for source in sources):
+            if rule.fixed is not None:
+                found = _Parameters(*rule.fixed, 255)
+            elif rule.output == "input":
+                found = self.parameters[sources[0]]
+            elif node in watching:
+                found = self._observed(watching[node])
+        if found is not None:
+            self.parameters[node] = found
+            return
+        node.meta["integer"] = False
+        node.meta["float"] = "no calibration batch reached it"
+        self.context.skip(node, node.meta["float"])
+
+    def _quantize_value(self, node: fx.Node) -> None:
+        is_integer = bool(node.meta.get("integer"))
+        if is_integer and tensor_meta(node) is None and ops.kind(node) in ("chunk", "split", "unbind"):
+            return
+        readers = [user for user in node.users if is_integer or user.meta.get("integer")]
+        if not readers:
+            return
+        quantized = self.parameters[node].quantize(node)
+        value = self.parameters[node].dequantize(quantized)
+        for reader in readers:
+            reader.replace_input_with(node, value)
+
+    def _fold_weight(self, call: ops.Call) -> None:
+        """Store the weight as int8 and let the operator read it through a dequantize, in functional form."""
+        node, stored = call.node, call["weight"].name
+        if stored not in self.stored:
+            self._store(stored, call)
+        scale_name, axis = f"{stored}_scale", _axis(call)
+        with self.module.graph.inserting_before(node):
+            weight = self.module.graph.get_attr(stored)
+            scale = self.module.graph.get_attr(scale_name)
+            _describe_tensor(weight, edit.get_tensor(self.module, stored))
+            _describe_tensor(scale, edit.get_tensor(self.module, scale_name))
+            value = self.module.graph.call_function(qdq.dequantize_per_channel, (weight, scale, axis))
+            bias = self.module.graph.get_attr(call["bias"].name) if call["bias"] is not None else None
+        _describe(value, weight, torch.float32)
+        if bias is not None:
+            _describe_tensor(bias, edit.get_tensor(self.module, call["bias"].name))
+        _make_functional(node, call, value, bias)
+
+    def _store(self, stored: str, call: ops.Call) -> None:
+        weight = edit.get_tensor(self.module, stored)
+        levels, scale = quantize_weight(
+            weight,
+            _axis(call),
+            per_channel=self.settings["per_channel"] and not call.kind.startswith("conv_transpose"),
+            bound_pairs=self.settings["bound_pairs"],
+            adjacent=(call["groups"] or 1) == 1 and not call.kind.startswith("conv_transpose"),
+        )
+        edit.set_tensor(self.module, stored, levels, buffer=True)
+        edit.set_tensor(self.module, f"{stored}_scale", scale, buffer=True)
+        self.stored.add(stored)
+
+
+def _axis(call: ops.Call) -> int:
+    return 1 if call.kind.startswith("conv_transpose") else 0
+
+
+def _describe_tensor(node: fx.Node, tensor: torch.Tensor) -> None:
+    node.meta["tensor_meta"] = describe(tensor)
+
+
+_ORDERS = {
+    "linear": (),
+    **{f"conv{d}d": ("stride", "padding", "dilation", "groups") for d in (1, 2, 3)},
+    **{f"conv_transpose{d}d": ("stride", "padding", "output_padding", "groups", "dilation") for d in (1, 2, 3)},
+}
+
+
+def _make_functional(node: fx.Node, call: ops.Call, weight: fx.Node, bias: fx.Node | None) -> None:
+    """Respell a weighted operator as a function of its weight and bias."""
+    geometry = tuple(call[name] for name in _ORDERS[call.kind])
+    input = call["input"]
+    if call["activation"]:
+        node.target, node.kwargs = fused.FUNCTIONS[call.kind], {"activation": call["activation"]}
+    else:
+        node.target, node.kwargs = getattr(torch.nn.functional, call.kind), {}
+    node.op, node.args = "call_function", (input, weight, bias, *geometry)

@@ -1,0 +1,46 @@
+"""remove-dead: what nobody uses, and what passes values through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx, nn
+
+from fxcompress.graph import edit, ops
+from fxcompress.graph.shapes import module_of
+from fxcompress.graph.trace import is_impure
+from fxcompress.pass_base import EXACT, STAGES, Context, Pass, Promise
+
+__all__ = ["RemoveDead"]
+
+
+@dataclass(frozen=True)
+class RemoveDead(Pass):
+    """Remove nodes whose result nobody uses, Identity modules, and on request dropout in eval mode.
+
+    Options: ``dropout``, also remove dropout that is in eval mode (a model that will be trained again needs it).
+    """
+
+    name: ClassVar[str] = "remove-dead"
+    takes: ClassVar[tuple[str, ...]] = STAGES
+    promise: ClassVar[Promise] = EXACT
+
+    dropout: bool = False
+
+    def run(self, module: fx.GraphModule, context: Context) -> None:
+        for node in list(module.graph.nodes):
+            if self._passes_through(node):
+                edit.bypass(node)
+        module.graph.eliminate_dead_code(is_impure_node=is_impure)
+
+    def _passes_through(self, node: fx.Node) -> bool:
+        kind = ops.kind(node)
+        if kind == "identity":
+            return node.op == "call_module" and type(module_of(node)) is nn.Identity
+        if kind != "dropout" or not self.dropout:
+            return False
+        call = ops.read(node)
+        assert call is not None
+        training = module_of(node).training if node.op == "call_module" else call["training"]
+        return training is False
