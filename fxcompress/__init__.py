@@ -1,1 +1,36 @@
-"""fxcompress: a graph-rewriting compiler for model compression."""
+"""fxcompress: a graph-rewriting compiler for model compression.
+
+A trained model and a plan go in; a smaller, faster model comes out, with a ledger of what every pass did, what it cost, and
+what it left alone and why::
+
+    manager = PassManager(["fold-batchnorm", "fuse-activations"])
+    compressed = manager.run(model, example_inputs=images)
+    print(manager.ledger)
+"""
+
+from fxcompress.artifact import load, save
+from fxcompress.errors import FxCompressError
+from fxcompress.graph import trace
+from fxcompress.graph.coverage import coverage
+from fxcompress.ledger import Ledger
+from fxcompress.manager import PassManager
+from fxcompress.pass_base import Context, Pass
+from fxcompress.plan import Plan
+from fxcompress.quantization.ptq import PTQQuantizer, StaticQuantizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Context",
+    "FxCompressError",
+    "Ledger",
+    "PTQQuantizer",
+    "Pass",
+    "PassManager",
+    "Plan",
+    "StaticQuantizer",
+    "coverage",
+    "load",
+    "save",
+    "trace",
+]

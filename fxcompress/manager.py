@@ -95,11 +95,11 @@ class PassManager:
             self._step(run, step, watchers, model, call)
         for watcher in watchers:
             watcher.end(run)
+        entry = {"plan": str(self.plan), "ledger": self.ledger.as_data()}
+        traced.meta["history"] = [*traced.meta.get("history", []), entry]
         return traced
 
-    def _step(
-        self, run: Run, step: Pass, watchers: Sequence[Observer], model: nn.Module, call: Arguments | None
-    ) -> None:
+    def _step(self, run: Run, step: Pass, watchers: Sequence[Observer], model: nn.Module, call: Arguments | None) -> None:
         run.step = step
         try:
             for watcher in watchers:
@@ -144,9 +144,7 @@ class PassManager:
         stage = traced.meta["stage"]
         if self.plan.steps and stage not in self.plan.steps[0].takes:
             first = self.plan.steps[0]
-            raise PlanError(
-                f"the model is {stage}, and step 1 {first.name!r} takes a {' or '.join(first.takes)} graph."
-            )
+            raise PlanError(f"the model is {stage}, and step 1 {first.name!r} takes a {' or '.join(first.takes)} graph.")
 
 
 def _example_call(example_inputs: Any, data: Iterable[Any] | None) -> Arguments | None:

@@ -56,9 +56,7 @@ class _Parameters:
     quant_max: int
 
     def quantize(self, node: fx.Node) -> fx.Node:
-        made = edit.insert_after(
-            node, qdq.quantize, (node, self.scale, self.zero_point, 0, self.quant_max, torch.uint8)
-        )
+        made = edit.insert_after(node, qdq.quantize, (node, self.scale, self.zero_point, 0, self.quant_max, torch.uint8))
         _describe(made, node, torch.uint8)
         return made
 

@@ -69,9 +69,7 @@ class QuantizedLayer(nn.Module):
         previous = torch.backends.quantized.engine
         torch.backends.quantized.engine = engine()
         try:
-            self.packed = prepack(
-                _quantized_weight(self.weight, self.weight_scale, self.axis), self.bias, self.geometry
-            )
+            self.packed = prepack(_quantized_weight(self.weight, self.weight_scale, self.axis), self.bias, self.geometry)
         finally:
             torch.backends.quantized.engine = previous
         self.kernel = kernels[self.activation]
@@ -88,9 +86,7 @@ class QuantizedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         shape = "×".join(map(str, self.weight.shape))
-        return (
-            f"{self.kind} {shape}, activation={self.activation}, scale={self.scale:.4g}, zero_point={self.zero_point}"
-        )
+        return f"{self.kind} {shape}, activation={self.activation}, scale={self.scale:.4g}, zero_point={self.zero_point}"
 
 
 def _quantized_weight(weight: Tensor, scale: Tensor, axis: int) -> Tensor:

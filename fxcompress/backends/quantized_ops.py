@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxcompress.backends.kernels import LAYERS, QuantizedLayer, quantize_input
 from fxcompress.graph import edit, ops, qdq
 from fxcompress.graph.cost import macs
-from fxcompress.graph.shapes import TensorMetadata, shape_of, tensor_meta
+from fxcompress.graph.shapes import shape_of, tensor_meta
 
 __all__ = ["lower"]
 
@@ -139,9 +140,7 @@ class _Lowering:
         weight, weight_scale, axis = self._int8_weight(call["weight"])
         bias = edit.get_tensor(self.module, call["bias"].name) if call["bias"] is not None else None
         activation = "relu" if call["activation"] in ("relu", "relu6") else None
-        layer = QuantizedLayer(
-            call.kind, weight, weight_scale, axis, bias, _geometry(call), activation, scale, zero_point
-        )
+        layer = QuantizedLayer(call.kind, weight, weight_scale, axis, bias, _geometry(call), activation, scale, zero_point)
         name = self._layer_name(call)
         self.layers[name] = layer
         return self.graph.call_module(name, (self.operand(call["input"]),))
@@ -184,9 +183,7 @@ def _as_quint8(node: fx.Node) -> Any:
         return meta._replace(dtype=torch.quint8, requires_grad=False, is_quantized=True)
     if isinstance(meta, (tuple, list)):
         return tuple(
-            m._replace(dtype=torch.quint8, requires_grad=False, is_quantized=True)
-            if isinstance(m, TensorMetadata)
-            else None
+            m._replace(dtype=torch.quint8, requires_grad=False, is_quantized=True) if isinstance(m, TensorMetadata) else None
             for m in meta
         )
     return None

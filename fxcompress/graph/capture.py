@@ -90,9 +90,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(previous)
 
 
-def inline(
-    graph: fx.Graph, root: nn.Module, prefix: str, program: torch.export.ExportedProgram, call: Arguments
-) -> Any:
+def inline(graph: fx.Graph, root: nn.Module, prefix: str, program: torch.export.ExportedProgram, call: Arguments) -> Any:
     """Copy ``program`` into ``graph`` at its insertion point; returns its result as a structure of nodes.
 
     ``call`` holds the nodes (or literals) the module was called with; ``prefix`` is the module's qualified name, under

@@ -92,10 +92,12 @@ def _counts(node: fx.Node) -> bool:
         return False
     if node.op == "call_module" and node.meta.get("observer"):
         return False
+    if node.meta.get("integer"):
+        return True
+    if "tensor_meta" in node.meta and node.meta["tensor_meta"] is None:
+        return False
     found = ops.lookup(node)
-    if found is None:
-        return not (node.op == "call_function" and node.meta.get("tensor_meta") is None and "integer" not in node.meta)
-    return found.family not in _SILENT and found.kind != "getitem"
+    return found is None or (found.family not in _SILENT and found.kind != "getitem")
 
 
 def _float_operator(region: str, node: fx.Node) -> FloatOperator:

@@ -110,9 +110,7 @@ def insert_before(node: fx.Node, target: Callable[..., Any] | str, args: tuple[A
         return _inherit(_create(node.graph, target, args, kwargs), node)
 
 
-def _create(
-    graph: fx.Graph, target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> fx.Node:
+def _create(graph: fx.Graph, target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
     if isinstance(target, str):
         return graph.call_module(target, args, kwargs)
     return graph.call_function(target, args, kwargs)

@@ -40,7 +40,8 @@ class Island(nn.Module):
         for name, buffer in self.model._buffers.items():
             if buffer is not None:
                 self.model._buffers[name] = fn(buffer)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
     def extra_repr(self) -> str:
         return type(self.model).__name__
@@ -55,4 +56,4 @@ def regions(model: nn.Module) -> dict[str, fx.GraphModule]:
 
 
 def _inside(name: str, found: dict[str, torch.fx.GraphModule]) -> bool:
-    return any(name.startswith(outer + ".") for outer in found if outer and outer != name) and not name == ""
+    return any(name.startswith(outer + ".") for outer in found if outer and outer != name) and name != ""

@@ -7,6 +7,7 @@ analyses need. Passes ask :func:`kind` and :func:`read`, never a spelling.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -84,6 +85,7 @@ class _Index:
 
     def __init__(self) -> None:
         self.targets: dict[Any, tuple[Op, tuple[str, ...]]] = {}
+        self.spelled: dict[str, Any] = {}
         self.methods: dict[str, tuple[Op, tuple[str, ...]]] = {}
         self.modules: dict[type, Op] = {}
         self.module_names: dict[str, Op] = {}
@@ -91,10 +93,13 @@ class _Index:
     def add(self, op: Op) -> None:
         for name in op.names.split():
             self.methods.setdefault(name, (op, op.argument_names))
-            for target in _spellings(name):
+            for path, target in _spellings(name):
                 self.targets.setdefault(target, (op, op.argument_names))
+                self.spelled.setdefault(path, target)
         for target, order in op.functions:
             self.targets[target] = (op, tuple(order.split()) if order else op.argument_names)
+            if not isinstance(target, torch._ops.OpOverloadPacket):
+                self.spelled.setdefault(f"{target.__module__}.{target.__name__}", target)
         for module in op.modules:
             if isinstance(module, str):
                 self.module_names[module] = op
@@ -110,13 +115,67 @@ class _Index:
         return found
 
 
-def _spellings(name: str) -> Iterator[Any]:
-    for place in (torch, F, torch.special, torch._C._nn, operator):
+_PLACES = {
+    "torch": torch,
+    "torch.nn.functional": F,
+    "torch.special": torch.special,
+    "torch._C._nn": torch._C._nn,
+    "operator": operator,
+    "aten": torch.ops.aten,
+}
+
+
+def _spellings(name: str) -> Iterator[tuple[str, Any]]:
+    for path, place in _PLACES.items():
         target = getattr(place, name, None)
         if callable(target):
-            yield target
-    if hasattr(torch.ops.aten, name):
-        yield getattr(torch.ops.aten, name)
+            yield f"{path}.{name}", target
+
+
+def target_name(target: Any) -> str | None:
+    """The word a call target is saved under, or None where it is not in the allow-list."""
+    if isinstance(target, torch._ops.OpOverload):
+        space, _, name = target._schema.name.partition("::")
+        return f"{space}.{name}.{target._overloadname}" if _is_allowed(space, name) else None
+    return _names().get(target)
+
+
+def target_by_name(name: str) -> Any:
+    """The call target saved under ``name``, or None where it is not in the allow-list."""
+    if name in _table().spelled:
+        return _table().spelled[name]
+    space, _, rest = name.partition(".")
+    operator_name, _, overload = rest.partition(".")
+    if not _is_allowed(space, operator_name):
+        return None
+    return getattr(getattr(getattr(torch.ops, space), operator_name, None), overload, None)
+
+
+def _is_allowed(space: str, name: str) -> bool:
+    return space == "fxcompress" or (space == "aten" and "file" not in name)
+
+
+@functools.cache
+def _names() -> dict[Any, str]:
+    names: dict[Any, str] = {}
+    for name, target in _table().spelled.items():
+        names.setdefault(target, name)
+    return names
+
+
+def is_known_method(name: str) -> bool:
+    """Whether the op table has a row for this tensor method."""
+    return name in _table().methods
+
+
+def known_classes() -> dict[str, type[nn.Module]]:
+    """Layer classes of the op table by qualified name."""
+    return {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _table().modules}
+
+
+def known_class_names() -> set[str]:
+    """Classes of the op table that live in packages of their own."""
+    return set(_table().module_names)
 
 
 _index: _Index | None = None
@@ -249,7 +308,7 @@ def _submodule(node: fx.Node) -> nn.Module | None:
     owner = node.graph.owning_module
     if owner is None:
         return None
-    module: Any = owner
+    module: nn.Module | None = owner
     for part in str(node.target).split("."):
         module = module._modules.get(part) if isinstance(module, nn.Module) else None
     return module

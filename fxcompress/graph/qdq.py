@@ -29,9 +29,7 @@ def _along(scale: Tensor, dims: int, axis: int) -> Tensor:
     return scale.reshape(shape)
 
 
-def _quantize(
-    input: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: torch.dtype
-) -> Tensor:
+def _quantize(input: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: torch.dtype) -> Tensor:
     levels = torch.round(input.to(torch.float32) / scale) + zero_point
     return levels.clamp_(quant_min, quant_max).to(dtype)
 

@@ -26,9 +26,7 @@ __all__ = ["Recorder", "describe", "dtype_of", "module_of", "numel", "propagate"
 def describe(value: Any) -> Any:
     """The metadata of a value: of each tensor in its structure, None for anything else."""
     if isinstance(value, torch.Tensor):
-        return TensorMetadata(
-            torch.Size(value.shape), value.dtype, value.requires_grad, (), None, value.is_quantized, {}
-        )
+        return TensorMetadata(torch.Size(value.shape), value.dtype, value.requires_grad, (), None, value.is_quantized, {})
     if isinstance(value, (tuple, list)):
         return tuple(describe(item) for item in value)
     if isinstance(value, dict):
@@ -120,9 +118,7 @@ class _FakeRun(fx.Interpreter):
         module = self.fetch_attr(target)
         state = itertools.chain(module.named_parameters(), module.named_buffers())
         fakes = {name: self._fake(value) for name, value in state}
-        return (
-            torch.func.functional_call(module, fakes, args, kwargs, strict=False) if fakes else module(*args, **kwargs)
-        )
+        return torch.func.functional_call(module, fakes, args, kwargs, strict=False) if fakes else module(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         if any(source in self.unknown for source in n.all_input_nodes):

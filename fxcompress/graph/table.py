@@ -301,9 +301,7 @@ TABLE: tuple[Op, ...] = (
     _movement("fold", "fold col2im", "input output_size kernel_size", same=False, modules=(nn.Fold,)),
     _movement("pixel_shuffle", "pixel_shuffle", "input upscale_factor", modules=(nn.PixelShuffle,)),
     _movement("pixel_unshuffle", "pixel_unshuffle", "input downscale_factor", modules=(nn.PixelUnshuffle,)),
-    _movement(
-        "channel_shuffle", "channel_shuffle native_channel_shuffle", "input groups", modules=(nn.ChannelShuffle,)
-    ),
+    _movement("channel_shuffle", "channel_shuffle native_channel_shuffle", "input groups", modules=(nn.ChannelShuffle,)),
     _movement(
         "pad",
         "pad constant_pad_nd",
@@ -350,9 +348,7 @@ TABLE: tuple[Op, ...] = (
     Op("factory", "query", "zeros ones full empty arange linspace eye tensor scalar_tensor rand randn", "*size"),
     Op("like", "query", "zeros_like ones_like full_like empty_like rand_like randn_like", "input"),
     Op("new", "query", "new_zeros new_ones new_full new_empty new_tensor", "input *size"),
-    Op(
-        "scalar", "query", "", "input", functions=((int, None), (float, None), (bool, None), (len, None), (round, None))
-    ),
+    Op("scalar", "query", "", "input", functions=((int, None), (float, None), (bool, None), (len, None), (round, None))),
     Op(
         "scalar_function",
         "query",

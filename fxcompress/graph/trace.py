@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx._symbolic_trace import PH
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import TraceError
@@ -26,8 +27,9 @@ from fxcompress.graph import inplace, ops
 from fxcompress.graph.capture import capture, inline
 from fxcompress.graph.inputs import Arguments, arguments, bind, preserved_attributes, record_calls
 from fxcompress.graph.island import TOP, Island, regions
+from fxcompress.graph.module import TracedModule
 
-__all__ = ["Rung", "is_impure", "is_traced", "region_inputs", "trace"]
+__all__ = ["Rung", "is_impure", "around_island", "is_traced", "region_inputs", "trace"]
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,7 @@ class _Tracer(fx.Tracer):
             self._proxies[name] = self.create_proxy("get_attr", name, (), {})
         return self._proxies[name]
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
@@ -162,7 +162,7 @@ def _trace(model: nn.Module, call: Arguments | None) -> fx.GraphModule:
     module, reason = _capture_whole(model, call)
     if module is not None:
         return module
-    return _around_island(model, [Rung("", "island", reason), *_compile_children(model, call)])
+    return around_island(model, [Rung("", "island", reason), *_compile_children(model, call)])
 
 
 def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphModule | None, str]:
@@ -175,7 +175,7 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
         graph, failure = _symbolic(tracer, model, {**concrete, **nested})
     rungs = [Rung("", "note", f"argument {name!r} is fixed to {value!r}") for name, value in concrete.items()]
     if graph is not None:
-        module = fx.GraphModule(tracer.root, graph, type(model).__name__)
+        module = TracedModule(tracer.root, graph, type(model).__name__)
         rungs += [Rung(name, "note", "its forward hooks do not run in the graph") for name in tracer.hooked]
         rungs += _resolve(module, model, tracer.defeated, call)
         return _finish(module, rungs), ""
@@ -216,7 +216,7 @@ def _nested(model: nn.Module, call: Arguments) -> dict[str, Any]:
     """Container arguments with a placeholder for each leaf, so that code may iterate over the container."""
     given = bind(model, call).arguments
     return {
-        name: pytree.tree_map(lambda leaf: fx.PH, value)
+        name: pytree.tree_map(lambda leaf: PH, value)
         for name, value in given.items()
         if isinstance(value, (list, tuple, dict)) and name in inspect.signature(model.forward).parameters
     }
@@ -250,13 +250,13 @@ def _from_export(model: nn.Module, call: Arguments, program: torch.export.Export
     positional = tuple(args[: len(call.args)])
     kwargs = {name: nodes[name] for name in call.kwargs}
     graph.output(inline(graph, model, "", program, Arguments(positional, kwargs)))
-    return fx.GraphModule(model, graph, type(model).__name__)
+    return TracedModule(model, graph, type(model).__name__)
 
 
 def _placeholders(graph: fx.Graph, model: nn.Module) -> dict[str, fx.Node]:
     """Placeholders with the names and defaults of the model's forward."""
     nodes: dict[str, fx.Node] = {}
-    prefixes = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    prefixes: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     for name, parameter in inspect.signature(model.forward).parameters.items():
         target = prefixes.get(parameter.kind, "") + name
         default = () if parameter.default is inspect.Parameter.empty else (parameter.default,)
@@ -264,7 +264,7 @@ def _placeholders(graph: fx.Graph, model: nn.Module) -> dict[str, fx.Node]:
     return nodes
 
 
-def _around_island(model: nn.Module, rungs: list[Rung]) -> fx.GraphModule:
+def around_island(model: nn.Module, rungs: list[Rung]) -> fx.GraphModule:
     """A graph module that owns the model's tensors and children, and whose graph calls the model's code."""
     root = nn.Module()
     for name, child in model._modules.items():
@@ -280,7 +280,7 @@ def _around_island(model: nn.Module, rungs: list[Rung]) -> fx.GraphModule:
     nodes = _placeholders(graph, model)
     args, kwargs = _forwarded(model, nodes)
     graph.output(graph.create_node("call_module", TOP, args, kwargs))
-    module = fx.GraphModule(root, graph, type(model).__name__)
+    module = TracedModule(root, graph, type(model).__name__)
     for name, value in {**root._modules, **root._parameters, **root._buffers}.items():
         if not hasattr(module, name):
             setattr(module, name, value)

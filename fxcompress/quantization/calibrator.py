@@ -154,7 +154,7 @@ class _HistogramBased(Calibrator):
 
 def _flat(values: Tensor) -> Tensor:
     """All elements in memory order, without a copy where the memory has no gaps."""
-    order = sorted(range(values.dim()), key=lambda d: -values.stride(d))
+    order = sorted(range(values.dim()), key=values.stride, reverse=True)
     return values.permute(order).reshape(-1)
 
 

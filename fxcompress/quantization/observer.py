@@ -30,6 +30,17 @@ class ActivationObserver(nn.Module):
             self.calibrator.collect(input.detach())
         return input
 
+    def saved_state(self) -> dict[str, Any]:
+        """The observer as plain data and tensors."""
+        return {"calibrator": self.calibrator_name, "options": self.options, "seen": self.calibrator.state_dict()}
+
+    @classmethod
+    def from_saved_state(cls, state: dict[str, Any]) -> ActivationObserver:
+        """The inverse of :meth:`saved_state`."""
+        observer = cls(state["calibrator"], state["options"])
+        observer.calibrator.load_state_dict(state["seen"])
+        return observer
+
     def extra_repr(self) -> str:
         return self.calibrator_name
 

@@ -86,7 +86,7 @@ def _obstacle(node: fx.Node, call: ops.Call | None, placed: Placement, backend: 
 
 def _observed(module: fx.GraphModule, placed: Placement) -> Iterator[fx.Node]:
     """Values with a range of their own: float operands of integer operators, and results that do not inherit a range."""
-    wanted = set()
+    wanted: set[fx.Node] = set()
     for node, rule in placed.integers.items():
         call = ops.read(node)
         assert call is not None

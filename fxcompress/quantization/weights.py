@@ -22,10 +22,8 @@ def quantize_weight(
     ``adjacent`` says whether pairs are known or any two elements of a channel may meet. A channel of zeros gets scale 1.
     """
     exact = weight.detach().to(torch.float64)
-    if bound_pairs:
-        reach = largest_pair(exact, axis, adjacent=adjacent)
-    else:
-        reach = exact.movedim(axis, 0).flatten(1).abs().amax(1)
+    largest = exact.movedim(axis, 0).flatten(1).abs().amax(1)
+    reach = largest_pair(exact, axis, adjacent=adjacent) if bound_pairs else largest
     if not per_channel:
         reach = reach.amax().reshape(1)
     scale = (reach / 127).clamp(min=_SMALLEST)

@@ -1,0 +1,160 @@
+"""Saved models: graph and metadata as JSON, tensors as safetensors, the plan and the ledger beside them. No code.
+
+A saved model is a folder:
+
+    graph.json          every compiled region: nodes, layers with their plain attributes, metadata, stage
+    tensors.safetensors parameters, buffers and calibration state
+    history.json        the plan and the ledger of every run that made it
+
+Operators and layer classes are resolved from an allow-list when the model is read back; nothing in the files is executed. A
+lowered model is saved in its portable form and lowered again when loaded. Islands are code: their tensors are saved, and the
+modules are handed to :func:`load`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+
+from fxcompress import serial
+from fxcompress.errors import ArtifactError
+from fxcompress.graph import edit
+from fxcompress.graph.island import regions
+from fxcompress.graph.trace import Rung, is_traced
+from fxcompress.pass_base import Context
+from fxcompress.plan import build_pass
+
+__all__ = ["load", "save"]
+
+FORMAT = 1
+_GRAPH, _TENSORS, _HISTORY = "graph.json", "tensors.safetensors", "history.json"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a traced model of any stage as a folder at ``path``; it appears whole or not at all.
+
+    Raises ArtifactError where the model was not traced, holds something that has no code-free form, or ``path`` is a file.
+    """
+    if not is_traced(model):
+        raise ArtifactError(f"save() takes a traced model, got a {type(model).__name__}; trace() it first.")
+    assert isinstance(model, fx.GraphModule)
+    target = Path(path)
+    if target.exists() and not (target / _GRAPH).is_file():
+        raise ArtifactError(f"{str(target)!r} exists and is not a saved model; choose another path.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _write(partial, model)
+        _replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _replace(partial: Path, target: Path) -> None:
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        os.replace(target, old / "old")
+        os.replace(partial, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, target)
+
+
+def _write(folder: Path, model: fx.GraphModule) -> None:
+    tensors = serial.Tensors()
+    (folder / _GRAPH).write_text(json.dumps(_describe(model, tensors)), encoding="utf-8")
+    (folder / _HISTORY).write_text(json.dumps(model.meta.get("history", []), indent=1), encoding="utf-8")
+    save_file(tensors.stored(), folder / _TENSORS)
+
+
+def _describe(model: fx.GraphModule, tensors: serial.Tensors) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "torch": str(torch.__version__),
+        "stage": model.meta["stage"],
+        "rungs": [[rung.module, rung.rung, rung.reason] for rung in model.meta["rungs"]],
+        "module": serial.module_data(model, tensors),
+    }
+
+
+def load(path: str | os.PathLike[str], *, modules: Mapping[str, nn.Module] | None = None) -> fx.GraphModule:
+    """Read a saved model back, at the stage it was saved in; lowered ones are lowered for this machine.
+
+    ``modules``: for a model with islands, the module for each island by name (``""`` for a model that is one as a whole),
+    freshly built; they are given the saved tensors. Raises ArtifactError where files are missing or damaged, an operator
+    or class is not in the allow-list, or an island's module is not supplied (naming each).
+    """
+    folder = Path(path)
+    document = _read_json(folder, _GRAPH)
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else None
+        raise ArtifactError(f"{str(folder)!r} has format {found!r}; this version reads format {FORMAT}.")
+    tensors = _read_tensors(folder)
+    model = _build(document, tensors, modules or {}, f"{str(folder)!r} is damaged")
+    model.meta["history"] = _read_json(folder, _HISTORY)
+    return model
+
+
+def _build(
+    document: dict[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], failure: str
+) -> fx.GraphModule:
+    try:
+        model = serial.build_module(document["module"], serial.Tensors(tensors), modules)
+        model.meta["rungs"] = tuple(Rung(*rung) for rung in document["rungs"])
+        model.meta["stage"] = document["stage"]
+        model.graph.lint()
+    except ArtifactError:
+        raise
+    except Exception as error:  # whatever a tampered description breaks means the same
+        raise ArtifactError(f"{failure}: {type(error).__name__}: {error}.") from error
+    assert isinstance(model, fx.GraphModule)
+    if document["stage"] == "lowered":
+        model.meta["stage"] = "qdq"
+        build_pass("lower", {}).run_model(model, Context())
+        for region in regions(model).values():
+            edit.finish(region)
+    return model
+
+
+def reduced(model: fx.GraphModule) -> tuple[Any, ...] | None:
+    """What ``pickle`` stores for a traced model, or None where it holds something without a plain form."""
+    tensors = serial.Tensors()
+    try:
+        document = _describe(model, tensors)
+        json.dumps(document)
+    except (ArtifactError, KeyError, TypeError):
+        return None
+    return _restored, (document, tensors.stored(), model.meta.get("history", []))
+
+
+def _restored(document: dict[str, Any], tensors: dict[str, Tensor], history: list[Any]) -> fx.GraphModule:
+    model = _build(document, tensors, {}, "the pickled model is damaged")
+    model.meta["history"] = history
+    return model
+
+
+def _read_json(folder: Path, name: str) -> Any:
+    if not (folder / name).is_file():
+        raise ArtifactError(f"there is no saved model at {str(folder)!r}: {name} is missing.")
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{str(folder / name)!r} is damaged: {error}.") from error
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(folder / _TENSORS))
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{str(folder / _TENSORS)!r} is missing or damaged: {error}.") from error
