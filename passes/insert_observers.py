@@ -65,7 +65,6 @@ class InsertObservers(Pass):
     def _observe(self, module: fx.GraphModule, node: fx.Node) -> None:
         readers = list(node.users)
         observer = ActivationObserver(self.calibrator, self.calibrator_options)
-        observer.train(module.training)
         name = edit.add_module(module, f"observers.{node.name}", observer)
         made = edit.insert_after(node, name, (node,))
         made.meta |= {"observer": True, "tensor_meta": node.meta.get("tensor_meta")}

@@ -64,9 +64,15 @@ class _Lowering:
             self.floats[node] = self._copy(node)
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        copied = self.graph.node_copy(node, self._float)
+        asks = ops.kind(node) == "shape" or (ops.kind(node) == "getattr" and node.args[1] in ("shape", "ndim"))
+        copied = self.graph.node_copy(node, self._either if asks else self._float)
         _reshape_any_layout(copied)
         return copied
+
+    def _either(self, node: fx.Node) -> fx.Node:
+        """The value of an old node as it is at hand: a question about its shape needs no dequantize."""
+        source = node.args[0] if node.target is _DEQUANTIZE else node
+        return self.integers[source] if source in self.integers else self._float(node)  # type: ignore[index]
 
     def _float(self, node: fx.Node) -> fx.Node:
         """The float value of an old node; an integer one is dequantized where first needed."""

@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import operator
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import TraceError
 from fxcompress.graph.inputs import Arguments, frozen_state, preserved_attributes
 
-__all__ = ["capture", "inline"]
+__all__ = ["capture", "inline", "ordered"]
 
 
 def capture(module: nn.Module, call: Arguments) -> tuple[torch.export.ExportedProgram, str]:
@@ -107,10 +108,25 @@ def inline(graph: fx.Graph, root: nn.Module, prefix: str, program: torch.export.
                 values[node] = by_name[node.name]
         elif node.op == "output":
             results = [values.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf for leaf in node.args[0]]
-            return pytree.tree_unflatten(results, program.call_spec.out_spec)
+            return _containers(graph, pytree.tree_unflatten(results, program.call_spec.out_spec))
         elif not _is_assertion(node):
             values[node] = _copy(graph, node, values, prefix)
     raise TraceError("the exported graph has no output")
+
+
+def ordered(graph: fx.Graph, items: dict[str, Any]) -> fx.Node:
+    """A node that makes an OrderedDict, which a graph's own dict arguments would turn into a plain one."""
+    return graph.call_function(OrderedDict, (list(items.items()),))
+
+
+def _containers(graph: fx.Graph, value: Any) -> Any:
+    """``value`` with nodes for the containers that a graph cannot hold as an argument."""
+    if isinstance(value, dict):
+        items = {key: _containers(graph, item) for key, item in value.items()}
+        return ordered(graph, items) if type(value) is OrderedDict else items
+    if type(value) in (list, tuple):
+        return type(value)(_containers(graph, item) for item in value)
+    return value
 
 
 def _is_assertion(node: fx.Node) -> bool:

@@ -61,7 +61,7 @@ def ensure(module: nn.Module, prefix: str) -> nn.Module:
     """The submodule ``prefix``, empty modules made on the way where there are none."""
     for part in prefix.split(".") if prefix else ():
         if part not in module._modules:
-            module.add_module(part, nn.Module())
+            module.add_module(part, nn.Module().train(module.training))
         child = module._modules[part]
         assert child is not None
         module = child
@@ -76,7 +76,7 @@ def add_module(module: nn.Module, name: str, child: nn.Module) -> str:
     while free in owner._modules or hasattr(owner, free):
         count += 1
         free = f"{leaf}_{count}"
-    owner.add_module(free, child)
+    owner.add_module(free, child.train(owner.training))
     return f"{prefix}.{free}" if prefix else free
 
 

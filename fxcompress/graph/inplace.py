@@ -13,8 +13,9 @@ import torch
 from torch import fx
 
 from fxcompress.graph import ops
+from fxcompress.graph.shapes import module_of
 
-__all__ = ["make_functional"]
+__all__ = ["is_in_place", "make_functional"]
 
 _OPERATORS = {
     operator.iadd: operator.add,
@@ -29,12 +30,13 @@ _VIEWS += ("squeeze", "unsqueeze", "expand", "t", "view_as", "narrow", "identity
 
 def make_functional(module: fx.GraphModule) -> None:
     """Rewrite the module's in-place calls; call sites keep their names."""
-    sites = [node for node in module.graph.nodes if node.all_input_nodes and _is_in_place(module, node)]
-    blocked = {node.target for node in sites if node.op == "call_module" and _shares_storage(node.all_input_nodes[0])}
+    sites = [node for node in module.graph.nodes if is_in_place(node)]
     order = {node: position for position, node in enumerate(module.graph.nodes)} if sites else {}
+    shared = {node for node in sites if _is_seen_elsewhere(node, order)}
+    blocked = {node.target for node in shared if node.op == "call_module"}
     for node in sites:
         written = node.all_input_nodes[0]
-        if _shares_storage(written) or (node.op == "call_module" and node.target in blocked):
+        if node in shared or (node.op == "call_module" and node.target in blocked):
             continue
         for user in list(written.users):
             if order[user] > order[node]:
@@ -42,23 +44,25 @@ def make_functional(module: fx.GraphModule) -> None:
         _respell(module, node)
 
 
-def _shares_storage(node: fx.Node) -> bool:
-    """Whether writing into ``node`` may reach a value that somebody else reads."""
-    if any(ops.kind(user) in _VIEWS for user in node.users):
+def _is_seen_elsewhere(node: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Whether writing into the first input of ``node`` may reach a value that somebody reads under another name."""
+    written = node.all_input_nodes[0]
+    if any(ops.kind(user) in _VIEWS and order[user] < order[node] for user in written.users):
         return True
-    while ops.kind(node) in _VIEWS:
-        node = node.all_input_nodes[0]
-        if len(node.users) > 1:
+    while ops.kind(written) in _VIEWS:
+        written = written.all_input_nodes[0]
+        if len(written.users) > 1:
             return True
-    return node.op in ("placeholder", "get_attr")
+    return written.op in ("placeholder", "get_attr")
 
 
-def _is_in_place(module: fx.GraphModule, node: fx.Node) -> bool:
-    call = ops.read(node)
+def is_in_place(node: fx.Node) -> bool:
+    """Whether a node writes its result into its first input."""
+    call = ops.read(node) if node.all_input_nodes else None
     if call is None or call.op.family not in _FAMILIES:
         return False
     if node.op == "call_module":
-        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+        return bool(getattr(module_of(node), "inplace", False))
     if node.target in _OPERATORS or call["inplace"] is True:
         return True
     return _name(node.target).endswith("_") and not _name(node.target).endswith("__")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
@@ -73,12 +74,18 @@ class Recorder(fx.Interpreter):
         self.found[n] = describe(value)
         return value
 
+    def _result(self, value: Any) -> Any:
+        assert isinstance(self.module, fx.GraphModule)
+        codegen = self.module.graph._codegen
+        value = _plain(value)
+        return codegen.process_outputs(value) if isinstance(codegen, fx.graph._PyTreeCodeGen) else value
+
     def record(self, call: Arguments) -> Any:
         """The graph's result for ``call``; raises DataError naming the node where the call does not fit the model."""
         assert isinstance(self.module, fx.GraphModule)
         with frozen_state(self.module):
             try:
-                return self.run(*placeholder_values(self.module, call), enable_io_processing=False)
+                return self._result(self.run(*placeholder_values(self.module, call), enable_io_processing=False))
             except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
                 where = self.current.format_node() if self.current is not None else "the inputs"
                 sizes = [tuple(t.shape) for t in pytree.tree_leaves(tuple(call)) if isinstance(t, torch.Tensor)]
@@ -87,6 +94,15 @@ class Recorder(fx.Interpreter):
                     f"the example inputs {sizes} do not run through the model: {reason} (at {where}). "
                     "Give inputs the model accepts."
                 ) from error
+
+
+def _plain(value: Any) -> Any:
+    """The containers a graph's generated code returns: fx's immutable lists and dicts become ordinary ones."""
+    if type(value) is immutable_dict:
+        return {key: _plain(item) for key, item in value.items()}
+    if type(value) is immutable_list:
+        return [_plain(item) for item in value]
+    return tuple(_plain(item) for item in value) if type(value) is tuple else value
 
 
 def placeholder_values(module: fx.GraphModule, call: Arguments) -> list[Any]:

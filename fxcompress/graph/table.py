@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import OrderedDict
 
 import torch
 from torch import nn
@@ -344,6 +345,7 @@ TABLE: tuple[Op, ...] = (
     # questions about a tensor, and arithmetic on the answers
     Op("shape", "query", "size dim ndimension numel sym_size sym_numel stride is_contiguous", "input dim"),
     Op("getattr", "query", "", "input name", functions=((getattr, None),)),
+    Op("container", "query", "", "items", functions=((OrderedDict, None), (slice, "*bounds"))),
     Op("assert", "query", "_assert _assert_async _assert_tensor_metadata _assert_scalar", "condition message"),
     Op("factory", "query", "zeros ones full empty arange linspace eye tensor scalar_tensor rand randn", "*size"),
     Op("like", "query", "zeros_like ones_like full_like empty_like rand_like randn_like", "input"),
@@ -354,6 +356,6 @@ TABLE: tuple[Op, ...] = (
         "query",
         "item index sym_float sym_int sym_max sym_min",
         "input",
-        functions=((math.ceil, None), (math.floor, None), (math.sqrt, None), (operator.neg, None), (slice, "*bounds")),
+        functions=((math.ceil, None), (math.floor, None), (math.sqrt, None), (operator.neg, None)),
     ),
 )

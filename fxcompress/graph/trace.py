@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,8 @@ from torch.fx._symbolic_trace import PH
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import TraceError
-from fxcompress.graph import inplace, ops
-from fxcompress.graph.capture import capture, inline
+from fxcompress.graph import edit, inplace, ops
+from fxcompress.graph.capture import capture, inline, ordered
 from fxcompress.graph.inputs import Arguments, arguments, bind, preserved_attributes, record_calls
 from fxcompress.graph.island import TOP, Island, regions
 from fxcompress.graph.module import TracedModule
@@ -108,6 +109,9 @@ class _Tracer(fx.Tracer):
         self._proxies = {}
         return super().trace(root, concrete_args)
 
+    def create_arg(self, a: Any) -> Any:
+        return super().create_arg(a) if type(a) is not OrderedDict else ordered(self.graph, super().create_arg(dict(a)))
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             module_qualified_name in self.defeated
@@ -178,7 +182,7 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
         module = TracedModule(tracer.root, graph, type(model).__name__)
         rungs += [Rung(name, "note", "its forward hooks do not run in the graph") for name in tracer.hooked]
         rungs += _resolve(module, model, tracer.defeated, call)
-        return _finish(module, rungs), ""
+        return _finish(module, model, rungs), ""
     if call is None:
         return None, _join(failure, "without example_inputs torch.export cannot capture it")
     try:
@@ -186,7 +190,7 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
         module = _from_export(model, call, program)
     except TraceError as error:
         return None, _join(failure, str(error))
-    return _finish(module, [*rungs, Rung("", "exported", _join(failure, fixed))]), ""
+    return _finish(module, model, [*rungs, Rung("", "exported", _join(failure, fixed))]), ""
 
 
 def _symbolic(tracer: _Tracer, model: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph | None, str]:
@@ -222,17 +226,22 @@ def _nested(model: nn.Module, call: Arguments) -> dict[str, Any]:
     }
 
 
-def _finish(module: fx.GraphModule, rungs: list[Rung]) -> fx.GraphModule:
+def _finish(module: fx.GraphModule, model: nn.Module, rungs: list[Rung]) -> fx.GraphModule:
+    """Make the captured graph a program: out-of-place, without dead code, with the model's training flags."""
+    training = {name: part.training for name, part in model.named_modules(remove_duplicate=False)}
+    for name, part in module.named_modules(remove_duplicate=False):
+        part.training = training.get(name, model.training)
     inplace.make_functional(module)
     module.graph.eliminate_dead_code(is_impure_node=is_impure)
+    edit.finish(module)
     module.graph.lint()
-    module.recompile()
     module.meta.update(rungs=tuple(rungs), stage="float")
     return module
 
 
 def is_impure(node: fx.Node) -> bool:
-    return node.is_impure() or (node.op == "call_module" and ops.lookup(node) is None)
+    """Whether a node does something besides computing its result: writes in place, asserts, runs an island's code."""
+    return node.is_impure() or inplace.is_in_place(node) or (node.op == "call_module" and ops.lookup(node) is None)
 
 
 def _join(*parts: str) -> str:
