@@ -1,6 +1,6 @@
 """Every torchvision model: traced, verified against eager, quantized; islands named. Prints a table.
 
-    python benchmarks/zoo.py [--models NAME ...] [--seed S --sample N] [--json FILE]
+python benchmarks/zoo.py [--models NAME ...] [--seed S --sample N] [--json FILE]
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def inputs(name: str, seed: int = 0) -> tuple[Any, ...]:
 def build(name: str) -> Any:
     """The model, detectors that resize their input with a small size."""
     resizes = models.kind_of(name) == "detection" and not name.startswith("ssd")
-    return models.build(name, **({"min_size": 160, "max_size": 240} if resizes else {}))
+    options: dict[str, Any] = {"min_size": 160, "max_size": 240} if resizes else {}
+    return models.build(name, **options)
 
 
 def examine(name: str) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def build_pass(name: str, options: Mapping[str, Any], where: str = "") -> Pass:
     except PlanError as error:
         raise PlanError(f"{where}: {error}" if where else str(error)) from error
     values = {}
-    fields = option_types(cls)
+    fields: dict[str, pydantic.TypeAdapter[Any]] = option_types(cls)  # type: ignore[arg-type]
     for key, value in options.items():
         if key not in fields:
             known = f" It takes: {', '.join(fields)}." if fields else " It takes none."
@@ -169,7 +169,7 @@ def _is_required(field: Any) -> bool:
 def option_types(cls: Any) -> dict[str, pydantic.TypeAdapter[Any]]:
     """A checker for each option of a pass."""
     hints = get_type_hints(cls, include_extras=True)
-    return {field.name: pydantic.TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return {field.name: pydantic.TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls)}
 
 
 def _checked(adapter: pydantic.TypeAdapter[Any], value: Any, where: str) -> Any:

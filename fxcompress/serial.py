@@ -89,7 +89,8 @@ def module_data(module: nn.Module, tensors: Tensors, prefix: str = "") -> dict[s
     if name not in _classes() and name not in ops.known_class_names():
         return _island_data(module, tensors, prefix)
     if hasattr(module, "saved_state"):
-        extra = {key: _encode_state(value, tensors, f"{prefix}{key}") for key, value in module.saved_state().items()}
+        state = module.saved_state()  # type: ignore[operator]
+        extra = {key: _encode_state(value, tensors, f"{prefix}{key}") for key, value in state.items()}
         return {"class": name, "training": module.training, "saved_state": extra}
     return {"class": name, **_state(module, tensors, prefix), "attributes": _attributes(module, prefix)}
 
@@ -215,14 +216,12 @@ def _restore(
         module.add_module(leaf, _build(child, tensors, modules, f"{prefix}{leaf}."))
 
 
-def _build_island(
-    data: dict[str, Any], tensors: Tensors, modules: Mapping[str, nn.Module], prefix: str
-) -> nn.Module:
+def _build_island(data: dict[str, Any], tensors: Tensors, modules: Mapping[str, nn.Module], prefix: str) -> nn.Module:
     name = prefix.rstrip(".")
     module = copy.deepcopy(modules[name])
     for region, described in data["regions"].items():
         module.set_submodule(region, _build(described, tensors, {}, f"{prefix}{region}."))
-    state = {n: t for n, t in [*module.named_parameters(), *module.named_buffers()]}
+    state = dict([*module.named_parameters(), *module.named_buffers()])
     for key, entry in data["tensors"].items():
         if key not in state or list(state[key].shape) != entry["shape"]:
             raise ArtifactError(f"the module supplied for {name!r} has no tensor {key!r} of shape {entry['shape']}.")
@@ -278,7 +277,7 @@ def _build_graph_module(
     if data["pytree"]:
         tree = data["pytree"]
         specs = [pytree.treespec_loads(tree[side]) if tree[side] else None for side in ("in", "out")]
-        graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(tree["names"], *specs)))
+        graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(tree["names"], *specs)))  # type: ignore[arg-type]
     nodes: dict[str, fx.Node] = {}
     for entry in data["nodes"]:
         nodes[entry["name"]] = _build_node(graph, entry, nodes)
@@ -431,4 +430,4 @@ def decode(data: Any, nodes: Mapping[str, fx.Node] | None = None) -> Any:
 @functools.cache
 def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
     """A named tuple like the one a model returned; its class lives in the model's code, which is not saved."""
-    return collections.namedtuple(name, fields)  # noqa: PYI024
+    return collections.namedtuple(name, fields)

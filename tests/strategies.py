@@ -25,7 +25,9 @@ SIZE = 8
 class Network(nn.Module):
     """Interprets a drawn program; symbolic tracing unrolls it into an ordinary graph."""
 
-    def __init__(self, steps: list[tuple[str, tuple[int, ...], int]], modules: list[nn.Module], outputs: Any, inputs: int) -> None:
+    def __init__(
+        self, steps: list[tuple[str, tuple[int, ...], int]], modules: list[nn.Module], outputs: Any, inputs: int
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(modules)
         self.steps, self.outputs, self.inputs = steps, outputs, inputs
@@ -70,7 +72,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "flip": lambda x: x.flip(3),
 }
 
-SAME_SHAPE = [name for name in FUNCTIONS if name.startswith(("torch.relu", "F.", "method", "clamp", "sigmoid", "max", "avg", "gate"))]
+SAME_SHAPE = [
+    name for name in FUNCTIONS if name.startswith(("torch.relu", "F.", "method", "clamp", "sigmoid", "max", "avg", "gate"))
+]
 
 
 @dataclass
@@ -113,7 +117,9 @@ def _conv(draft: _Draft) -> None:
     made = draft.emit("module", (source,), out, conv)
     if draft.draw(st.booleans()):
         made = draft.emit("module", (made,), out, nn.BatchNorm2d(out))
-    follow = draft.draw(st.sampled_from(["none", "nn.ReLU", "nn.ReLU inplace", "F.relu", "F.relu6", "F.hardswish", "F.silu"]))
+    follow = draft.draw(
+        st.sampled_from(["none", "nn.ReLU", "nn.ReLU inplace", "F.relu", "F.relu6", "F.hardswish", "F.silu"])
+    )
     if follow.startswith("nn"):
         draft.emit("module", (made,), out, nn.ReLU(inplace=follow.endswith("inplace")))
     elif follow != "none":
@@ -129,7 +135,9 @@ def _binary(draft: _Draft) -> None:
     first = draft.pick()
     equal = [i for i, channels in enumerate(draft.channels) if channels == draft.channels[first]]
     second = draft.draw(st.sampled_from(equal))
-    draft.emit(draft.draw(st.sampled_from(["torch.add", "operator.add", "iadd", "mul"])), (first, second), draft.channels[first])
+    draft.emit(
+        draft.draw(st.sampled_from(["torch.add", "operator.add", "iadd", "mul"])), (first, second), draft.channels[first]
+    )
 
 
 def _join(draft: _Draft) -> None:

@@ -92,7 +92,7 @@ def test_int8_stays_close_copies_pickles_and_saves(drawn: Drawn) -> None:
 @given(drawn=networks())
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 def test_a_saved_model_computes_the_same_bits(stage: str, drawn: Drawn, tmp_path: Path) -> None:
-    model, call = drawn.model, drawn.call
+    _model, call = drawn.model, drawn.call
     result = compress(drawn, INT8[: UP_TO[stage]])
     fxcompress.save(result, tmp_path / "model")
     loaded = fxcompress.load(tmp_path / "model")
@@ -108,7 +108,7 @@ def test_a_saved_model_computes_the_same_bits(stage: str, drawn: Drawn, tmp_path
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_lowered_kernels_agree_with_the_reference_graph(drawn: Drawn) -> None:
     """Quantize/dequantize operators in float against integer kernels: bounded by a few steps of the coarsest output grid."""
-    model, call = drawn.model, drawn.call
+    _model, call = drawn.model, drawn.call
     reference = compress(drawn, INT8[:6])
     lowered = compress(drawn, "[lower]", reference)
     with torch.no_grad():

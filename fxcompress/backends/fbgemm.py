@@ -96,6 +96,8 @@ def _clamps(call: Call) -> str | None:
 
 
 def _mean(call: Call) -> str | None:
+    if len(shape_of(call.inputs[0]) or ()) > 4:
+        return "its input is a volume"
     return None if call["dim"] is not None else "it reduces everything to a number"
 
 

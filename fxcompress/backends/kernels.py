@@ -125,6 +125,19 @@ def _pack_conv_transpose(dims: int) -> Callable[[Tensor, Tensor | None, dict[str
     return pack
 
 
+def _then_relu(kernel: Any) -> Any:
+    """A kernel that has no fused form, and ReLU after it."""
+
+    def run(*args: Any) -> Tensor:
+        return torch.relu(kernel(*args))
+
+    return run
+
+
+def _with_relu(kernel: Any) -> dict[str | None, Any]:
+    return {None: kernel, "relu": _then_relu(kernel)}
+
+
 _q = torch.ops.quantized
 _Prepack = Callable[[Tensor, "Tensor | None", dict[str, Any]], Any]
 
@@ -133,8 +146,8 @@ LAYERS: dict[str, tuple[_Prepack, dict[str | None, Any]]] = {
     "conv1d": (_pack_conv(1), {None: _q.conv1d.default, "relu": _q.conv1d_relu.default}),
     "conv2d": (_pack_conv(2), {None: _q.conv2d.new, "relu": _q.conv2d_relu.new}),
     "conv3d": (_pack_conv(3), {None: _q.conv3d.new, "relu": _q.conv3d_relu.new}),
-    "conv_transpose1d": (_pack_conv_transpose(1), {None: _q.conv_transpose1d.default}),
-    "conv_transpose2d": (_pack_conv_transpose(2), {None: _q.conv_transpose2d.default}),
+    "conv_transpose1d": (_pack_conv_transpose(1), _with_relu(_q.conv_transpose1d.default)),
+    "conv_transpose2d": (_pack_conv_transpose(2), _with_relu(_q.conv_transpose2d.default)),
 }
 """Kind → how its weight is packed, and its kernel per fused activation."""
 

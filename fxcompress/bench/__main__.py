@@ -53,7 +53,9 @@ def measure(name: str, plans: dict[str, Plan], options: argparse.Namespace) -> l
     with torch.no_grad():
         expected = model(*example)
         return [
-            _row(name, plan_name, built[plan_name], timings, output_snr(expected, built[plan_name](*example)), model, example)
+            _row(
+                name, plan_name, built[plan_name], timings, output_snr(expected, built[plan_name](*example)), model, example
+            )
             for plan_name in plans
         ]
 
@@ -104,7 +106,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m fxcompress.bench", description=__doc__, formatter_class=_Formatter)
     made.add_argument("--models", nargs="+", default=["resnet18"], help="torchvision names")
-    made.add_argument("--plans", nargs="+", default=["fp32", "int8"], help=f"presets ({', '.join(presets.PRESETS)}) or files")
+    made.add_argument(
+        "--plans", nargs="+", default=["fp32", "int8"], help=f"presets ({', '.join(presets.PRESETS)}) or files"
+    )
     made.add_argument("--batch", type=_positive, default=1)
     made.add_argument("--threads", type=_positive, default=1)
     made.add_argument("--shape", type=_positive, nargs="+", metavar="N", help="height and width (and frames first)")

@@ -14,7 +14,7 @@ __all__ = ["build", "example_inputs", "kind_of", "live_in", "names"]
 
 _IMAGE = (224, 224)
 _SIZES: dict[str, tuple[int, ...]] = {"inception_v3": (299, 299), "vit_h_14": (224, 224)}
-_VIDEO: dict[str, tuple[int, ...]] = {"mvit": (16, 224, 224), "swin3d": (8, 64, 64), "s3d": (16, 112, 112)}
+_VIDEO: dict[str, tuple[int, ...]] = {"mvit": (16, 224, 224), "swin3d": (8, 64, 64), "s3d": (16, 224, 224)}
 
 
 def _torchvision() -> Any:
@@ -63,7 +63,7 @@ def build(name: str, *, weights: bool = False, seed: int = 0, **options: Any) ->
 
 
 def example_inputs(name: str, *, batch: int = 1, size: tuple[int, ...] | None = None, seed: int = 0) -> tuple[Any, ...]:
-    """Positional arguments the model accepts: ``batch`` samples of normal noise of ``size`` (height, width; or frames too)."""
+    """Positional arguments the model accepts: ``batch`` samples of normal noise of ``size`` (height, width)."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:

@@ -27,4 +27,6 @@ def find(name: str) -> Plan:
         return PRESETS[name]()
     if Path(name).suffix in (".yaml", ".yml", ".json") or Path(name).exists():
         return Plan.parse(Path(name))
-    raise PlanError(f"there is no preset {name!r}.{did_you_mean(name, PRESETS)} Known: {', '.join(PRESETS)}; or a file's path.")
+    raise PlanError(
+        f"there is no preset {name!r}.{did_you_mean(name, PRESETS)} Known: {', '.join(PRESETS)}; or a file's path."
+    )

@@ -30,7 +30,7 @@ def interleaved(
     seconds: float = 20.0,
     tick: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time every candidate ``runs`` times in turn, after ``warmup`` rounds; stop early after ``seconds`` (5 rounds at least).
+    """Time every candidate ``runs`` times in turn, after ``warmup`` rounds; stop early after ``seconds``.
 
     On a GPU every call ends with a synchronisation. ``tick`` is called after every round, for a progress bar.
     """

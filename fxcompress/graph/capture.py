@@ -18,27 +18,31 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import TraceError
-from fxcompress.graph.inputs import Arguments, frozen_state, preserved_attributes
+from fxcompress.graph.inputs import Arguments, bind, frozen_state, preserved_attributes
 
 __all__ = ["capture", "inline", "ordered"]
 
 
-def capture(module: nn.Module, call: Arguments) -> tuple[torch.export.ExportedProgram, str]:
+def capture(
+    module: nn.Module, call: Arguments, *, constants: frozenset[int] = frozenset(), sizes: bool = True
+) -> tuple[torch.export.ExportedProgram, str]:
     """The exported program of ``module``, and what was fixed to get it (an empty string where every size is free).
 
-    Raises TraceError with the reason where ``torch.export`` refuses too.
+    ``constants`` are the ids of argument tensors that are parameters and keep their sizes; without ``sizes`` only the batch
+    is left free, which is much cheaper where code computes with sizes. Raises TraceError with the reason where
+    ``torch.export`` refuses too.
     """
-    attempts = [
-        (_doubled_batch(call), True, ""),
-        (call, True, "its batch size is fixed"),
-        (call, False, "sizes are fixed"),
-    ]
+    doubled = _doubled_batch(call, constants)
+    batch_only = "only the batch size may vary"
+    attempts = [(doubled, _all_dimensions, "")] if sizes else []
+    attempts += [(doubled, _first_dimension, batch_only), (call, _no_dimension, "all sizes are fixed")]
     failure: Exception | None = None
     for attempt, free, fixed in attempts:
-        if attempt is None:
-            continue
-        dynamic = pytree.tree_map(_free_sizes, tuple(attempt)) if free else None
-        shapes = _by_argument(dynamic) if dynamic else None
+        kept = {id(new) for new, old in zip(_tensors(attempt), _tensors(call), strict=True) if id(old) in constants}
+        shapes = {
+            name: pytree.tree_map(lambda leaf, free=free, kept=kept: None if id(leaf) in kept else free(leaf), value)
+            for name, value in bind(module, attempt).arguments.items()
+        }
         try:
             with _quiet(), frozen_state(module), preserved_attributes(module):
                 program = torch.export.export(module, attempt.args, attempt.kwargs, dynamic_shapes=shapes, strict=False)
@@ -51,26 +55,31 @@ def capture(module: nn.Module, call: Arguments) -> tuple[torch.export.ExportedPr
     raise TraceError(f"torch.export refused it: {_first_line(failure)}") from failure
 
 
-def _by_argument(dynamic: tuple[Any, Any]) -> Any:
-    args, kwargs = dynamic
-    return None if kwargs else args
+def _all_dimensions(leaf: Any) -> Any:
+    return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
 
 
-def _free_sizes(leaf: Any) -> Any:
-    if not isinstance(leaf, torch.Tensor):
-        return None
-    return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO)
+def _first_dimension(leaf: Any) -> Any:
+    return {0: torch.export.Dim.AUTO} if isinstance(leaf, torch.Tensor) and leaf.dim() else None
 
 
-def _doubled_batch(call: Arguments) -> Arguments | None:
-    """The call with every leading dimension of size one doubled: torch.export takes a size of one for a constant."""
+def _no_dimension(leaf: Any) -> Any:
+    return None
+
+
+def _tensors(call: Arguments) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tuple(call)) if isinstance(leaf, torch.Tensor)]
+
+
+def _doubled_batch(call: Arguments, constants: frozenset[int]) -> Arguments:
+    """The call with leading dimensions of size one doubled: torch.export takes a size of one for a constant."""
+    leaves = [leaf for leaf in _tensors(call) if id(leaf) not in constants]
+    if not leaves or any(leaf.dim() == 0 or leaf.shape[0] != 1 for leaf in leaves):
+        return call
 
     def double(leaf: torch.Tensor) -> torch.Tensor:
-        return torch.cat([leaf, leaf]) if leaf.dim() and leaf.shape[0] == 1 else leaf
+        return leaf if id(leaf) in constants else torch.cat([leaf, leaf])
 
-    leaves = [leaf for leaf in pytree.tree_leaves(tuple(call)) if isinstance(leaf, torch.Tensor)]
-    if not leaves or any(leaf.dim() == 0 or leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
-        return call
     return Arguments(*pytree.tree_map_only(torch.Tensor, double, tuple(call)))
 
 
@@ -142,12 +151,15 @@ def _copy(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any], prefix: st
     kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
     copied = graph.create_node(node.op, node.target, args, kwargs, name=node.name)
     stack = node.meta.get("nn_module_stack") or {}
-    copied.meta["nn_module_stack"] = {
-        key: (".".join(part for part in (prefix, str(name).removeprefix("L['self'].").strip(".")) if part), kind)
-        for key, (name, kind) in stack.items()
-    }
+    copied.meta["nn_module_stack"] = {key: (_qualified(prefix, name), kind) for key, (name, kind) in stack.items()}
     copied.meta["stack_trace"] = node.meta.get("stack_trace")
     return copied
+
+
+def _qualified(prefix: str, name: str) -> str:
+    """A module's name in the whole model, from torch.export's name for it (``L['self'].a.b``)."""
+    inner = str(name).removeprefix("L['self']").strip(".")
+    return ".".join(part for part in (prefix, inner) if part)
 
 
 def _bind_tensors(

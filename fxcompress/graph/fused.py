@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 __all__ = ["ACTIVATIONS", "FUNCTIONS", "MODULES", "fuse_module"]
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "relu6": F.relu6}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "relu6": lambda x: F.relu6(x, inplace=True)}
+"""Activations, applied in place: the value before one belongs to the fused operator alone."""
 
 
 class _Fused(nn.Module):

@@ -24,7 +24,18 @@ _OPERATORS = {
     operator.itruediv: operator.truediv,
 }
 _FAMILIES = ("activation", "pointwise", "normalisation")
-_VIEWS: tuple[str, ...] = ("reshape", "flatten", "permute", "transpose", "getitem", "slice", "select", "chunk", "split", "unbind")
+_VIEWS: tuple[str, ...] = (
+    "reshape",
+    "flatten",
+    "permute",
+    "transpose",
+    "getitem",
+    "slice",
+    "select",
+    "chunk",
+    "split",
+    "unbind",
+)
 _VIEWS += ("squeeze", "unsqueeze", "expand", "t", "view_as", "narrow", "identity", "unflatten", "movedim")
 
 

@@ -57,19 +57,32 @@ def numel(node: fx.Node) -> int:
     return shape.numel() if shape is not None else 0
 
 
-class Recorder(fx.Interpreter):
+class _Interpreter(fx.Interpreter):
+    """Runs nodes one by one, with the ordinary containers that generated code would pass."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(_plain(arg) for arg in args), {key: _plain(value) for key, value in kwargs.items()}
+
+
+class Recorder(_Interpreter):
     """Runs the graph on real tensors and notes each value's metadata under the node.
 
-    What a module computes is what is noted; gradients are off and buffers keep their values.
+    What a module computes is what is noted; gradients are off and buffers keep their values. The arguments of the nodes in
+    ``keep`` are copied.
     """
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, keep: set[fx.Node] | None = None) -> None:
         super().__init__(module)
         self.found: dict[fx.Node, Any] = {}
+        self.keep = keep or set()
+        self.kept: dict[fx.Node, tuple[Any, Any]] = {}
         self.current: fx.Node | None = None
 
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
+        if n in self.keep:
+            self.kept[n] = pytree.tree_map_only(torch.Tensor, torch.clone, self.fetch_args_kwargs_from_env(n))
         value = super().run_node(n)
         self.found[n] = describe(value)
         return value
@@ -115,7 +128,7 @@ def placeholder_values(module: fx.GraphModule, call: Arguments) -> list[Any]:
     return list(bound.arguments.values())
 
 
-class _FakeRun(fx.Interpreter):
+class _FakeRun(_Interpreter):
     """One pass over the graph under a fake mode; unknown values propagate as unknown."""
 
     def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:

@@ -29,8 +29,9 @@ from fxcompress.graph.capture import capture, inline, ordered
 from fxcompress.graph.inputs import Arguments, arguments, bind, preserved_attributes, record_calls
 from fxcompress.graph.island import TOP, Island, regions
 from fxcompress.graph.module import TracedModule
+from fxcompress.graph.shapes import Recorder, propagate
 
-__all__ = ["Rung", "is_impure", "around_island", "is_traced", "region_inputs", "trace"]
+__all__ = ["Rung", "around_island", "is_impure", "is_traced", "region_inputs", "trace"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,6 @@ def trace(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         return model
     traced = _trace(model, call)
     if call is not None:
-        from fxcompress.graph.shapes import propagate
-
         for name, inputs in region_inputs(traced, call).items():
             propagate(regions(traced)[name], inputs)
     return traced
@@ -110,7 +109,9 @@ class _Tracer(fx.Tracer):
         return super().trace(root, concrete_args)
 
     def create_arg(self, a: Any) -> Any:
-        return super().create_arg(a) if type(a) is not OrderedDict else ordered(self.graph, super().create_arg(dict(a)))
+        if type(a) is OrderedDict:
+            return ordered(self.graph, {key: self.create_arg(value) for key, value in a.items()})
+        return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
@@ -178,10 +179,12 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
         tracer = _Tracer()
         graph, failure = _symbolic(tracer, model, {**concrete, **nested})
     rungs = [Rung("", "note", f"argument {name!r} is fixed to {value!r}") for name, value in concrete.items()]
+    module: fx.GraphModule
     if graph is not None:
         module = TracedModule(tracer.root, graph, type(model).__name__)
         rungs += [Rung(name, "note", "its forward hooks do not run in the graph") for name in tracer.hooked]
         rungs += _resolve(module, model, tracer.defeated, call)
+        rungs += _open_functions(module, call)
         return _finish(module, model, rungs), ""
     if call is None:
         return None, _join(failure, "without example_inputs torch.export cannot capture it")
@@ -240,8 +243,14 @@ def _finish(module: fx.GraphModule, model: nn.Module, rungs: list[Rung]) -> fx.G
 
 
 def is_impure(node: fx.Node) -> bool:
-    """Whether a node does something besides computing its result: writes in place, asserts, runs an island's code."""
-    return node.is_impure() or inplace.is_in_place(node) or (node.op == "call_module" and ops.lookup(node) is None)
+    """Whether a node may do something besides computing its result: write in place, assert, run code nobody knows."""
+    if node.op in ("placeholder", "output") or inplace.is_in_place(node) or ops.kind(node) in ("assert", "setitem", "copy"):
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    return node.op != "get_attr" and ops.lookup(node) is None
 
 
 def _join(*parts: str) -> str:
@@ -332,14 +341,66 @@ def _resolve(module: fx.GraphModule, model: nn.Module, defeated: dict[str, str],
             rungs += _compile_children(part, calls[name][0], prefix=name)
             continue
         for node in nodes:
-            _inline_call(module, node, program)
+            _inline_call(module, node, program, prefix=name)
         rungs.append(Rung(name, "exported", _join(reason, fixed)))
     return rungs
 
 
-def _inline_call(module: fx.GraphModule, node: fx.Node, program: torch.export.ExportedProgram) -> None:
+class _Function(nn.Module):
+    """A Python function in the place of a module, so that it can be captured."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def _open_functions(module: fx.GraphModule, call: Arguments | None) -> list[Rung]:
+    """Capture the functions that tracing took for one operator (``torch.fx.wrap``) and the op table does not know."""
+    unknown = [n for n in module.graph.nodes if n.op == "call_function" and ops.lookup(n) is None and not _is_aten(n)]
+    if not unknown or call is None:
+        return [Rung(n.name, "island", "without example_inputs torch.export cannot capture it") for n in unknown]
+    recorder = Recorder(module, keep=set(unknown))
+    recorder.record(call)
+    rungs = []
+    fed = _fed_by_inputs(module)
+    for node in unknown:
+        where = f"{ops.owner_name(node)}:{getattr(node.target, '__name__', node.target)}".lstrip(":")
+        try:
+            arguments, constants = Arguments(*recorder.kept[node]), _constants_among(node, recorder.kept[node], fed)
+            program, fixed = capture(_Function(node.target), arguments, constants=constants, sizes=False)
+        except TraceError as error:
+            rungs.append(Rung(where, "island", str(error)))
+            continue
+        _inline_call(module, node, program, prefix="")
+        rungs.append(Rung(where, "exported", _join("a wrapped function", fixed)))
+    return rungs
+
+
+def _fed_by_inputs(module: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose values depend on the model's inputs."""
+    fed: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "placeholder" or any(source in fed for source in node.all_input_nodes):
+            fed.add(node)
+    return fed
+
+
+def _constants_among(node: fx.Node, values: tuple[Any, Any], fed: set[fx.Node]) -> frozenset[int]:
+    """The ids of the argument values that do not depend on the model's inputs."""
+    pairs = zip(pytree.tree_leaves((tuple(node.args), dict(node.kwargs))), pytree.tree_leaves(values), strict=True)
+    return frozenset(id(value) for source, value in pairs if isinstance(source, fx.Node) and source not in fed)
+
+
+def _is_aten(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload)
+
+
+def _inline_call(module: fx.GraphModule, node: fx.Node, program: torch.export.ExportedProgram, prefix: str) -> None:
     with module.graph.inserting_before(node):
-        result = inline(module.graph, module, str(node.target), program, Arguments(node.args, dict(node.kwargs)))
+        result = inline(module.graph, module, prefix, program, Arguments(node.args, dict(node.kwargs)))
     for user in list(node.users):
         index = user.args[1] if user.target is operator.getitem and not isinstance(result, fx.Node) else None
         if index is not None and not isinstance(index, fx.Node):

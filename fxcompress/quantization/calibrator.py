@@ -6,6 +6,7 @@ that saw other data, and saves its state. Empty tensors are ignored; NaN and inf
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -46,11 +47,12 @@ class Calibrator:
         if values.dtype != torch.float32:
             values = values.to(torch.float32)
         low, high = self._extremes(values)
-        if not bool(torch.isfinite(low.sum() + high.sum())):
+        bounds = (float(low), float(high)) if low.dim() == 0 else (float(low.sum()), float(high.sum()))
+        if not math.isfinite(bounds[0] + bounds[1]) and not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise DataError("NaN or infinite values reached a calibrator; look for the layer that produces them.")
         self._widen(low, high)
         self.count += values.numel()
-        self._add(values)
+        self._add(values, *bounds)
 
     def merge(self, other: Calibrator) -> None:
         """Join what ``other``, of the same class and options, has seen."""
@@ -97,8 +99,8 @@ class Calibrator:
         self.minimum = low if self.minimum is None else torch.minimum(self.minimum, low)
         self.maximum = high if self.maximum is None else torch.maximum(self.maximum, high)
 
-    def _add(self, values: Tensor) -> None:
-        """Count float32 values; extremes are already known."""
+    def _add(self, values: Tensor, minimum: float, maximum: float) -> None:
+        """Count float32 values; their extremes are known."""
 
     def _join(self, other: Any) -> None:
         """Join the counts of another calibrator of this class."""
@@ -124,25 +126,29 @@ class MinMaxCalibrator(Calibrator):
 
 
 class _HistogramBased(Calibrator):
-    """Keeps a streaming histogram beside the extremes."""
+    """Keeps a streaming histogram beside the extremes; ``signed`` where the two sides of zero matter apart."""
+
+    signed: ClassVar[bool] = True
 
     def __init__(self, symmetric: bool = True, num_bins: int = 2048) -> None:
         super().__init__(symmetric)
         if not isinstance(num_bins, int) or not 16 <= num_bins <= 65536:
             raise ConfigError(f"num_bins is {num_bins!r}; it is an integer from 16 to 65536.")
         self.num_bins = num_bins
-        self.histogram = Histogram(1 << (num_bins - 1).bit_length())
+        self.histogram = self._empty()
 
-    def _add(self, values: Tensor) -> None:
-        low, high = torch.aminmax(values)
-        self.histogram.add(_flat(values), float(low), float(high))
+    def _empty(self) -> Histogram:
+        return Histogram(1 << (self.num_bins - 1).bit_length(), signed=self.signed)
+
+    def _add(self, values: Tensor, minimum: float, maximum: float) -> None:
+        self.histogram.add(_flat(values), minimum, maximum)
 
     def _join(self, other: Any) -> None:
         self.histogram.merge(other.histogram)
 
     def reset(self) -> None:
         super().reset()
-        self.histogram = Histogram(2 * self.histogram.per_octave)
+        self.histogram = self._empty()
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "histogram": self.histogram.state_dict()}
@@ -166,6 +172,7 @@ class HistogramCalibrator(_HistogramBased):
     """
 
     name: ClassVar[str] = "histogram"
+    signed: ClassVar[bool] = False
 
     def __init__(self, num_bins: int = 2048, percentile: float = 99.99, symmetric: bool = True) -> None:
         super().__init__(symmetric, num_bins)
@@ -174,9 +181,8 @@ class HistogramCalibrator(_HistogramBased):
         self.percentile = float(percentile)
 
     def _range(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
-        negative, positive = self.histogram.sides()
         edges = self.histogram.edges()
-        kept = (negative + positive).cumsum(0)
+        kept = self.histogram.magnitudes().cumsum(0)
         needed = self.percentile / 100.0 * self.count
         reach = edges[int(torch.searchsorted(kept.to(torch.float64), needed).clamp(max=edges.numel() - 1))]
         return torch.maximum(minimum, -reach), torch.minimum(maximum, reach)

@@ -3,11 +3,12 @@
 Bins are those of a short floating-point format: every octave ``[2^e, 2^(e+1))`` has ``per_octave`` equal bins, on either
 side of zero. A value's bin is the leading bits of its float32 pattern, so it does not depend on what else was seen; only
 values more than :data:`OCTAVES` octaves below the largest are gathered in one bin around zero. The top octave is as fine as
-``2·per_octave`` equal bins over ``[0, max]``, everything below it finer, so a single outlier costs no resolution.
+``num_bins`` equal bins over ``[-max, max]``, everything below it finer, so a single outlier costs no resolution.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,93 +16,88 @@ from torch import Tensor
 
 __all__ = ["OCTAVES", "Histogram"]
 
-OCTAVES = 26
+OCTAVES = 24
 _MANTISSA = 23
+_CHUNK = 1 << 18
+_LANES = 8
 
 
 class Histogram:
-    """Counts (int64) per bin; memory is fixed by ``num_bins`` (a power of two, the fineness at the top of the range)."""
+    """Counts (int64) per bin; memory is fixed by ``num_bins`` (a power of two, the fineness at the top of the range).
 
-    def __init__(self, num_bins: int) -> None:
-        self.per_octave = max(2, num_bins // 2)
+    ``signed``: keep the two sides of zero apart; otherwise magnitudes are counted, which is cheaper.
+    """
+
+    def __init__(self, num_bins: int, *, signed: bool = True) -> None:
+        self.signed = signed
+        self.per_octave = max(2, num_bins // 4)
         self.shift = _MANTISSA - (self.per_octave.bit_length() - 1)
         self.width = OCTAVES * self.per_octave
         self.top = -1
-        self.positive = torch.zeros(self.width, dtype=torch.int64)
-        self.negative = torch.zeros(0, dtype=torch.int64)
+        self.counts = torch.zeros(1 + signed, self.width, dtype=torch.int64)
 
     def add(self, values: Tensor, minimum: float, maximum: float) -> None:
-        """Count float32 ``values``, whose extremes are known."""
-        self._reach(max(abs(minimum), abs(maximum)))
-        keys = values.view(torch.int32)
-        if minimum >= 0.0:
-            self._count(keys, self.positive)
-            return
-        if not self.negative.numel():
-            self.negative = torch.zeros_like(self.positive)
-        below = values < 0
-        self._count(keys[~below], self.positive)
-        self._count(keys[below] & 0x7FFFFFFF, self.negative)
+        """Count the one-dimensional float32 ``values``, whose extremes are known."""
+        self._rise(int(torch.tensor(max(-minimum, maximum)).view(torch.int32)) >> _MANTISSA)
+        base = (self.top + 1) * self.per_octave - self.width
+        flat = self.counts.view(-1)
+        lanes = _lanes()
+        for patterns in values.view(torch.int32).split(_CHUNK):  # a chunk and its keys stay in the cache
+            magnitudes = patterns & 0x7FFFFFFF if minimum < 0.0 else patterns
+            keys = (magnitudes >> self.shift).sub_(base)
+            torch.maximum(keys, lanes[: keys.numel()], out=keys)
+            if minimum < 0.0 and self.signed:
+                keys.add_((patterns >> 31).bitwise_and_(self.width))
+            found = torch.bincount(keys)
+            flat[: found.numel()] += found
+        for side in self.counts:
+            side[0], side[1:_LANES] = side[:_LANES].sum(), 0
 
-    def _count(self, patterns: Tensor, counts: Tensor) -> None:
-        keys = (patterns >> self.shift).sub_(self._base).clamp_(min=0)
-        found = torch.bincount(keys)
-        counts[: found.numel()] += found
-
-    @property
-    def _base(self) -> int:
-        return (self.top + 1) * self.per_octave - self.width
-
-    def _reach(self, magnitude: float) -> None:
-        """Let the window of octaves end at the one that holds ``magnitude``; what falls below it joins the zero bin."""
-        pattern = int(torch.tensor(magnitude, dtype=torch.float32).view(torch.int32))
-        octave = pattern >> _MANTISSA
-        if octave <= self.top:
-            return
-        step = min((octave - self.top) * self.per_octave, self.width) if self.top >= 0 else 0
-        self.top = octave
-        if step:
-            self.positive, self.negative = (_lowered(counts, step) for counts in (self.positive, self.negative))
+    def _rise(self, octave: int) -> None:
+        """Let the window of octaves end at ``octave`` at least; what falls below it joins the bin around zero."""
+        if octave > self.top:
+            if self.top >= 0:
+                self.counts = _lowered(self.counts, (octave - self.top) * self.per_octave)
+            self.top = octave
 
     def merge(self, other: Histogram) -> None:
         """Add what ``other`` counted."""
-        if other.top > self.top:
-            step = min((other.top - self.top) * self.per_octave, self.width) if self.top >= 0 else 0
-            self.top = other.top
-            if step:
-                self.positive, self.negative = (_lowered(counts, step) for counts in (self.positive, self.negative))
-        step = min((self.top - other.top) * self.per_octave, self.width)
-        self.positive += _lowered(other.positive, step)
-        if other.negative.numel():
-            if not self.negative.numel():
-                self.negative = torch.zeros_like(self.positive)
-            self.negative += _lowered(other.negative, step)
+        self._rise(other.top)
+        self.counts += _lowered(other.counts, (self.top - other.top) * self.per_octave)
 
     def edges(self) -> Tensor:
         """The right edges of the bins by magnitude (float64); the first bin begins at 0."""
-        keys = torch.arange(1, self.width + 1, dtype=torch.int64) + self._base
-        keys = keys.clamp(min=0).to(torch.int64) << self.shift
-        limit = int(torch.tensor(torch.inf).view(torch.int32))
-        return keys.clamp(max=limit).to(torch.int32).view(torch.float32).to(torch.float64)
+        base = (self.top + 1) * self.per_octave - self.width
+        keys = (torch.arange(1, self.width + 1) + base).clamp(min=0) << self.shift
+        infinite = int(torch.tensor(torch.inf).view(torch.int32))
+        return keys.clamp(max=infinite).to(torch.int32).view(torch.float32).to(torch.float64)
 
-    def sides(self) -> tuple[Tensor, Tensor]:
-        """Counts by magnitude of the negative and of the non-negative values."""
-        negative = self.negative if self.negative.numel() else torch.zeros_like(self.positive)
-        return negative, self.positive
+    def magnitudes(self) -> Tensor:
+        """Counts by magnitude, whatever the sign."""
+        return self.counts.sum(0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"top": self.top, "positive": self.positive.clone(), "negative": self.negative.clone()}
+        return {"top": self.top, "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.top = int(state["top"])
-        self.positive, self.negative = state["positive"].clone(), state["negative"].clone()
+        self.top, self.counts = int(state["top"]), state["counts"].clone()
+
+
+@functools.cache
+def _lanes() -> Tensor:
+    """0 to 7 over and over: zeros, half of all values behind a ReLU, are spread over as many bins and gathered afterwards.
+
+    Counting into one bin again and again waits for its own last store each time.
+    """
+    return (torch.arange(_CHUNK) % _LANES).to(torch.int32)
 
 
 def _lowered(counts: Tensor, step: int) -> Tensor:
     """Counts as seen from a window that ends ``step`` bins higher."""
-    if not step or not counts.numel():
+    if not step:
         return counts
+    step = min(step, counts.shape[1])
     moved = torch.zeros_like(counts)
-    moved[: counts.numel() - step] = counts[step:]
-    moved[0] += counts[:step].sum()
+    moved[:, : counts.shape[1] - step] = counts[:, step:]
+    moved[:, 0] += counts[:, :step].sum(1)
     return moved

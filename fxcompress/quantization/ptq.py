@@ -58,7 +58,9 @@ class PTQQuantizer:
         grid(dtype)
         if calibration_method not in CALIBRATORS:
             hint = did_you_mean(calibration_method, CALIBRATORS)
-            raise ConfigError(f"there is no calibration_method {calibration_method!r}.{hint} Known: {', '.join(CALIBRATORS)}.")
+            raise ConfigError(
+                f"there is no calibration_method {calibration_method!r}.{hint} Known: {', '.join(CALIBRATORS)}."
+            )
         if not isinstance(num_calibration_batches, int) or num_calibration_batches < 1:
             raise ConfigError(f"num_calibration_batches is {num_calibration_batches!r}; it is a positive integer.")
         if not symmetric:
@@ -129,7 +131,6 @@ def _in_eval_mode(model: nn.Module) -> nn.Module:
 
 
 def _check_stage(model: nn.Module, stage: str, how: str) -> None:
-    found = model.meta["stage"] if is_traced(model) else "not traced"
+    found = model.meta["stage"] if isinstance(model, fx.GraphModule) and is_traced(model) else "not traced"
     if found != stage:
         raise ConfigError(f"this takes a model that is {stage}, and it is {found}; call {how} first.")
-

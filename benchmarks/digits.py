@@ -1,0 +1,98 @@
+"""A small residual network on scikit-learn's handwritten digits: trained, quantized, compared.
+
+python benchmarks/digits.py [--seed S]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from sklearn.datasets import load_digits
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fxcompress import PTQQuantizer, coverage
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class DigitsNet(nn.Module):
+    """About 80 thousand parameters, 1×8×8 in, 10 classes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, 1, 1)
+        self.blocks = nn.Sequential(Block(16, 32, 1), Block(32, 64, 2))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(F.relu(self.stem(x)))
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))  # type: ignore[no-any-return]
+
+
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images and labels, test images and labels (every fifth digit)."""
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
+    labels = torch.tensor(data.target)
+    test = torch.arange(len(labels)) % 5 == 0
+    return images[~test], labels[~test], images[test], labels[test]
+
+
+def trained(seed: int = 0, epochs: int = 15) -> DigitsNet:
+    """The network after a few epochs, in eval mode."""
+    images, labels, _, _ = digits()
+    torch.manual_seed(seed)
+    model = DigitsNet()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=epochs * (len(labels) // 64 + 1))
+    for _ in range(epochs):
+        for batch in torch.randperm(len(labels)).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def accuracy(model: nn.Module) -> float:
+    """Share of test digits recognised, in percent."""
+    _, _, images, labels = digits()
+    with torch.no_grad():
+        return 100 * (model(images).argmax(1) == labels).double().mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    model = trained(options.seed)
+    images, _, _, _ = digits()
+    batches = list(images.split(64))
+    rows = [("fp32", f"{accuracy(model):.2f}", "", "")]
+    for method in ("minmax", "histogram"):
+        quantized = PTQQuantizer(calibration_method=method, num_calibration_batches=len(batches)).quantize(model, batches)
+        report = coverage(quantized)
+        drop = accuracy(model) - accuracy(quantized)
+        rows.append((f"int8 {method}", f"{accuracy(quantized):.2f}", f"{drop:+.2f}", f"{report.mac_share:.1%}"))
+    print(tabulate(rows, ("model", "test accuracy %", "drop", "int8 MACs"), disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()
