@@ -75,7 +75,7 @@ def accuracy(model: nn.Module) -> float:
     """Share of test digits recognised, in percent."""
     _, _, images, labels = digits()
     with torch.no_grad():
-        return 100 * (model(images).argmax(1) == labels).double().mean().item()
+        return float(100 * (model(images).argmax(1) == labels).double().mean())
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from fxcompress.graph import edit
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.shapes import Recorder
 
-__all__ = ["RULES", "Snapshot", "check", "check_metadata", "run", "snapshot"]
+__all__ = ["RULES", "Snapshot", "check", "check_metadata", "fingerprint", "run", "snapshot"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,13 @@ def run(module: fx.GraphModule, call: Arguments) -> Any:
     result = recorder.record(call)
     check_metadata(recorder.found)
     return result
+
+
+def fingerprint(module: fx.GraphModule) -> tuple[Any, ...]:
+    """What a result depends on: the code, the tensors and how often each was written, the layers."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    layers = tuple((name, id(m), m.training, getattr(m, "activation", None)) for name, m in module.named_modules())
+    return module.code, tuple((name, id(t), t._version) for name, t in tensors), layers
 
 
 def check_metadata(found: dict[fx.Node, Any]) -> None:
