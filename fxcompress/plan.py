@@ -215,8 +215,8 @@ def _check_order(steps: Sequence[Pass]) -> None:
             raise PlanError(f"step {number} is {step!r}, which is not a pass.")
         accepted = possible & set(step.takes)
         if not accepted:
-            helpers = [n for n, c in library.passes().items() if c.leaves in step.takes and set(c.takes) & possible]
-            hint = f" Put {' or '.join(map(repr, helpers))} before it." if helpers else ""
+            bridge = _bridge(possible, set(step.takes))
+            hint = f" Put {', then '.join(map(repr, bridge))} before it." if bridge else ""
             raise PlanError(
                 f"step {number} {step.name!r} takes a {' or '.join(step.takes)} graph, "
                 f"but {author} leaves it {' or '.join(sorted(possible))}.{hint}"
@@ -224,3 +224,17 @@ def _check_order(steps: Sequence[Pass]) -> None:
         possible = {step.leaves} if step.leaves else accepted
         if step.leaves or accepted != set(STAGES):
             author = f"step {number} {step.name!r}"
+
+
+def _bridge(have: set[str], wanted: set[str]) -> list[str]:
+    """The shortest chain of passes that leads from a stage in ``have`` to one in ``wanted``; empty where there is none."""
+    paths: dict[str, list[str]] = {stage: [] for stage in have}
+    queue = list(have)
+    for stage in queue:
+        if stage in wanted:
+            return paths[stage]
+        for name, cls in library.passes().items():
+            if cls.leaves and stage in cls.takes and cls.leaves not in paths:
+                paths[cls.leaves] = [*paths[stage], name]
+                queue.append(cls.leaves)
+    return []

@@ -251,6 +251,9 @@ def _node_data(node: fx.Node) -> dict[str, Any]:
     target: Any = node.target
     if node.op == "call_function":
         target = ops.target_name(node.target)
+        if ops.is_named_tuple(node.target):
+            made: Any = node.target
+            target = {"named": made.__name__, "fields": list(made._fields)}
         if target is None:
             raise ArtifactError(
                 f"node {node.name!r} calls {node.target!r}, which is not in the op table and cannot be saved without code."
@@ -292,7 +295,9 @@ def _build_graph_module(
 def _build_node(graph: fx.Graph, entry: dict[str, Any], nodes: dict[str, fx.Node]) -> fx.Node:
     target = entry["target"]
     _check_target(entry["op"], target)
-    if entry["op"] == "call_function":
+    if isinstance(target, dict):
+        target = _named_tuple(target["named"], tuple(target["fields"]))
+    elif entry["op"] == "call_function":
         target = ops.target_by_name(target)
     args, kwargs = decode(entry["args"], nodes), decode(entry["kwargs"], nodes)
     node = graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
@@ -305,7 +310,9 @@ def _build_node(graph: fx.Graph, entry: dict[str, Any], nodes: dict[str, fx.Node
     return node
 
 
-def _check_target(op: str, target: str) -> None:
+def _check_target(op: str, target: Any) -> None:
+    if isinstance(target, dict):
+        return
     if op == "call_function" and ops.target_by_name(target) is None:
         raise ArtifactError(f"the saved graph calls {target!r}, which is not an operator of the op table.")
     if op == "call_method" and (target.startswith("_") and not ops.is_known_method(target)):
@@ -376,8 +383,6 @@ def encode(value: Any) -> Any:
         return value if math.isfinite(value) else {"float": repr(value)}
     if isinstance(value, fx.Node):
         return {"node": value.name}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {"named": type(value).__name__, "fields": list(value._fields), "values": [encode(v) for v in value]}
     if isinstance(value, tuple):
         return {"tuple": [encode(v) for v in value]}
     if isinstance(value, (list, range)):
@@ -409,8 +414,6 @@ def decode(data: Any, nodes: Mapping[str, fx.Node] | None = None) -> Any:
         return tuple(decode(v, nodes) for v in data["tuple"])
     if "dict" in data:
         return {decode(k, nodes): decode(v, nodes) for k, v in data["dict"]}
-    if "named" in data:
-        return _named_tuple(data["named"], tuple(data["fields"]))(*(decode(v, nodes) for v in data["values"]))
     if "slice" in data:
         return slice(*(decode(v, nodes) for v in data["slice"]))
     if "ellipsis" in data:

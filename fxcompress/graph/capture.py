@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import TraceError
+from fxcompress.graph import ops
 from fxcompress.graph.inputs import Arguments, bind, frozen_state, preserved_attributes
 
 __all__ = ["capture", "inline", "ordered"]
@@ -133,6 +134,8 @@ def _containers(graph: fx.Graph, value: Any) -> Any:
     if isinstance(value, dict):
         items = {key: _containers(graph, item) for key, item in value.items()}
         return ordered(graph, items) if type(value) is OrderedDict else items
+    if ops.is_named_tuple(type(value)):
+        return graph.call_function(type(value), tuple(_containers(graph, item) for item in value))
     if type(value) in (list, tuple):
         return type(value)(_containers(graph, item) for item in value)
     return value

@@ -7,8 +7,10 @@ analyses need. Passes ask :func:`kind` and :func:`read`, never a spelling.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -196,10 +198,17 @@ def _target_row(target: Any) -> tuple[Op, tuple[str, ...]] | None:
     table = _table().targets
     if isinstance(target, torch._ops.OpOverload):
         return table.get(target) or table.get(target.overloadpacket)
+    if isinstance(target, type) and (is_named_tuple(target) or dataclasses.is_dataclass(target)):
+        return table[OrderedDict]
     try:
         return table.get(target)
     except TypeError:
         return None
+
+
+def is_named_tuple(cls: Any) -> bool:
+    """Whether ``cls`` is a named tuple class, as models return them."""
+    return isinstance(cls, type) and issubclass(cls, tuple) and hasattr(cls, "_fields")
 
 
 def is_known_module(module: nn.Module) -> bool:

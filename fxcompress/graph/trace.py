@@ -111,6 +111,8 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if type(a) is OrderedDict:
             return ordered(self.graph, {key: self.create_arg(value) for key, value in a.items()})
+        if ops.is_named_tuple(type(a)):
+            return self.graph.call_function(type(a), tuple(self.create_arg(value) for value in a))
         return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -181,6 +183,7 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
     rungs = [Rung("", "note", f"argument {name!r} is fixed to {value!r}") for name, value in concrete.items()]
     module: fx.GraphModule
     if graph is not None:
+        _name_placeholders(graph, model)
         module = TracedModule(tracer.root, graph, type(model).__name__)
         rungs += [Rung(name, "note", "its forward hooks do not run in the graph") for name in tracer.hooked]
         rungs += _resolve(module, model, tracer.defeated, call)
@@ -194,6 +197,17 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
     except TraceError as error:
         return None, _join(failure, str(error))
     return _finish(module, model, [*rungs, Rung("", "exported", _join(failure, fixed))]), ""
+
+
+def _name_placeholders(graph: fx.Graph, model: nn.Module) -> None:
+    """Give arguments that were fixed their own names back, which fx numbers; flattened containers are named elsewhere."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    parameters = inspect.signature(model.forward).parameters.values()
+    if len(placeholders) != len(parameters):
+        return
+    for node, parameter in zip(placeholders, parameters, strict=True):
+        prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        node.target = prefix + parameter.name
 
 
 def _symbolic(tracer: _Tracer, model: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph | None, str]:

@@ -1,0 +1,200 @@
+"""The manager: needs, failures, reproducers, promises, the ledger, diffs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import fx, nn
+
+from fxcompress import Context, Ledger, Pass, PassManager, Plan, library
+from fxcompress.__main__ import main
+from fxcompress.errors import DataError, PassError, PlanError, PromiseError, VerificationError
+from fxcompress.graph import edit, ops
+from fxcompress.pass_base import EXACT, Promise
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Identity()).eval()
+
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@dataclass(frozen=True)
+class Negate(Pass):
+    """Break its promise."""
+
+    name: ClassVar[str] = "negate"
+    promise: ClassVar[Promise] = EXACT
+
+    def run(self, module: fx.GraphModule, context: Context) -> None:
+        for node in list(module.graph.nodes):
+            if ops.kind(node) == "conv2d":
+                made = edit.insert_after(node, torch.neg, (node,))
+                node.replace_all_uses_with(made, lambda user: user is not made)
+
+
+@dataclass(frozen=True)
+class Explode(Pass):
+    """Fail."""
+
+    name: ClassVar[str] = "explode"
+
+    def run(self, module: fx.GraphModule, context: Context) -> None:
+        raise KeyError("boom")
+
+
+@dataclass(frozen=True)
+class Retrain(Pass):
+    """Change a training flag behind the verifier's back."""
+
+    name: ClassVar[str] = "retrain"
+
+    def run(self, module: fx.GraphModule, context: Context) -> None:
+        next(iter(module.children())).train()
+
+
+@dataclass(frozen=True)
+class Unsettle(Pass):
+    """Write wrong metadata."""
+
+    name: ClassVar[str] = "unsettle"
+
+    def run(self, module: fx.GraphModule, context: Context) -> None:
+        for node in module.graph.nodes:
+            if ops.kind(node) == "relu":
+                node.meta["tensor_meta"] = node.meta["tensor_meta"]._replace(shape=torch.Size([1]))
+                with module.graph.inserting_after(node):
+                    node.replace_all_uses_with(copy := module.graph.call_function(torch.clone, (node,)))
+                    copy.args = (node,)
+
+
+def manager(*steps: Any, **options: Any) -> PassManager:
+    return PassManager(list(steps), reproducer=False, **options)
+
+
+def test_a_broken_promise_is_an_error_and_the_model_stays() -> None:
+    original = model()
+    before = {name: value.clone() for name, value in original.state_dict().items()}
+    with pytest.raises(PromiseError, match="'negate' promised outputs exact"):
+        manager(Negate()).run(original, X)
+    assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())
+    manager(Negate(), verify=False).run(original, X)
+
+
+def test_a_changed_training_flag_is_an_error() -> None:
+    with pytest.raises(VerificationError, match="same_training_flags: '0' was training=False"):
+        manager(Retrain()).run(model(), X)
+
+
+def test_metadata_that_disagrees_with_a_real_run_is_an_error() -> None:
+    with pytest.raises(VerificationError, match="metadata of"):
+        manager(Unsettle()).run(model(), X)
+
+
+def test_a_failing_pass_leaves_a_reproducer_that_replays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    library.passes()["explode"] = Explode
+    try:
+        with pytest.raises(PassError, match=r"step 2 'explode' failed: KeyError: 'boom'") as caught:
+            PassManager(["fold-batchnorm", Explode()], reproducer=tmp_path / "failure").run(model(), X)
+        assert f"python -m fxcompress replay {tmp_path / 'failure'}" in str(caught.value)
+        assert main(["replay", str(tmp_path / "failure")]) == 2
+        assert "'explode' failed" in capsys.readouterr().err
+    finally:
+        del library.passes()["explode"]
+
+
+def test_a_failing_pass_without_inputs_still_leaves_the_plan(tmp_path: Path) -> None:
+    with pytest.raises(PassError):
+        PassManager([Explode()], reproducer=tmp_path / "failure").run(model())
+    assert (tmp_path / "failure" / "plan.yaml").is_file()
+
+
+def test_needs_are_checked_before_any_work() -> None:
+    with pytest.raises(PlanError, match="step 2 'calibrate' needs data"):
+        manager("insert-observers", "calibrate").run(model(), X)
+
+
+def test_a_pass_that_cannot_take_the_stage_is_refused() -> None:
+    with pytest.raises(PlanError, match="the model is float"):
+        manager("lower").run(model(), X)
+
+
+def test_the_ledger_has_a_row_per_pass_and_survives_json(tmp_path: Path) -> None:
+    m = manager({"remove-dead": {"dropout": True}}, "fold-batchnorm", "fuse-activations")
+    m.run(model(), X)
+    assert [row.step for row in m.ledger.rows] == ["trace", "remove-dead", "fold-batchnorm", "fuse-activations"]
+    assert [row.nodes for row in m.ledger.rows] == [5, 3, 2, 1]
+    assert m.ledger.rows[0].macs == 2 * 6 * 6 * 4 * 27
+    assert "fold-batchnorm" in str(m.ledger)
+    m.ledger.save(tmp_path / "ledger.json")
+    assert Ledger.from_data(json.loads((tmp_path / "ledger.json").read_text())) == m.ledger
+
+
+def test_what_is_left_alone_is_said_with_the_reason() -> None:
+    m = manager("fold-batchnorm")
+    m.run(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)).eval(), X)
+    assert [(r.node, "follows 'relu'" in r.reason) for r in m.ledger.remarks("fold-batchnorm")] == [("1", True)]
+    m.run(model().train(), X)
+    assert "training mode" in m.ledger.remarks("fold-batchnorm")[0].reason
+
+
+def test_changes_are_printed_only_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    manager("remove-dead", "fold-batchnorm", show="changes").run(model(), X)
+    shown = capsys.readouterr().out
+    assert "--- fold-batchnorm" in shown and "-%_1" in shown
+    manager("fold-batchnorm", show="changes").run(nn.Sequential(nn.Linear(8, 1)), X)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_plan_without_inputs_runs_with_structural_checks_only() -> None:
+    m = manager("fold-batchnorm")
+    result = m.run(model())
+    assert m.ledger.rows[-1].snr is None
+    assert torch.allclose(result(X), model()(X), atol=1e-5)
+
+
+def test_an_empty_dataloader_and_bad_batches_are_refused() -> None:
+    steps: list[Any] = ["insert-observers", "calibrate"]
+    with pytest.raises(DataError, match="empty"):
+        manager(*steps).run(model(), data=[])
+    with pytest.raises(DataError, match="batch 1 holds NaN"):
+        manager(*steps).run(model(), data=[X, torch.full_like(X, torch.nan)])
+    with pytest.raises(DataError, match="batch 1 is empty"):
+        manager(*steps).run(model(), data=[X, X[:0]])
+    with pytest.raises(DataError, match="batch 1 does not run"):
+        manager(*steps).run(model(), data=[X, torch.randn(1, 4, 8, 8)])
+    with pytest.raises(DataError, match="a batch is a str"):
+        manager(*steps).run(model(), X, data=["images"])
+
+
+def test_fewer_batches_than_asked_is_a_remark_with_both_numbers() -> None:
+    m = manager("insert-observers", {"calibrate": {"num_batches": 9}})
+    m.run(model(), data=[X, X])
+    assert "9 batches were asked for and the data has 2" in {r.reason for r in m.ledger.remarks("calibrate")}
+
+
+def test_data_comes_as_tensors_pairs_or_dicts() -> None:
+    for batch in (X, (X, torch.zeros(2)), [X, torch.zeros(2)], {"input": X}):
+        manager("insert-observers", "calibrate").run(model(), data=[batch])
+
+
+def test_the_library_takes_passes_from_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Point:
+        name, value = "negate", "somewhere:Negate"
+
+        def load(self) -> Any:
+            return Negate
+
+    monkeypatch.setattr(library, "entry_points", lambda group: [Point()])
+    library.passes.cache_clear()
+    try:
+        assert Plan.parse(["negate"]).steps == (Negate(),)
+    finally:
+        library.passes.cache_clear()
