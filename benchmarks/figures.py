@@ -1,6 +1,6 @@
 """The figures of the compiler core and of int8 quantization, each a ratio measured in one run.
 
-    python benchmarks/figures.py [speed calibration compile depth] [--threads N]
+python benchmarks/figures.py [speed calibration compile depth] [--threads N]
 """
 
 from __future__ import annotations

@@ -27,11 +27,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 from fxcompress import serial
-from fxcompress.errors import ArtifactError
+from fxcompress.errors import ArtifactError, BackendError
 from fxcompress.graph import edit
 from fxcompress.graph.island import regions
 from fxcompress.graph.trace import Rung, is_traced
-from fxcompress.pass_base import Context
+from fxcompress.pass_base import STAGES, Context
 from fxcompress.plan import build_pass
 
 __all__ = ["load", "save"]
@@ -110,20 +110,28 @@ def _build(
     document: dict[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module], failure: str
 ) -> fx.GraphModule:
     try:
-        model = serial.build_module(document["module"], serial.Tensors(tensors), modules)
-        model.meta["rungs"] = tuple(Rung(*rung) for rung in document["rungs"])
-        model.meta["stage"] = document["stage"]
-        model.graph.lint()
-    except ArtifactError:
+        return _assemble(document, tensors, modules)
+    except (ArtifactError, BackendError):
         raise
     except Exception as error:  # whatever a tampered description breaks means the same
         raise ArtifactError(f"{failure}: {type(error).__name__}: {error}.") from error
-    assert isinstance(model, fx.GraphModule)
-    if document["stage"] == "lowered":
+
+
+def _assemble(document: dict[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> fx.GraphModule:
+    model = serial.build_module(document["module"], serial.Tensors(tensors), modules)
+    stage = document["stage"]
+    if stage not in STAGES:
+        raise ArtifactError(f"the saved model has stage {stage!r}, which is none of {', '.join(STAGES)}.")
+    model.meta.update(rungs=tuple(Rung(*rung) for rung in document["rungs"]), stage=stage)
+    for region in regions(model).values():
+        region.graph.output_node()
+        region.graph.lint()
+    if stage == "lowered":
         model.meta["stage"] = "qdq"
         build_pass("lower", {}).run_model(model, Context())
         for region in regions(model).values():
             edit.finish(region)
+    assert isinstance(model, fx.GraphModule)
     return model
 
 

@@ -70,7 +70,7 @@ class Plan:
         return [_step_data(step) for step in self.steps]
 
     def __str__(self) -> str:
-        return str(yaml.safe_dump(self.as_data(), sort_keys=False, default_flow_style=None)) if self.steps else "[]\n"
+        return "".join(f"- {_line(step)}\n" for step in self.as_data()) or "[]\n"
 
 
 def read_yaml(text: str) -> Any:
@@ -205,6 +205,13 @@ def _step_data(step: Pass) -> Any:
         if value != default:
             options[field.name] = _listed(value)
     return {step.name: options} if options else step.name
+
+
+def _line(step: Any) -> str:
+    if isinstance(step, str):
+        return step
+    name, options = next(iter(step.items()))
+    return f"{name}: {yaml.safe_dump(options, sort_keys=False, default_flow_style=True, width=10**6).strip()}"
 
 
 def _check_order(steps: Sequence[Pass]) -> None:

@@ -219,7 +219,10 @@ def _restore(
 def _build_island(data: dict[str, Any], tensors: Tensors, modules: Mapping[str, nn.Module], prefix: str) -> nn.Module:
     name = prefix.rstrip(".")
     module = copy.deepcopy(modules[name])
+    parts = {part for part, _ in module.named_modules()}
     for region, described in data["regions"].items():
+        if region not in parts:
+            raise ArtifactError(f"the module supplied for {name!r} has no part {region!r}; it was a {data['island']}.")
         module.set_submodule(region, _build(described, tensors, {}, f"{prefix}{region}."))
     state = dict([*module.named_parameters(), *module.named_buffers()])
     for key, entry in data["tensors"].items():

@@ -32,7 +32,9 @@ def test_every_spelling_is_the_same_plan(spelling: Any, tmp_path: Path) -> None:
     assert Plan.parse(tmp_path / "plan.yaml") == Plan.parse(str(tmp_path / "plan.yaml")) == plan
 
 
-@given(st.integers(1, 10**6), st.lists(st.sampled_from(["relu", "relu6"]), unique=True), st.sampled_from([None, True, False]))
+@given(
+    st.integers(1, 10**6), st.lists(st.sampled_from(["relu", "relu6"]), unique=True), st.sampled_from([None, True, False])
+)
 def test_text_parses_back_to_an_equal_plan(batches: int, activations: list[str], reduce: bool | None) -> None:
     observe = {"reduce_range": reduce, "exclude_layers": ["head", "layer*.0"]}
     steps = [{"fuse-activations": {"activations": activations}}, {"insert-observers": observe}, Calibrate(batches)]
@@ -74,7 +76,11 @@ def test_what_cannot_work_is_refused_by_name(plan: Any, message: str) -> None:
     assert message in str(caught.value)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
 def test_any_data_is_a_plan_or_a_plan_error(value: Any) -> None:
     try:
         assert isinstance(Plan.parse(value), Plan)

@@ -9,7 +9,7 @@ import torch
 from fxcompress.backends.base import Backend, Rule
 from fxcompress.backends.cpu import has_vnni
 from fxcompress.backends.quantized_ops import lower
-from fxcompress.graph.ops import Attr, Call
+from fxcompress.graph.ops import Attr, Call, kind
 from fxcompress.graph.shapes import dtype_of, shape_of
 
 __all__ = ["BACKEND", "RULES"]
@@ -83,8 +83,19 @@ def _float_input(call: Call) -> str | None:
     return None if dtype in (None, torch.float32) else f"its input is {dtype}"
 
 
+_PARTS = ("chunk", "split", "unbind")
+
+
+def _taken_apart(call: Call) -> str | None:
+    """An operator that makes several tensors: each must be taken by its number."""
+    plain = all(kind(user) == "getitem" and isinstance(user.args[1], int) for user in call.node.users)
+    return _float_input(call) if plain else "its parts are not taken one by one"
+
+
 def _plain_index(call: Call) -> str | None:
     index = call["index"]
+    if kind(call.inputs[0]) in _PARTS and not isinstance(index, int):
+        return "it takes several parts at once"
     items = index if isinstance(index, tuple) else (index,)
     plain = all(isinstance(item, (int, slice, type(None), type(...))) for item in items)
     return None if plain else "it indexes with tensors"
@@ -135,6 +146,7 @@ RULES: dict[str, Rule] = {
     "interpolate": _POOL,
     "mean": Rule(output="input", refuse=_mean),
     "getitem": Rule(output="input", refuse=_plain_index),
+    **dict.fromkeys(_PARTS, Rule(output="input", refuse=_taken_apart)),
     **dict.fromkeys(
         (
             "flatten",
@@ -147,9 +159,6 @@ RULES: dict[str, Rule] = {
             "slice",
             "select",
             "narrow",
-            "chunk",
-            "split",
-            "unbind",
             "identity",
             "dropout",
         ),

@@ -36,11 +36,15 @@ def largest_pair(weight: Tensor, axis: int = 0, *, adjacent: bool = True) -> Ten
     ``adjacent``: pairs are elements 2i and 2i+1 of the reduction; otherwise any two elements may meet, which bounds kernels
     whose packing is not known (grouped, depthwise).
     """
+    return torch.maximum(*_pairs(weight, axis, adjacent))
+
+
+def _pairs(weight: Tensor, axis: int, adjacent: bool) -> tuple[Tensor, Tensor]:
+    """Per output channel, the largest positive and the largest negative pair, as magnitudes."""
     rows = reduction_rows(weight, axis)
     if rows.shape[1] % 2:
         rows = torch.nn.functional.pad(rows, (0, 1))
-    positive, negative = rows.clamp(min=0), rows.clamp(max=0).neg()
-    return torch.maximum(_pair(positive, adjacent), _pair(negative, adjacent))
+    return _pair(rows.clamp(min=0), adjacent), _pair(rows.clamp(max=0).neg(), adjacent)
 
 
 def _pair(rows: Tensor, adjacent: bool) -> Tensor:
@@ -51,5 +55,5 @@ def _pair(rows: Tensor, adjacent: bool) -> Tensor:
 
 def largest_activation(weight: Tensor, axis: int = 0, *, adjacent: bool = True) -> int:
     """The largest ``A`` for which int8 ``weight`` cannot saturate with activations in ``[0, A]``, at most 255."""
-    pair = int(largest_pair(weight.to(torch.int32), axis, adjacent=adjacent).max()) if weight.numel() else 0
-    return min(255, 32767 // pair) if pair else 255
+    positive, negative = (int(pair.max()) for pair in _pairs(weight.to(torch.int32), axis, adjacent))
+    return min(255, 32767 // max(positive, 1), 32768 // max(negative, 1))

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fxcompress.bench import interleaved, models, presets
-from fxcompress.errors import FxCompressError
+from fxcompress.errors import DataError, FxCompressError
 from fxcompress.graph.cost import cost
 from fxcompress.graph.coverage import coverage
 from fxcompress.manager import PassManager
@@ -38,6 +38,7 @@ def measure(name: str, plans: dict[str, Plan], options: argparse.Namespace) -> l
     model = models.build(name, weights=options.weights, seed=options.seed)
     size = tuple(options.shape) if options.shape else None
     batches = [models.example_inputs(name, batch=4, size=size, seed=seed) for seed in range(1, 5)]
+    _try(model, batches[0])
     if not options.weights:
         models.live_in(model, batches[:2])
     example = models.example_inputs(name, batch=options.batch, size=size, seed=99)
@@ -58,6 +59,15 @@ def measure(name: str, plans: dict[str, Plan], options: argparse.Namespace) -> l
             )
             for plan_name in plans
         ]
+
+
+def _try(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """One forward pass, so that a shape the model refuses is said before any work."""
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise DataError(f"the model refuses inputs of this shape: {str(error).splitlines()[0]}") from error
 
 
 def _caller(model: nn.Module, example: tuple[Any, ...]) -> Any:

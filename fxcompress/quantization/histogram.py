@@ -38,7 +38,7 @@ class Histogram:
 
     def add(self, values: Tensor, minimum: float, maximum: float) -> None:
         """Count the one-dimensional float32 ``values``, whose extremes are known."""
-        self._rise(int(torch.tensor(max(-minimum, maximum)).view(torch.int32)) >> _MANTISSA)
+        self._rise(int(torch.tensor(max(abs(minimum), abs(maximum))).view(torch.int32)) >> _MANTISSA)
         base = (self.top + 1) * self.per_octave - self.width
         flat = self.counts.view(-1)
         lanes = _lanes()

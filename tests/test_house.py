@@ -1,0 +1,125 @@
+"""The house itself: packaging, import directions, public names, README blocks."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import fxcompress
+from fxcompress import library
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fxcompress"
+
+PUBLIC = {
+    "Context",
+    "FxCompressError",
+    "Ledger",
+    "PTQQuantizer",
+    "Pass",
+    "PassManager",
+    "Plan",
+    "StaticQuantizer",
+    "coverage",
+    "load",
+    "save",
+    "trace",
+}
+
+ORDER = [
+    {"errors"},
+    {"graph"},
+    {"backends", "pass_base", "data"},
+    {"plan", "manager", "observe", "library", "ledger", "artifact", "serial", "reproducer"},
+    {"quantization", "pruning", "distillation", "training"},
+    {"passes"},
+    {"bench", "builder", "registry", "__main__", "__init__"},
+]
+LAZY = {("graph", "artifact")}
+
+
+def test_public_names_are_pinned() -> None:
+    assert set(fxcompress.__all__) == PUBLIC
+
+
+def test_every_package_is_listed_for_the_wheel() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {
+        ".".join(init.parent.relative_to(ROOT).parts) for init in PACKAGE.rglob("__init__.py") if "passes" not in init.parts
+    }
+    assert listed == found | {"fxcompress.passes"}
+
+
+def test_the_library_is_a_relative_link_and_not_a_top_level_package() -> None:
+    assert (PACKAGE / "passes").is_symlink()
+    assert (PACKAGE / "passes").readlink() == Path("../passes")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import passes"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert run.returncode != 0
+    assert "imported as 'fxcompress.passes'" in run.stderr
+
+
+def test_every_pass_is_a_file_of_its_name_with_a_first_line() -> None:
+    for name, cls in library.passes().items():
+        assert (ROOT / "passes" / f"{name.replace('-', '_')}.py").is_file()
+        assert cls.__doc__
+        assert cls.__doc__.splitlines()[0].endswith(".")
+
+
+def level(part: str) -> int:
+    return next(i for i, group in enumerate(ORDER) if part in group)
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fxcompress"):
+            names = [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
+            found.update(names)
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_run_one_way(file: Path) -> None:
+    part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if part == "__init__":
+        return
+    for other in imports(file):
+        known = other in {name for group in ORDER for name in group}
+        assert not known or level(other) <= level(part) or (part, other) in LAZY, f"{part} imports {other}"
+        techniques = {"quantization", "pruning", "distillation"}
+        assert not ({part, other} <= techniques and part != other)
+
+
+def test_nothing_rests_on_the_deprecated_quantization_package() -> None:
+    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "passes").glob("*.py")]:
+        assert not re.search(r"torch\.(ao|quantization)\b", file.read_text()), file
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=range(len(blocks("python"))))
+def test_every_python_block_of_the_readme_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "torchvision" in block:
+        pytest.importorskip("torchvision")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "block.py").write_text(block)
+    runpy.run_path(str(tmp_path / "block.py"))
+
+
+def test_the_readme_has_two_commands_and_they_name_what_exists() -> None:
+    commands = blocks("sh")
+    assert len(commands) == 2
+    assert "-m fxcompress.bench" in commands[0]
+    assert "-m pytest" in commands[1]
+    for path in re.findall(r"`((?:benchmarks|fxcompress|passes|tests)/[\w./]*)`", (ROOT / "README.md").read_text()):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,237 @@
+"""int8 against arithmetic written out in float64, operator by operator, and on whole networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.digits import accuracy, digits, trained
+from fxcompress import PassManager, PTQQuantizer, StaticQuantizer, coverage
+from fxcompress.errors import ConfigError, VerificationError
+from fxcompress.graph import qdq
+from fxcompress.observe import output_snr
+
+PLAN: list[Any] = [
+    "remove-dead",
+    "fold-batchnorm",
+    "fuse-activations",
+    {"insert-observers": {"calibrator": "minmax"}},
+    "calibrate",
+    "fold-quantization",
+    "lower",
+]
+
+
+def quantized(model: nn.Module, *call: Tensor, plan: list[Any] = PLAN, data: Any = None) -> Any:
+    return PassManager(plan, reproducer=False, progress=False).run(model.eval(), call, data or [call[0]])
+
+
+def grid_steps(found: Tensor, expected: np.ndarray, scale: float) -> np.ndarray:
+    return np.abs(found.double().numpy() - expected) / scale
+
+
+class Wrap(nn.Module):
+    """An operator between two convolutions, so that it is placed in integers."""
+
+    def __init__(self, operator: Callable[..., Tensor], channels: int = 4) -> None:
+        super().__init__()
+        self.first, self.second, self.operator = nn.Conv2d(3, channels, 1), nn.Conv2d(3, channels, 1), operator
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operator(self.first(x), self.second(x))
+
+
+OPERATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": lambda a, b: a + b,
+    "add_relu": lambda a, b: F.relu(a + b),
+    "mul": lambda a, b: a * b,
+    "gate": lambda a, b: a * b.mean((2, 3), keepdim=True),
+    "cat": lambda a, b: torch.cat([a, b], 1),
+    "hardswish": lambda a, b: F.hardswish(a),
+    "hardsigmoid": lambda a, b: F.hardsigmoid(a),
+    "sigmoid": lambda a, b: torch.sigmoid(a),
+    "tanh": lambda a, b: torch.tanh(a),
+    "leaky_relu": lambda a, b: F.leaky_relu(a, 0.2),
+    "elu": lambda a, b: F.elu(a),
+    "relu6": lambda a, b: F.relu6(a * b),
+    "max_pool": lambda a, b: F.max_pool2d(a, 3, 2, 1),
+    "avg_pool": lambda a, b: F.avg_pool2d(a, 2),
+    "adaptive": lambda a, b: F.adaptive_avg_pool2d(a, 1).flatten(1),
+    "interpolate": lambda a, b: F.interpolate(a, scale_factor=2.0),
+    "shuffle": lambda a, b: F.channel_shuffle(a, 2),
+    "halves": lambda a, b: torch.cat([a.chunk(2, 1)[1], a.chunk(2, 1)[0]], 1),
+    "halves at once": lambda a, b: torch.cat(a.chunk(2, 1)[::-1], 1),
+    "slices": lambda a, b: a[:, 1:, ::2],
+    "reshape": lambda a, b: a.view(a.shape[0], 2, -1).permute(0, 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_kernels_agree_with_the_reference_graph(name: str) -> None:
+    """At most one output step apart, for at least 99.9 % of the values."""
+    torch.manual_seed(0)
+    model, x = Wrap(OPERATORS[name]), torch.randn(8, 3, 16, 16)
+    reference = quantized(model, x, plan=PLAN[:6])
+    lowered = quantized(reference, x, plan=["lower"])
+    step = max(float(n.args[1]) for n in reference.graph.nodes if n.target is qdq.quantize)
+    gap = (reference(x) - lowered(x)).abs() / step
+    assert (gap <= 1.001).double().mean() >= 0.999
+    assert output_snr(model(x), lowered(x)) > 25
+
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "conv1d": (nn.Conv1d(6, 8, 3, 2, 1, groups=2), (4, 6, 15)),
+    "conv2d": (nn.Conv2d(6, 8, 3, (2, 1), (1, 2), dilation=2), (4, 6, 15, 13)),
+    "depthwise": (nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), (4, 8, 9, 9)),
+    "conv3d": (nn.Conv3d(3, 4, 3), (2, 3, 6, 6, 6)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, 2, 1, 1), (2, 4, 7, 7)),
+    "linear": (nn.Linear(12, 5), (7, 12)),
+    "linear on tokens": (nn.Linear(12, 5, bias=False), (2, 7, 12)),
+}
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_computes_integer_arithmetic_written_out(name: str, relu: bool) -> None:
+    """round((Σ (q − z) w · s_x s_w + b) / s_y) + z_y in float64, within one step for 99.9 % of the values."""
+    torch.manual_seed(1)
+    layer, shape = LAYERS[name]
+    model, x = nn.Sequential(layer, *([nn.ReLU()] if relu else [])), torch.randn(shape)
+    reference = quantized(model, x, plan=PLAN[:6])
+    lowered = quantized(reference, x, plan=["lower"])
+    quantizes = [node for node in reference.graph.nodes if node.target is qdq.quantize]
+    (scale_x, zero_x), (scale_y, zero_y) = [(node.args[1], node.args[2]) for node in quantizes]
+    levels = np.clip(np.round(x.double().numpy() / scale_x) + zero_x, 0, 255) - zero_x
+    weight = reference.get_buffer("0.weight").double()
+    scale_w = reference.get_buffer("0.weight_scale").double()
+    axis = 1 if name == "transposed" else 0
+    unit = [1] * weight.dim()
+    unit[axis] = -1
+    exact = type(layer).forward
+    double = layer.double()
+    with torch.no_grad():
+        double.weight.copy_(weight * scale_w.reshape(unit))  # type: ignore[operator]
+        y = exact(double, torch.from_numpy(levels * scale_x))
+    y = y.clamp(min=0) if relu else y
+    expected = (np.clip(np.round(y.numpy() / scale_y) + zero_y, 0, 255) - zero_y) * scale_y
+    layer.float()
+    assert (grid_steps(lowered(x), expected, scale_y) <= 1.001).mean() >= 0.999
+    assert coverage(lowered).mac_share == 1.0
+
+
+def test_quantize_rounds_half_to_even_and_keeps_zero_exact() -> None:
+    x = torch.tensor([-10.0, -0.75, -0.25, 0.0, 0.25, 0.75, 1.25, 1000.0])
+    levels = qdq.quantize(x, 0.5, 3, 0, 255, torch.uint8)
+    expected = np.clip(np.round(x.double().numpy() / 0.5) + 3, 0, 255)
+    assert levels.tolist() == expected.tolist()
+    assert qdq.dequantize(levels, 0.5, 3)[3] == 0.0
+
+
+def test_real_digits_lose_nothing_worth_mentioning() -> None:
+    model = trained()
+    images, _, _, _ = digits()
+    assert accuracy(model) >= 97.0
+    for method in ("minmax", "histogram"):
+        result = PTQQuantizer(calibration_method=method, num_calibration_batches=20).quantize(model, list(images.split(64)))
+        assert accuracy(model) - accuracy(result) <= 0.5
+        assert coverage(result).mac_share >= 0.95
+
+
+def small() -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)), [
+        torch.randn(4, 3, 8, 8) for _ in range(3)
+    ]
+
+
+def test_prepare_calibrate_convert_equals_quantize() -> None:
+    model, batches = small()
+    quantizer = StaticQuantizer(num_calibration_batches=3)
+    prepared = quantizer.prepare(model, batches[0])
+    assert torch.allclose(prepared(batches[0]), model.eval()(batches[0]), atol=1e-5)
+    converted = quantizer.convert(quantizer.calibrate(prepared, batches))
+    assert torch.equal(converted(batches[1]), quantizer.quantize(model, batches)(batches[1]))
+    assert [row.step for row in quantizer.ledger.rows][-1] == "lower"
+
+
+def test_a_model_in_training_mode_is_quantized_as_a_copy_in_eval_mode() -> None:
+    model, batches = small()
+    model.train()
+    result = PTQQuantizer(num_calibration_batches=3).quantize(model, batches)
+    assert model.training and not any(module.training for module in result.modules())
+
+
+def test_stages_out_of_turn_are_refused() -> None:
+    model, batches = small()
+    quantizer = PTQQuantizer()
+    with pytest.raises(ConfigError, match=r"call prepare\(model\)"):
+        quantizer.calibrate(model, batches)
+    with pytest.raises(ConfigError, match="is float"):
+        quantizer.convert(PassManager([]).run(model, batches[0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "fbgem"}, "fbgemm"),
+        ({"dtype": "int9"}, "int8"),
+        ({"calibration_method": "histo"}, "histogram"),
+        ({"num_calibration_batches": 0}, "positive"),
+        ({"calibrator_options": {"percentile": 200}}, "percentile"),
+    ],
+)
+def test_arguments_that_cannot_be_meant_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=message) as caught:
+        PTQQuantizer(**options)
+    assert isinstance(caught.value, (ConfigError, ValueError, RuntimeError))
+
+
+def test_excluded_layers_stay_in_float_and_say_so() -> None:
+    model, batches = small()
+    result = PTQQuantizer(num_calibration_batches=3, exclude_layers=["4"]).quantize(model, batches)
+    rows = {row.node: row.reason for row in coverage(result).floats}
+    assert rows == {"4": "it is excluded by name"}
+    with pytest.raises(ConfigError, match="no layer is called 'fc'"):
+        PTQQuantizer(exclude_layers=["fc"]).quantize(model, batches)
+
+
+def test_a_share_that_is_not_reached_is_an_error_where_it_is_required() -> None:
+    model, batches = small()
+    plan = {"steps": [*PLAN[:3], {"insert-observers": {"exclude_layers": ["4"]}}, *PLAN[4:]], "require": {"int8_macs": 0.99}}
+    with pytest.raises(VerificationError, match=r"run in integers, 99\.0% are required.*excluded"):
+        PassManager(plan, reproducer=False).run(model.eval(), data=batches)
+
+
+def test_one_value_is_quantized_once_however_many_read_it() -> None:
+    class Fan(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.b(y) + self.c(y) + y  # type: ignore[no-any-return]
+
+    x = torch.randn(1, 3, 4, 4)
+    reference = quantized(Fan(), x, plan=PLAN[:6])
+    quantizes = [node for node in reference.graph.nodes if node.target is qdq.quantize]
+    assert len(quantizes) == len({node.args[0] for node in quantizes}) == 6
+    lowered = quantized(reference, x, plan=["lower"])
+    assert coverage(lowered).boundaries == 2
+
+
+def test_a_branch_that_no_batch_reached_stays_in_float() -> None:
+    model, batches = small()
+    prepared = PTQQuantizer(num_calibration_batches=3).prepare(model, batches[0])
+    PTQQuantizer(num_calibration_batches=3).calibrate(prepared, batches)
+    observer = next(m for name, m in prepared.named_modules() if name.startswith("observers.") and m._modules == {})
+    observer.calibrator.reset()  # type: ignore[union-attr, operator]
+    result = PTQQuantizer().convert(prepared)
+    assert any("no calibration batch reached it" in row.reason for row in coverage(result).floats)
+    assert torch.isfinite(result(batches[0])).all()

@@ -1,0 +1,120 @@
+"""16-bit saturation: the pair bound against an emulation of vpmaddubsw, and weights that satisfy it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fxcompress import PassManager
+from fxcompress.backends import fbgemm, saturation
+from fxcompress.quantization.weights import quantize_weight
+
+
+def saturating_product(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """u8·s8 dot products as x86 without VNNI computes them: pairs summed in a saturating int16, then in int32."""
+    if weights.shape[1] % 2:
+        activations = np.pad(activations, ((0, 0), (0, 1)))
+        weights = np.pad(weights, ((0, 0), (0, 1)))
+    products = activations[:, None].astype(np.int64) * weights[None].astype(np.int64)
+    pairs = products[..., 0::2] + products[..., 1::2]
+    return np.clip(pairs, -32768, 32767).sum(-1)
+
+
+def exact_product(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return activations.astype(np.int64) @ weights.astype(np.int64).T
+
+
+weights_strategy = st.integers(1, 9).flatmap(
+    lambda k: st.lists(st.lists(st.integers(-128, 127), min_size=k, max_size=k), min_size=1, max_size=4)
+)
+
+
+@given(weights_strategy)
+def test_the_bound_is_safe_and_one_more_is_not(rows: list[list[int]]) -> None:
+    weights = np.array(rows, dtype=np.int8)
+    limit = saturation.largest_activation(torch.from_numpy(weights))
+    for mask in _worst_masks(weights, limit):
+        assert (saturating_product(mask, weights) == exact_product(mask, weights)).all()
+    if limit < 255:
+        worst = np.concatenate(_worst_masks(weights, limit + 1))
+        assert (saturating_product(worst, weights) != exact_product(worst, weights)).any()
+
+
+def _worst_masks(weights: np.ndarray, value: int) -> list[np.ndarray]:
+    """Activations that put ``value`` under the weights of one sign, for each channel and sign."""
+    return [(value * (sign * weights.astype(np.int16) > 0)).astype(np.uint8) for sign in (1, -1)]
+
+
+@given(
+    st.integers(0, 2**16), st.sampled_from([(8, 3, 3, 3), (4, 16, 1, 1), (6, 5), (4, 7, 3, 3), (3, 1, 3, 3)]), st.booleans()
+)
+def test_bounded_weights_never_saturate_at_full_range(seed: int, shape: tuple[int, ...], per_channel: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator) ** 3
+    levels, scale = quantize_weight(weight, per_channel=per_channel, bound_pairs=True)
+    rows = saturation.reduction_rows(levels).numpy()
+    for activations in _worst_masks(rows, 255):
+        assert (saturating_product(activations, rows) == exact_product(activations, rows)).all()
+    assert saturation.largest_activation(levels) == 255
+    unit = scale.reshape(-1, *[1] * (weight.dim() - 1))
+    assert ((levels * unit - weight).abs() <= unit * 0.5000001).all()
+
+
+def test_any_two_elements_are_bounded_where_the_packing_is_not_known() -> None:
+    weight = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    levels, _ = quantize_weight(weight, bound_pairs=True, adjacent=False)
+    assert int(levels.max()) + int(levels.max()) <= saturation.LIMIT
+
+
+def test_unbounded_weights_use_the_whole_grid() -> None:
+    levels, scale = quantize_weight(torch.tensor([[2.0, 2.0], [0.0, 0.0]]))
+    assert levels.tolist() == [[127, 127], [0, 0]]
+    assert scale.tolist() == [pytest.approx(2 / 127), 1.0]
+
+
+class _Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.linear = nn.Linear(8, 4)
+        for parameter in self.parameters():
+            nn.init.ones_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.depthwise(self.conv(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("saturates", [True, False])
+def test_a_cpu_that_saturates_gets_bounded_weights(saturates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(1, 8, 6, 6)
+    from dataclasses import replace
+
+    from fxcompress import backends
+
+    monkeypatch.setitem(backends.BACKENDS, "fbgemm", replace(fbgemm.BACKEND, saturates=lambda: saturates))
+    result = PassManager(["insert-observers", "calibrate", "fold-quantization"]).run(_Wide().eval(), x, [x])
+    limits = [
+        saturation.largest_activation(result.get_buffer(f"{name}.weight"), adjacent=name != "depthwise")
+        for name in ("conv", "depthwise", "linear")
+    ]
+    assert (limits == [255, 255, 255]) is saturates
+    assert result.meta["quantization"]["bound_pairs"] is saturates
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(0, 2**16))
+def test_reduced_range_keeps_activations_to_seven_bits(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 8, 6, 6, generator=generator)
+    steps = ["fuse-activations", {"insert-observers": {"reduce_range": True}}, "calibrate", "fold-quantization"]
+    result = PassManager(steps).run(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU()).eval(), x, [x])
+    tops = [node.args[4] for node in result.graph.nodes if str(node.target) == "fxcompress.quantize.default"]
+    assert tops == [127, 127]
+    lowered = PassManager("[lower]").run(result, x)
+    loud = 100 * x
+    assert torch.allclose(result(loud), lowered(loud), atol=float(result(loud).max()) / 100)
