@@ -108,7 +108,7 @@ def calibration(rounds: int = 5) -> None:
 
 
 def compilation(rounds: int = 3) -> None:
-    """Tracing, fusing, folding and lowering ResNet-50 without calibrating, in forward passes of batch 8; share of verifying."""
+    """Compiling ResNet-50 without calibrating, in forward passes of batch 8; the share of verification."""
     model, _ = lived_in("resnet50", 2)
     image = models.example_inputs("resnet50", seed=3)[0]
     eight = models.example_inputs("resnet50", batch=8, seed=4)[0]

@@ -37,7 +37,7 @@ class Negate(Pass):
         for node in list(module.graph.nodes):
             if ops.kind(node) == "conv2d":
                 made = edit.insert_after(node, torch.neg, (node,))
-                node.replace_all_uses_with(made, lambda user: user is not made)
+                node.replace_all_uses_with(made, lambda user, made=made: user is not made)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def test_what_export_refuses_is_an_island_with_compiled_children() -> None:
 
 def test_a_top_that_is_an_island_keeps_names_and_compiles_children() -> None:
     model, x = DataDependent().eval(), torch.randn(2, 3, 6, 6)
-    traced = trace(model, x)
+    traced: Any = trace(model, x)
     assert ("", "island") in rungs(traced)
     assert set(regions(traced)) == {"features", "head"}
     assert set(traced.state_dict()) == set(model.state_dict())
@@ -164,8 +164,9 @@ class Shared(nn.Module):
 
 
 def test_shared_modules_and_tied_weights_stay_shared() -> None:
-    model, x = Shared().eval(), torch.randn(1, 3, 4, 4)
-    traced = trace(model, x)
+    model: Any = Shared().eval()
+    x = torch.randn(1, 3, 4, 4)
+    traced: Any = trace(model, x)
     assert traced.head.weight is traced.tied.weight
     assert_same(model, traced, x)
     assert traced.head.weight is not model.head.weight

@@ -199,6 +199,14 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
     return _finish(module, model, [*rungs, Rung("", "exported", _join(failure, fixed))]), ""
 
 
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
+def _target_of(parameter: inspect.Parameter) -> str:
+    """A placeholder's target: the argument's name, with the stars fx wants."""
+    return _STARS.get(parameter.kind, "") + parameter.name
+
+
 def _name_placeholders(graph: fx.Graph, model: nn.Module) -> None:
     """Give arguments that were fixed their own names back, which fx numbers; flattened containers are named elsewhere."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -206,8 +214,7 @@ def _name_placeholders(graph: fx.Graph, model: nn.Module) -> None:
     if len(placeholders) != len(parameters):
         return
     for node, parameter in zip(placeholders, parameters, strict=True):
-        prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-        node.target = prefix + parameter.name
+        node.target = _target_of(parameter)
 
 
 def _symbolic(tracer: _Tracer, model: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph | None, str]:
@@ -288,9 +295,8 @@ def _from_export(model: nn.Module, call: Arguments, program: torch.export.Export
 def _placeholders(graph: fx.Graph, model: nn.Module) -> dict[str, fx.Node]:
     """Placeholders with the names and defaults of the model's forward."""
     nodes: dict[str, fx.Node] = {}
-    prefixes: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     for name, parameter in inspect.signature(model.forward).parameters.items():
-        target = prefixes.get(parameter.kind, "") + name
+        target = _target_of(parameter)
         default = () if parameter.default is inspect.Parameter.empty else (parameter.default,)
         nodes[name] = graph.create_node("placeholder", target, default, {}, name=name)
     return nodes
