@@ -30,43 +30,50 @@ class FoldBatchNorm(Pass):
     promise: ClassVar[Promise] = close(rtol=1e-4)
 
     def run(self, module: fx.GraphModule, context: Context) -> None:
-        reading = edit.readers(module)
-        folded: set[str] = set()
-        for node in list(module.graph.nodes):
+        reading, tied = edit.readers(module), edit.tied(module)
+        foldable: list[tuple[ops.Call, ops.Call]] = []
+        for node in module.graph.nodes:
             norm = ops.read(node)
             if norm is None or norm.kind != "batch_norm" or not norm.inputs:
                 continue
-            reason = self._obstacle(module, norm, reading)
-            if reason:
-                context.skip(node, reason)
-                continue
-            layer = ops.read(norm.inputs[0])
-            assert layer is not None
-            weight = layer["weight"].name
-            if weight not in folded:
-                folded |= {name for name in reading if reading[name] == reading[weight]}
+            layer, reason = ops.read(norm.inputs[0]), _obstacle(module, norm, reading, tied)
+            if reason or layer is None:
+                context.skip(node, reason or "nothing stands before it")
+            else:
+                foldable.append((layer, norm))
+        folded: set[int] = set()
+        for layer, norm in foldable:
+            weight = edit.get_tensor(module, layer["weight"].name)
+            if id(weight) not in folded:
                 _fold(module, layer, norm)
-            edit.bypass(node)
+                folded.add(id(edit.get_tensor(module, layer["weight"].name)))
+            edit.bypass(norm.node)
 
-    def _obstacle(self, module: fx.GraphModule, norm: ops.Call, reading: dict[str, list[fx.Node]]) -> str | None:
-        if norm["training"] and "momentum" in norm.arguments:
-            return "it is in training mode, where it uses the statistics of the batch"
-        if not isinstance(norm["running_mean"], ops.Attr):
-            return "it keeps no running statistics"
-        source = norm.inputs[0]
-        layer = ops.read(source)
-        if layer is None or not layer.kind.startswith(("conv", "linear")):
-            return f"it follows {ops.kind(source)!r}, not a convolution or linear layer"
-        if len(source.users) > 1:
-            return f"{source.name!r} before it is also used elsewhere"
-        if layer["activation"]:
-            return "an activation stands between it and the layer before it"
-        if not isinstance(layer["weight"], ops.Attr) or not _is_stored(module, layer["weight"].name):
-            return "the weight before it is computed, not stored"
-        if layer.kind == "linear" and len(shape_of(source) or (0, 0)) != 2:
-            return "it normalises another axis than the linear layer's outputs"
-        others = [reader for reader in reading[layer["weight"].name] if not _same_norm(reader, norm)]
-        return f"its weights are also used by {others[0].name!r} without this normalisation" if others else None
+
+def _obstacle(module: fx.GraphModule, norm: ops.Call, reading: dict[str, list[fx.Node]], tied: set[int]) -> str | None:
+    """Why ``norm`` cannot be folded, or None."""
+    if norm["training"] and "momentum" in norm.arguments:
+        return "it is in training mode, where it uses the statistics of the batch"
+    if not isinstance(norm["running_mean"], ops.Attr):
+        return "it keeps no running statistics"
+    if edit.has_hooks(norm.node):
+        return "it has hooks, which folding would drop"
+    source = norm.inputs[0]
+    layer = ops.read(source)
+    if layer is None or not layer.kind.startswith(("conv", "linear")):
+        return f"it follows {ops.kind(source)!r}, not a convolution or linear layer"
+    if len(source.users) > 1:
+        return f"{source.name!r} before it is also used elsewhere"
+    if layer["activation"]:
+        return "an activation stands between it and the layer before it"
+    if not isinstance(layer["weight"], ops.Attr) or not _is_stored(module, layer["weight"].name):
+        return "the weight before it is computed, not stored"
+    if id(edit.get_tensor(module, layer["weight"].name)) in tied:
+        return "the weight before it is tied to another layer's"
+    if layer.kind == "linear" and len(shape_of(source) or (0, 0)) != 2:
+        return "it normalises another axis than the linear layer's outputs"
+    others = [reader for reader in reading[layer["weight"].name] if not _same_norm(reader, norm)]
+    return f"its weights are also used by {others[0].name!r} without this normalisation" if others else None
 
 
 def _is_stored(module: fx.GraphModule, name: str) -> bool:

@@ -37,7 +37,8 @@ class FuseActivations(Pass):
             if activation not in self.activations:
                 continue
             producer = node.all_input_nodes[0]
-            reason = _obstacle(producer, activation, calls)
+            reason = "it has hooks, which fusing would drop" if edit.has_hooks(node) else None
+            reason = reason or _obstacle(producer, activation, calls)
             if reason:
                 context.skip(node, reason)
                 continue

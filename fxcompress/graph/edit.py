@@ -16,6 +16,7 @@ __all__ = [
     "ensure",
     "finish",
     "get_tensor",
+    "has_hooks",
     "insert_after",
     "insert_before",
     "readers",
@@ -23,6 +24,7 @@ __all__ = [
     "set_argument",
     "set_bias",
     "set_tensor",
+    "tied",
 ]
 
 
@@ -98,6 +100,15 @@ def readers(module: fx.GraphModule) -> dict[str, list[fx.Node]]:
     return {name: found.get(canonical, []) for name, canonical in aliases.items()}
 
 
+def tied(module: nn.Module) -> set[int]:
+    """The ids of parameters that several modules own, so that changing one changes the others."""
+    owners: dict[int, int] = {}
+    for part in module.modules():
+        for parameter in part._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + (parameter is not None)
+    return {key for key, count in owners.items() if count > 1}
+
+
 def insert_after(node: fx.Node, target: Callable[..., Any] | str, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
     """A call of ``target`` (a function, or a module's name) right after ``node``; its origin is ``node``'s."""
     with node.graph.inserting_after(node):
@@ -134,6 +145,14 @@ def replace(node: fx.Node, by: fx.Node) -> None:
 def bypass(node: fx.Node) -> None:
     """Take out a node that passes its first input through."""
     replace(node, node.all_input_nodes[0])
+
+
+def has_hooks(node: fx.Node) -> bool:
+    """Whether a called module has hooks, which go with it when it is taken out."""
+    if node.op != "call_module" or node.graph.owning_module is None:
+        return False
+    module = node.graph.owning_module.get_submodule(str(node.target))
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def finish(module: fx.GraphModule) -> None:
