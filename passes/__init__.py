@@ -3,12 +3,14 @@
 A new pass is a file here, a line in :data:`PASSES`, and a page of tests.
 """
 
+from fxcompress.passes.bake_masks import BakeMasks
 from fxcompress.passes.calibrate import Calibrate
 from fxcompress.passes.fold_batchnorm import FoldBatchNorm
 from fxcompress.passes.fold_quantization import FoldQuantization
 from fxcompress.passes.fuse_activations import FuseActivations
 from fxcompress.passes.insert_observers import InsertObservers
 from fxcompress.passes.lower import Lower
+from fxcompress.passes.mask_weights import MaskWeights
 from fxcompress.passes.remove_dead import RemoveDead
 from fxcompress.passes.require import Require
 
@@ -16,6 +18,8 @@ PASSES = (
     RemoveDead,
     FoldBatchNorm,
     FuseActivations,
+    MaskWeights,
+    BakeMasks,
     InsertObservers,
     Calibrate,
     FoldQuantization,

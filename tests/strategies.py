@@ -191,6 +191,7 @@ def networks(draw: Any, max_steps: int = 8) -> Drawn:
         _conv(draft)
         for _ in range(draw(st.integers(0, max_steps))):
             draw(st.sampled_from(STEPS))(draft)
+        _conv(draft)  # so that no network is without a layer that counts
         last = len(draft.channels) - 1
         if draw(st.booleans()):
             last = _head(draft, last)

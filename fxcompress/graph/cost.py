@@ -17,7 +17,7 @@ from fxcompress.graph import ops
 from fxcompress.graph.island import regions
 from fxcompress.graph.shapes import module_of, shape_of
 
-__all__ = ["Cost", "cost", "macs", "parameter_count", "stored_bytes", "tensor_shape"]
+__all__ = ["Cost", "NodeCost", "cost", "macs", "node_costs", "parameter_count", "stored_bytes", "tensor_shape"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,47 @@ def cost(module: nn.Module) -> Cost:
         macs=sum(macs(node) for node in nodes),
         bytes=stored_bytes(module),
     )
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """What one node costs; ``bytes`` are those of the tensors it reads, whoever else reads them."""
+
+    node: str
+    kind: str
+    parameters: int
+    macs: int
+    bytes: int
+
+
+def node_costs(module: nn.Module) -> list[NodeCost]:
+    """A row per operator of every compiled region, in graph order."""
+    rows = []
+    for region, graph in regions(module).items():
+        for node in graph.graph.nodes:
+            if node.op.startswith("call"):
+                tensors = _tensors_of(node)
+                rows.append(
+                    NodeCost(
+                        f"{region}.{node.name}" if region else node.name,
+                        ops.kind(node),
+                        sum(t.numel() for t in tensors if t.is_floating_point() or t.dtype == torch.int8),
+                        macs(node),
+                        sum(t.numel() * t.element_size() for t in tensors),
+                    )
+                )
+    return rows
+
+
+def _tensors_of(node: fx.Node) -> list[torch.Tensor]:
+    """The parameters and buffers a node reads: its module's, or those fetched for it."""
+    if node.op == "call_module":
+        part = module_of(node)
+        return list({id(t): t for t in [*part.parameters(), *part.buffers()]}.values())
+    owner = node.graph.owning_module
+    assert owner is not None
+    fetched = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+    return [getattr(owner.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in fetched]
 
 
 def parameter_count(module: nn.Module) -> int:

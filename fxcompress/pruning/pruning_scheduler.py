@@ -1,0 +1,126 @@
+"""Schedules: how sparse a model is at each epoch of training."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+from torch import nn
+
+from fxcompress.errors import ConfigError
+from fxcompress.pruning.masks import check_sparsity
+
+__all__ = ["AGPScheduler", "CubicScheduler", "IterativeScheduler", "OneShotScheduler", "PruningScheduler"]
+
+
+class Prunes(Protocol):
+    """What a scheduler drives: any pruner that masks a model in place."""
+
+    def apply_mask(self, model: nn.Module, sparsity: float) -> None: ...
+
+
+class PruningScheduler:
+    """Sparsity by epoch: ``initial_sparsity`` before ``start_epoch``, ``target_sparsity`` from ``end_epoch`` on.
+
+    Between them the sparsity follows :attr:`power` of the progress p = (epoch − start) / (end − start) as
+    ``s_f + (s_i − s_f)·(1 − p)^power``, and changes only at epochs that :meth:`should_prune` names: every ``frequency``
+    epochs after the start, and at the end. Given a ``pruner`` and a ``model``, :meth:`step` masks the model at those epochs.
+
+    Raises ConfigError for sparsities outside [0, 1), a target below the initial sparsity, negative or reversed epochs.
+    """
+
+    power: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        initial_sparsity: float = 0.0,
+        target_sparsity: float = 0.5,
+        start_epoch: int = 0,
+        end_epoch: int = 100,
+        frequency: int = 1,
+        *,
+        pruner: Prunes | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        self.initial_sparsity, self.target_sparsity = check_sparsity(initial_sparsity), check_sparsity(target_sparsity)
+        if self.target_sparsity < self.initial_sparsity:
+            raise ConfigError(f"target_sparsity {target_sparsity} is below initial_sparsity {initial_sparsity}.")
+        if start_epoch < 0 or end_epoch < start_epoch:
+            raise ConfigError(f"start_epoch {start_epoch} and end_epoch {end_epoch}: 0 <= start <= end.")
+        if frequency < 1:
+            raise ConfigError(f"frequency is {frequency}; it is at least 1.")
+        if (pruner is None) != (model is None):
+            raise ConfigError("give a pruner and a model together, or neither.")
+        self.start_epoch, self.end_epoch, self.frequency = start_epoch, end_epoch, frequency
+        self._pruner, self._model = pruner, model
+        self.epoch = -1
+
+    def sparsity_at(self, epoch: int) -> float:
+        """The sparsity in force during ``epoch``."""
+        if epoch >= self.end_epoch:
+            return self.target_sparsity
+        if epoch < self.start_epoch:
+            return self.initial_sparsity
+        last = epoch - (epoch - self.start_epoch) % self.frequency
+        return self._curve((last - self.start_epoch) / (self.end_epoch - self.start_epoch))
+
+    def _curve(self, progress: float) -> float:
+        remaining = (1.0 - progress) ** self.power
+        return self.target_sparsity + (self.initial_sparsity - self.target_sparsity) * remaining
+
+    def should_prune(self, epoch: int) -> bool:
+        """Whether the sparsity may change at ``epoch``."""
+        if not self.start_epoch <= epoch <= self.end_epoch:
+            return False
+        return epoch == self.end_epoch or (epoch - self.start_epoch) % self.frequency == 0
+
+    def step(self, epoch: int) -> float:
+        """Enter ``epoch``; returns the sparsity in force, after masking the model where there is one."""
+        if epoch < 0:
+            raise ConfigError(f"epoch is {epoch}; epochs count from 0.")
+        self.epoch = epoch
+        sparsity = self.sparsity_at(epoch)
+        if self._pruner is not None and self._model is not None and self.should_prune(epoch):
+            self._pruner.apply_mask(self._model, sparsity)
+        return sparsity
+
+    def get_current_sparsity(self) -> float:
+        """The sparsity in force at the epoch last entered; the initial one before the first."""
+        return self.sparsity_at(self.epoch) if self.epoch >= 0 else self.initial_sparsity
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule stands, and what it was built with."""
+        return {"epoch": self.epoch, **{name: getattr(self, name) for name in _OPTIONS}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state; ConfigError where the schedule was built differently."""
+        different = [name for name in _OPTIONS if state.get(name) != getattr(self, name)]
+        if different:
+            raise ConfigError(f"the saved schedule differs in {', '.join(different)}.")
+        self.epoch = int(state["epoch"])
+
+
+_OPTIONS = ("initial_sparsity", "target_sparsity", "start_epoch", "end_epoch", "frequency")
+
+
+class OneShotScheduler(PruningScheduler):
+    """The target at once, at ``start_epoch``."""
+
+    def sparsity_at(self, epoch: int) -> float:
+        return self.initial_sparsity if epoch < self.start_epoch else self.target_sparsity
+
+    def should_prune(self, epoch: int) -> bool:
+        return epoch == self.start_epoch
+
+
+class IterativeScheduler(PruningScheduler):
+    """Equal steps from the initial sparsity to the target."""
+
+
+class CubicScheduler(PruningScheduler):
+    """Fast at first and slow at the end: the cube of what remains (Zhu & Gupta 2017)."""
+
+    power: ClassVar[int] = 3
+
+
+class AGPScheduler(CubicScheduler):
+    """Automated gradual pruning (Zhu & Gupta 2017): s_t = s_f + (s_i − s_f)·(1 − (t − t_0)/(t_n − t_0))³, clamped."""

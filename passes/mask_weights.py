@@ -1,0 +1,45 @@
+"""mask-weights: zeros in the weights, by magnitude, with the dense weight learnable underneath."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from torch import fx
+
+from fxcompress.errors import ConfigError
+from fxcompress.graph.select import Selection
+from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
+from fxcompress.pruning.magnitude_pruner import mask_weights, prunable
+
+__all__ = ["MaskWeights"]
+
+
+@dataclass(frozen=True)
+class MaskWeights(Pass):
+    """Mask the smallest weights of convolutions and linear layers.
+
+    Options: ``sparsity``, the share of all chosen weights that become zero; ``criterion``, ``l1``, ``l2`` or ``random``;
+    ``n_m``, keep exactly N of every M along the input dimension instead; ``include_layers``/``exclude_layers``, names or
+    globs; ``seed``. A layer whose inputs M does not divide stays dense and is named. ``bake-masks`` makes masks permanent,
+    which quantization and saving need.
+    """
+
+    name: ClassVar[str] = "mask-weights"
+    promise: ClassVar[Promise] = APPROXIMATE
+
+    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    criterion: Literal["l1", "l2", "random"] = "l1"
+    n_m: tuple[int, int] | None = None
+    include_layers: tuple[str, ...] | None = None
+    exclude_layers: tuple[str, ...] = ()
+    seed: int = 0
+
+    def run_model(self, model: fx.GraphModule, context: Context) -> None:
+        selection = Selection(self.include_layers, self.exclude_layers)
+        selection.check(model)
+        layers = prunable(model, selection)
+        if not layers:
+            raise ConfigError("no chosen layer has a prunable weight; nothing would be masked.")
+        mask_weights(layers, self.sparsity, criterion=self.criterion, n_m=self.n_m, seed=self.seed, skip=context.skip)
