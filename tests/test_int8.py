@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.digits import accuracy, digits, trained
 from fxcompress import PassManager, PTQQuantizer, StaticQuantizer, coverage
-from fxcompress.errors import ConfigError, VerificationError
+from fxcompress.errors import BackendError, ConfigError, VerificationError
 from fxcompress.graph import qdq
 from fxcompress.observe import output_snr
 
@@ -206,6 +206,13 @@ def test_a_share_that_is_not_reached_is_an_error_where_it_is_required() -> None:
     plan = {"steps": [*PLAN[:3], {"insert-observers": {"exclude_layers": ["4"]}}, *PLAN[4:]], "require": {"int8_macs": 0.99}}
     with pytest.raises(VerificationError, match=r"run in integers, 99\.0% are required.*excluded"):
         PassManager(plan, reproducer=False).run(model.eval(), data=batches)
+
+
+def test_a_model_on_another_device_is_refused_with_the_way_out() -> None:
+    model, batches = small()
+    reference = PassManager(PLAN[:6], reproducer=False).run(model.eval(), data=batches)
+    with pytest.raises(BackendError, match=r"is on meta: move it with \.cpu"):
+        PassManager("[lower]", reproducer=False).run(reference.to("meta"))
 
 
 def test_one_value_is_quantized_once_however_many_read_it() -> None:
