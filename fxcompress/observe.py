@@ -180,7 +180,7 @@ def _listing(model: fx.GraphModule) -> list[str]:
 def sparsity(model: torch.nn.Module) -> float:
     """Share of zeros among the elements of weights (tensors of two or more dimensions called ``weight``)."""
     tensors = {id(t): t for name, t in [*model.named_parameters(), *model.named_buffers()] if name.endswith("weight")}
-    weights = [t for t in tensors.values() if t.dim() > 1]
+    weights = [t for t in tensors.values() if t.dim() > 1 and not t.is_meta]
     total = sum(t.numel() for t in weights)
     return sum(t.numel() - int(torch.count_nonzero(t)) for t in weights) / total if total else 0.0
 
