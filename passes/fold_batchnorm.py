@@ -30,7 +30,7 @@ class FoldBatchNorm(Pass):
     promise: ClassVar[Promise] = close(rtol=1e-4)
 
     def run(self, module: fx.GraphModule, context: Context) -> None:
-        reading, tied = edit.readers(module), edit.tied(module)
+        reading, tied = context.analysis(edit.readers, module), context.analysis(edit.tied, module)
         foldable: list[tuple[ops.Call, ops.Call]] = []
         for node in module.graph.nodes:
             norm = ops.read(node)

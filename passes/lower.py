@@ -44,7 +44,7 @@ class Lower(Pass):
         elsewhere = {t.device.type for t in [*module.parameters(), *module.buffers()]} - {"cpu"}
         if elsewhere:
             raise BackendError(
-                f"{backend.name} runs on the CPU and the model is on {elsewhere.pop()}: move it with .cpu() first."
+                f"{backend.name} runs on {backend.runs_on} and the model is on {elsewhere.pop()}: move it with .cpu() first."
             )
         if backend.saturates() and not settings["bound_pairs"] and not settings["reduce_range"]:
             context.note("", "weights are not bounded for this CPU: partial sums may saturate; quantize again here")

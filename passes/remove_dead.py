@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import fx, nn
 
 from fxcompress.graph import edit, ops
+from fxcompress.graph.inplace import is_impure
 from fxcompress.graph.shapes import module_of
-from fxcompress.graph.trace import is_impure
 from fxcompress.pass_base import EXACT, STAGES, Context, Pass, Promise
 
 __all__ = ["RemoveDead"]

@@ -15,7 +15,7 @@ from torch import fx
 from fxcompress.graph import ops
 from fxcompress.graph.shapes import module_of
 
-__all__ = ["is_in_place", "make_functional"]
+__all__ = ["is_impure", "is_in_place", "make_functional"]
 
 _OPERATORS = {
     operator.iadd: operator.add,
@@ -107,3 +107,14 @@ def _out_of_place(target: Any) -> Any:
         return getattr(packet, target._overloadname)
     plain = _name(target).rstrip("_")
     return getattr(torch.nn.functional, plain, None) or getattr(torch, plain)
+
+
+def is_impure(node: fx.Node) -> bool:
+    """Whether a node may do something besides computing its result: write in place, assert, run code nobody knows."""
+    if node.op in ("placeholder", "output") or is_in_place(node) or ops.kind(node) in ("assert", "setitem", "copy"):
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    return node.op != "get_attr" and ops.lookup(node) is None

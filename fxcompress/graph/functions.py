@@ -1,0 +1,87 @@
+"""Functions that tracing took for one operator (``torch.fx.wrap``), captured and inlined like a module."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxcompress.errors import TraceError
+from fxcompress.graph import ops
+from fxcompress.graph.capture import capture, inline
+from fxcompress.graph.inputs import Arguments
+from fxcompress.graph.rungs import Rung, join
+from fxcompress.graph.shapes import Recorder
+
+__all__ = ["inline_call", "open_functions"]
+
+
+class _Function(nn.Module):
+    """A Python function in the place of a module, so that it can be captured."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def open_functions(module: fx.GraphModule, call: Arguments | None) -> list[Rung]:
+    """Capture the functions that tracing took for one operator (``torch.fx.wrap``) and the op table does not know."""
+    unknown = [n for n in module.graph.nodes if n.op == "call_function" and ops.lookup(n) is None and not _is_aten(n)]
+    if not unknown or call is None:
+        return [Rung(n.name, "island", "without example_inputs torch.export cannot capture it") for n in unknown]
+    recorder = Recorder(module, keep=set(unknown))
+    recorder.record(call)
+    rungs = []
+    fed = _fed_by_inputs(module)
+    for node in unknown:
+        where = f"{ops.owner_name(node)}:{getattr(node.target, '__name__', node.target)}".lstrip(":")
+        try:
+            arguments, constants = Arguments(*recorder.kept[node]), _constants_among(node, recorder.kept[node], fed)
+            program, fixed = capture(_Function(node.target), arguments, constants=constants, sizes=False)
+        except TraceError as error:
+            rungs.append(Rung(where, "island", str(error)))
+            continue
+        inline_call(module, node, program, prefix="")
+        rungs.append(Rung(where, "exported", join("a wrapped function", fixed)))
+    return rungs
+
+
+def _fed_by_inputs(module: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose values depend on the model's inputs."""
+    fed: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.op == "placeholder" or any(source in fed for source in node.all_input_nodes):
+            fed.add(node)
+    return fed
+
+
+def _constants_among(node: fx.Node, values: tuple[Any, Any], fed: set[fx.Node]) -> frozenset[int]:
+    """The ids of the argument values that do not depend on the model's inputs."""
+    pairs = zip(pytree.tree_leaves((tuple(node.args), dict(node.kwargs))), pytree.tree_leaves(values), strict=True)
+    return frozenset(id(value) for source, value in pairs if isinstance(source, fx.Node) and source not in fed)
+
+
+def _is_aten(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload)
+
+
+def inline_call(module: fx.GraphModule, node: fx.Node, program: torch.export.ExportedProgram, prefix: str) -> None:
+    """Put an exported program in the place of the call it was captured for; ``prefix`` names the module it belongs to."""
+    with module.graph.inserting_before(node):
+        result = inline(module.graph, module, prefix, program, Arguments(node.args, dict(node.kwargs)))
+    for user in list(node.users):
+        index = user.args[1] if user.target is operator.getitem and not isinstance(result, fx.Node) else None
+        if index is not None and not isinstance(index, fx.Node):
+            user.replace_all_uses_with(result[index])
+            module.graph.erase_node(user)
+            continue
+        user.args = fx.node.map_arg(user.args, lambda n: result if n is node else n)
+        user.kwargs = fx.node.map_arg(user.kwargs, lambda n: result if n is node else n)
+    module.graph.erase_node(node)

@@ -1,0 +1,152 @@
+"""The first rung: symbolic tracing, with leaves from the op table and rollback of whatever defeats it."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx._symbolic_trace import PH
+from torch.utils import _pytree as pytree
+
+from fxcompress.graph import ops
+from fxcompress.graph.capture import ordered
+from fxcompress.graph.inputs import Arguments, bind, preserved_attributes
+
+__all__ = [
+    "LadderTracer",
+    "concrete_arguments",
+    "first_line",
+    "name_placeholders",
+    "nested_arguments",
+    "placeholder_target",
+    "symbolic",
+]
+
+
+class LadderTracer(fx.Tracer):
+    """fx's tracer, with leaves from the op table, rollback of a module that defeats it, and indexed attribute lookup."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.defeated: dict[str, str] = {}
+        self.hooked: list[str] = []
+        self._proxies: dict[str, fx.Proxy] = {}
+        self._names: dict[int, str] = {}
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        named = [*root.named_parameters(remove_duplicate=True), *root.named_buffers(remove_duplicate=True)]
+        self._names = {id(tensor): name for name, tensor in named}
+        self._proxies = {}
+        return super().trace(root, concrete_args)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is OrderedDict:
+            return ordered(self.graph, {key: self.create_arg(value) for key, value in a.items()})
+        if ops.is_named_tuple(type(a)):
+            return self.graph.call_function(type(a), tuple(self.create_arg(value) for value in a))
+        return super().create_arg(a)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            module_qualified_name in self.defeated
+            or ops.is_known_module(m)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if not isinstance(attr_val, torch.Tensor):
+            return attr_val
+        name = self._names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in self._proxies:
+            self._proxies[name] = self.create_proxy("get_attr", name, (), {})
+        return self._proxies[name]
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = self.path_of_module(m)
+        if self.is_leaf_module(m, name):
+            return super().call_module(m, forward, args, kwargs)
+        if m._forward_hooks or m._forward_pre_hooks:
+            self.hooked.append(name)
+        last = next(reversed(self.graph.nodes), None)
+        depth, calls, scope = len(self.module_stack), dict(self.num_calls), self.scope
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:  # user code may raise anything on a proxy
+            self.defeated[name] = first_line(error)
+        self._roll_back(last)
+        while len(self.module_stack) > depth:
+            self.module_stack.popitem(last=True)
+        self.num_calls, self.scope = calls, scope
+        return super().call_module(m, forward, args, kwargs)
+
+    def _roll_back(self, last: fx.Node | None) -> None:
+        erased = set()
+        for node in reversed(list(self.graph.nodes)):
+            if node is last:
+                break
+            erased.add(node)
+            self.graph.erase_node(node)
+        self._proxies = {name: proxy for name, proxy in self._proxies.items() if proxy.node not in erased}
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what went wrong."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:160]
+
+
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
+def placeholder_target(parameter: inspect.Parameter) -> str:
+    """A placeholder's target: the argument's name, with the stars fx wants."""
+    return _STARS.get(parameter.kind, "") + parameter.name
+
+
+def name_placeholders(graph: fx.Graph, model: nn.Module) -> None:
+    """Give arguments that were fixed their own names back, which fx numbers; flattened containers are named elsewhere."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    parameters = inspect.signature(model.forward).parameters.values()
+    if len(placeholders) != len(parameters):
+        return
+    for node, parameter in zip(placeholders, parameters, strict=True):
+        node.target = placeholder_target(parameter)
+
+
+def symbolic(tracer: LadderTracer, model: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph | None, str]:
+    try:
+        with preserved_attributes(model):
+            return tracer.trace(model, concrete or None), ""
+    except Exception as error:  # user code may raise anything on a proxy
+        return None, first_line(error)
+
+
+def concrete_arguments(model: nn.Module, call: Arguments | None) -> dict[str, Any]:
+    """Arguments that are not tensors and steer the code: those left at their defaults, and flags among the examples."""
+    given = bind(model, call).arguments if call is not None else {}
+    fixed: dict[str, Any] = {}
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        value = given.get(name, parameter.default)
+        steers = value is None or isinstance(value, (bool, str))
+        left_out = name not in given and isinstance(value, (int, float))
+        if steers or left_out:
+            fixed[name] = value
+    return fixed
+
+
+def nested_arguments(model: nn.Module, call: Arguments) -> dict[str, Any]:
+    """Container arguments with a placeholder for each leaf, so that code may iterate over the container."""
+    given = bind(model, call).arguments
+    return {
+        name: pytree.tree_map(lambda leaf: PH, value)
+        for name, value in given.items()
+        if isinstance(value, (list, tuple, dict)) and name in inspect.signature(model.forward).parameters
+    }
