@@ -42,8 +42,6 @@ class Op:
     ``tensors``    the arguments that are parameters or buffers of those modules
     ``functions``  further callables that are this operator, with their own argument order where it differs
     ``defaults``   canonical values of arguments that a call may leave out
-    ``same``       values pass through unchanged (copied, moved, dropped; never computed), so a range found on the input
-                   holds for the output
     """
 
     kind: str
@@ -54,7 +52,6 @@ class Op:
     tensors: tuple[str, ...] = ()
     functions: tuple[tuple[Any, str | None], ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
-    same: bool = False
 
     @property
     def argument_names(self) -> tuple[str, ...]:

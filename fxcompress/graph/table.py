@@ -77,12 +77,12 @@ def _unary(names: str) -> list[Op]:
     return [_pointwise(name, f"{name} {name}_", "input") for name in names.split()]
 
 
-def _movement(kind: str, names: str, arguments: str, *, same: bool = True, **more: object) -> Op:
-    return Op(kind, "movement", names, arguments, same=same, **more)  # type: ignore[arg-type]
+def _movement(kind: str, names: str, arguments: str, **more: object) -> Op:
+    return Op(kind, "movement", names, arguments, **more)  # type: ignore[arg-type]
 
 
-def _pool(kind: str, arguments: str, module: type[nn.Module], *, same: bool = False, **defaults: object) -> Op:
-    return Op(kind, "pooling", kind, arguments, modules=(module,), defaults=defaults, same=same)
+def _pool(kind: str, arguments: str, module: type[nn.Module], **defaults: object) -> Op:
+    return Op(kind, "pooling", kind, arguments, modules=(module,), defaults=defaults)
 
 
 _MAX_POOL = "input kernel_size stride padding dilation ceil_mode return_indices"
@@ -99,7 +99,6 @@ def _pools(dims: int) -> list[Op]:
             modules=(getattr(nn, f"MaxPool{dims}d"),),
             functions=((getattr(F, f"_max_pool{dims}d"), _MAX_POOL),),
             defaults={"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False},
-            same=True,
         ),
         _pool(
             f"avg_pool{dims}d",
@@ -111,7 +110,7 @@ def _pools(dims: int) -> list[Op]:
             count_include_pad=True,
         ),
         _pool(f"adaptive_avg_pool{dims}d", "input output_size", getattr(nn, f"AdaptiveAvgPool{dims}d")),
-        _pool(f"adaptive_max_pool{dims}d", "input output_size", getattr(nn, f"AdaptiveMaxPool{dims}d"), same=True),
+        _pool(f"adaptive_max_pool{dims}d", "input output_size", getattr(nn, f"AdaptiveMaxPool{dims}d")),
     ]
 
 
@@ -284,7 +283,7 @@ TABLE: tuple[Op, ...] = (
     _movement("repeat", "repeat tile", "input *repeats"),
     _movement("repeat_interleave", "repeat_interleave", "input repeats dim"),
     _movement("getitem", "getitem __getitem__", "input index"),
-    _movement("setitem", "setitem __setitem__", "input index value", same=False),
+    _movement("setitem", "setitem __setitem__", "input index value"),
     _movement("slice", "slice", "input dim start end step"),
     _movement("select", "select", "input dim index"),
     _movement("narrow", "narrow", "input dim start length"),
@@ -299,7 +298,7 @@ TABLE: tuple[Op, ...] = (
     _movement("flip", "flip", "input *dims"),
     _movement("roll", "roll", "input shifts dims"),
     _movement("unfold", "unfold im2col", "input kernel_size dilation padding stride", modules=(nn.Unfold,)),
-    _movement("fold", "fold col2im", "input output_size kernel_size", same=False, modules=(nn.Fold,)),
+    _movement("fold", "fold col2im", "input output_size kernel_size", modules=(nn.Fold,)),
     _movement("pixel_shuffle", "pixel_shuffle", "input upscale_factor", modules=(nn.PixelShuffle,)),
     _movement("pixel_unshuffle", "pixel_unshuffle", "input downscale_factor", modules=(nn.PixelUnshuffle,)),
     _movement("channel_shuffle", "channel_shuffle native_channel_shuffle", "input groups", modules=(nn.ChannelShuffle,)),
@@ -307,10 +306,9 @@ TABLE: tuple[Op, ...] = (
         "pad",
         "pad constant_pad_nd",
         "input pad mode value",
-        same=False,
         modules=(nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d),
     ),
-    _movement("copy", "copy_ slice_scatter select_scatter index_put index_put_", "input other", same=False),
+    _movement("copy", "copy_ slice_scatter select_scatter index_put index_put_", "input other"),
     # pooling and resampling
     *(row for dims in (1, 2, 3) for row in _pools(dims)),
     Op(
