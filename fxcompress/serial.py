@@ -25,7 +25,7 @@ from fxcompress.graph.trace import around_island
 __all__ = ["Tensors", "build_module", "module_data"]
 
 _BASE = set(nn.Module().__dict__) - {"training"}
-_KEPT_META = ("integer", "float", "macs", "observer", "kind", "taps")
+_KEPT_META = ("integer", "float", "macs", "observer", "kind", "taps", "weight_grid")
 
 
 class Tensors:

@@ -15,7 +15,7 @@ from fxcompress.graph import edit, fused, ops, qdq
 from fxcompress.graph.island import regions
 from fxcompress.graph.shapes import describe, module_of, tensor_meta
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
-from fxcompress.quantization.grid import Grid
+from fxcompress.quantization.grid import Grid, grid
 from fxcompress.quantization.observer import ActivationObserver, observers
 from fxcompress.quantization.placement import operands
 from fxcompress.quantization.weights import quantize_weight
@@ -53,11 +53,12 @@ class _Parameters:
 
     scale: float
     zero_point: int
-    quant_max: int
+    grid: Grid
 
     def quantize(self, node: fx.Node) -> fx.Node:
-        made = edit.insert_after(node, qdq.quantize, (node, self.scale, self.zero_point, 0, self.quant_max, torch.uint8))
-        _describe(made, node, torch.uint8)
+        levels = (self.grid.quant_min, self.grid.quant_max, self.grid.dtype)
+        made = edit.insert_after(node, qdq.quantize, (node, self.scale, self.zero_point, *levels))
+        _describe(made, node, self.grid.dtype)
         return made
 
     def dequantize(self, node: fx.Node) -> fx.Node:
@@ -81,6 +82,7 @@ class _Folding:
         self.backend: Backend = backends.find(self.settings["backend"])
         self.parameters: dict[fx.Node, _Parameters] = {}
         self.stored: set[str] = set()
+        self.affine: set[str] = set()
 
     def run(self) -> None:
         watching = self._remove_observers()
@@ -110,9 +112,13 @@ class _Folding:
     def _observed(self, observer: ActivationObserver) -> _Parameters | None:
         if not observer.calibrator.count:
             return None
-        top = 127 if self.settings["reduce_range"] else 255
-        scale, zero_point = observer.calibrator.compute_scale_zp(Grid(torch.uint8, 0, top, symmetric=False))
-        return _Parameters(float(scale), int(zero_point), top)
+        target = self._grid(min(observer.bits, 7) if self.settings["reduce_range"] else observer.bits)
+        scale, zero_point = observer.calibrator.compute_scale_zp(target)
+        return _Parameters(float(scale), int(zero_point), target)
+
+    def _grid(self, bits: int = 8) -> Grid:
+        """Where the backend's activations live: int8 is symmetric, uint8 affine."""
+        return grid(self.backend.activation, symmetric=self.backend.activation == "int8", bits=bits)
 
     def _settle(self, node: fx.Node, watching: dict[fx.Node, ActivationObserver]) -> None:
         """Find the parameters of an integer operator's result; without ranges the operator goes back to float."""
@@ -123,7 +129,7 @@ class _Folding:
         found = None
         if all(source in self.parameters for source in sources):
             if rule.fixed is not None:
-                found = _Parameters(*rule.fixed, 255)
+                found = _Parameters(*rule.fixed, self._grid())
             elif rule.output == "input":
                 found = self.parameters[sources[0]]
             elif node in watching:
@@ -152,39 +158,42 @@ class _Folding:
         node, stored = call.node, call["weight"].name
         if stored not in self.stored:
             self._store(stored, call)
-        scale_name, axis = f"{stored}_scale", _axis(call)
         with self.module.graph.inserting_before(node):
-            weight = self.module.graph.get_attr(stored)
-            scale = self.module.graph.get_attr(scale_name)
-            _describe_tensor(weight, edit.get_tensor(self.module, stored))
-            _describe_tensor(scale, edit.get_tensor(self.module, scale_name))
-            value = self.module.graph.call_function(qdq.dequantize_per_channel, (weight, scale, axis))
-            bias = self.module.graph.get_attr(call["bias"].name) if call["bias"] is not None else None
+            weight, scale = self._fetch(stored), self._fetch(f"{stored}_scale")
+            zero_points = (self._fetch(f"{stored}_zero_point"),) if stored in self.affine else ()
+            value = self.module.graph.call_function(qdq.dequantize_per_channel, (weight, scale, _axis(call), *zero_points))
+            bias = self._fetch(call["bias"].name) if call["bias"] is not None else None
         _describe(value, weight, torch.float32)
-        if bias is not None:
-            _describe_tensor(bias, edit.get_tensor(self.module, call["bias"].name))
         _make_functional(node, call, value, bias)
+
+    def _fetch(self, name: str) -> fx.Node:
+        """A node that fetches a tensor, at the graph's insertion point."""
+        made = self.module.graph.get_attr(name)
+        made.meta["tensor_meta"] = describe(edit.get_tensor(self.module, name))
+        return made
 
     def _store(self, stored: str, call: ops.Call) -> None:
         weight = edit.get_tensor(self.module, stored)
-        levels, scale = quantize_weight(
+        asked = {"bits": 8, **self.settings, **call.node.meta.get("weight_grid", {})}
+        levels, scale, zero_point = quantize_weight(
             weight,
             _axis(call),
-            per_channel=self.settings["per_channel"] and not call.kind.startswith("conv_transpose"),
+            per_channel=asked["per_channel"] and self.backend.per_channel and not call.kind.startswith("conv_transpose"),
+            symmetric=asked["symmetric"] or not self.backend.affine_weights,
+            bits=asked["bits"],
             bound_pairs=self.settings["bound_pairs"],
             adjacent=(call["groups"] or 1) == 1 and not call.kind.startswith("conv_transpose"),
         )
         edit.set_tensor(self.module, stored, levels, buffer=True)
         edit.set_tensor(self.module, f"{stored}_scale", scale, buffer=True)
+        if zero_point is not None:
+            edit.set_tensor(self.module, f"{stored}_zero_point", zero_point, buffer=True)
+            self.affine.add(stored)
         self.stored.add(stored)
 
 
 def _axis(call: ops.Call) -> int:
     return 1 if call.kind.startswith("conv_transpose") else 0
-
-
-def _describe_tensor(node: fx.Node, tensor: torch.Tensor) -> None:
-    node.meta["tensor_meta"] = describe(tensor)
 
 
 _ORDERS = {

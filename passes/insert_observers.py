@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +14,8 @@ from fxcompress.graph import edit, ops
 from fxcompress.graph.select import Selection
 from fxcompress.pass_base import EXACT, Context, Pass, Promise
 from fxcompress.quantization.observer import ActivationObserver
-from fxcompress.quantization.placement import place
+from fxcompress.quantization.overrides import LayerOptions, Overrides
+from fxcompress.quantization.placement import Placement, operands, place
 
 __all__ = ["InsertObservers"]
 
@@ -25,8 +27,10 @@ class InsertObservers(Pass):
     One observer serves all readers of a value. Operators that keep their input's range (pooling, reshaping) get none.
 
     Options: ``backend``; ``calibrator`` and its ``calibrator_options``; ``per_channel``, a scale per output channel of
-    weights where the backend has it; ``include_layers``/``exclude_layers``, names or globs; ``reduce_range``: None bounds
-    weights so that partial sums cannot saturate where the CPU needs it, True gives activations 7 bits, False does neither.
+    weights, and ``symmetric`` weights, where the backend has them; ``include_layers``/``exclude_layers``, names or globs;
+    ``overrides``, ``{name or glob: {bits, weight_bits, activation_bits, calibrator, calibrator_options, per_channel,
+    symmetric, float}}``; ``reduce_range``: None bounds weights so that partial sums cannot saturate where the CPU needs it,
+    True gives activations 7 bits, False does neither.
     """
 
     name: ClassVar[str] = "insert-observers"
@@ -37,35 +41,56 @@ class InsertObservers(Pass):
     calibrator: str = "histogram"
     calibrator_options: dict[str, Any] = field(default_factory=dict)
     per_channel: bool = True
+    symmetric: bool = True
     include_layers: tuple[str, ...] | None = None
     exclude_layers: tuple[str, ...] = ()
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     reduce_range: bool | None = None
 
     def __post_init__(self) -> None:
         backends.find(self.backend)
         ActivationObserver(self.calibrator, self.calibrator_options)
+        Overrides(self.overrides)
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
         Selection(self.include_layers, self.exclude_layers).check(model)
+        Overrides(self.overrides).check(model)
+        backend = backends.find(self.backend)
+        for asked, offered, what in (
+            (self.per_channel, backend.per_channel, "a scale per output channel; one scale per weight is used"),
+            (not self.symmetric, backend.affine_weights, "affine weights; symmetric ones are used"),
+        ):
+            if asked and not offered:
+                context.note("", f"{backend.name} has no kernels for {what}")
         super().run_model(model, context)
 
     def run(self, module: fx.GraphModule, context: Context) -> None:
         backend = backends.find(self.backend)
-        placed = place(module, backend, Selection(self.include_layers, self.exclude_layers), context.region)
-        for node in placed.integers:
-            node.meta["integer"] = True
+        overrides = Overrides(self.overrides)
+        in_float = tuple(name for name in self.overrides if self.overrides[name].get("float"))
+        selection = Selection(self.include_layers, (*self.exclude_layers, *in_float))
+        placed = place(module, backend, selection, context.region)
         for node, reason in placed.floats.items():
             node.meta["float"] = reason
             if ops.kind(node) not in ("getattr", "shape", "assert", "getitem"):
                 context.skip(node, reason)
+        asked = {node: overrides[_layer(node, context.region)] for node in placed.integers}
+        for node, rule in placed.integers.items():
+            node.meta["integer"] = True
+            if rule.weighted and (grid := _weight_grid(asked[node])):
+                node.meta["weight_grid"] = grid
         for node in placed.observed:
-            self._observe(module, node)
+            self._observe(module, node, [asked[reader] for reader in _readers(node, placed)], context)
         module.meta["quantization"] = self._settings(backend)
 
-    def _observe(self, module: fx.GraphModule, node: fx.Node) -> None:
+    def _observe(self, module: fx.GraphModule, node: fx.Node, asked: list[LayerOptions], context: Context) -> None:
         readers = list(node.users)
-        observer = ActivationObserver(self.calibrator, self.calibrator_options)
-        name = edit.add_module(module, f"observers.{node.name}", observer)
+        bits = max((o.activation_bits or o.bits or 8 for o in asked), default=8)
+        chosen = [(o.calibrator, o.calibrator_options) for o in asked if o.calibrator]
+        if any(choice != chosen[0] for choice in chosen):
+            context.note(node, f"its readers ask for different calibrators; the first, {chosen[0][0]!r}, watches it")
+        calibrator, options = chosen[0] if chosen else (self.calibrator, self.calibrator_options)
+        name = edit.add_module(module, f"observers.{node.name}", ActivationObserver(str(calibrator), options, bits))
         made = edit.insert_after(node, name, (node,))
         made.meta |= {"observer": True, "tensor_meta": node.meta.get("tensor_meta")}
         for reader in readers:
@@ -75,6 +100,31 @@ class InsertObservers(Pass):
         return {
             "backend": backend.name,
             "per_channel": self.per_channel and backend.per_channel,
+            "symmetric": self.symmetric or not backend.affine_weights,
             "reduce_range": bool(self.reduce_range),
             "bound_pairs": self.reduce_range is None and backend.saturates(),
         }
+
+
+def _layer(node: fx.Node, region: str) -> str:
+    owner = ops.owner_name(node)
+    return f"{region}.{owner}" if region and owner else owner or region
+
+
+def _weight_grid(asked: LayerOptions) -> dict[str, Any]:
+    """What a layer's weight grid has of its own."""
+    wanted = {"bits": asked.weight_bits or asked.bits, "per_channel": asked.per_channel, "symmetric": asked.symmetric}
+    return {key: value for key, value in wanted.items() if value is not None}
+
+
+def _readers(value: fx.Node, placed: Placement) -> Iterator[fx.Node]:
+    """The integer operators that read ``value`` on its own range, also through operators that hand the range on."""
+    for user in value.users:
+        rule = placed.integers.get(user)
+        call = ops.read(user) if rule else None
+        if rule is None or call is None or value not in operands(call, rule):
+            continue
+        if rule.output == "input":
+            yield from _readers(user, placed)
+        else:
+            yield user

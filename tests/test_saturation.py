@@ -55,7 +55,7 @@ def _worst_masks(weights: np.ndarray, value: int) -> list[np.ndarray]:
 def test_bounded_weights_never_saturate_at_full_range(seed: int, shape: tuple[int, ...], per_channel: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator) ** 3
-    levels, scale = quantize_weight(weight, per_channel=per_channel, bound_pairs=True)
+    levels, scale, _ = quantize_weight(weight, per_channel=per_channel, bound_pairs=True)
     rows = saturation.reduction_rows(levels).numpy()
     for activations in _worst_masks(rows, 255):
         assert (saturating_product(activations, rows) == exact_product(activations, rows)).all()
@@ -66,12 +66,12 @@ def test_bounded_weights_never_saturate_at_full_range(seed: int, shape: tuple[in
 
 def test_any_two_elements_are_bounded_where_the_packing_is_not_known() -> None:
     weight = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
-    levels, _ = quantize_weight(weight, bound_pairs=True, adjacent=False)
+    levels, _, _ = quantize_weight(weight, bound_pairs=True, adjacent=False)
     assert int(levels.max()) + int(levels.max()) <= saturation.LIMIT
 
 
 def test_unbounded_weights_use_the_whole_grid() -> None:
-    levels, scale = quantize_weight(torch.tensor([[2.0, 2.0], [0.0, 0.0]]))
+    levels, scale, _ = quantize_weight(torch.tensor([[2.0, 2.0], [0.0, 0.0]]))
     assert levels.tolist() == [[127, 127], [0, 0]]
     assert scale.tolist() == [pytest.approx(2 / 127), 1.0]
 

@@ -39,6 +39,7 @@ class Backend:
 
     ``activation``        dtype of activations: ``uint8`` (affine) or ``int8`` (symmetric)
     ``per_channel``       whether weights may have a scale per output channel
+    ``affine_weights``    whether int8 weights may have a zero point
     ``rules``             operator kind → rule; a kind without one stays in float
     ``lower``             rewrite one quantize/dequantize region into the backend's kernels, in place
     ``unavailable``       the reason why it cannot run on this machine, or None
@@ -49,6 +50,7 @@ class Backend:
     runs_on: str
     activation: str
     per_channel: bool
+    affine_weights: bool
     rules: Mapping[str, Rule]
     lower: Callable[[fx.GraphModule, Callable[[fx.Node, str], None]], None]
     unavailable: Callable[[], str | None]

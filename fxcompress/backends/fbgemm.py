@@ -178,6 +178,7 @@ BACKEND = Backend(
     runs_on="x86 CPUs",
     activation="uint8",
     per_channel=True,
+    affine_weights=True,
     rules=RULES,
     lower=lower,
     unavailable=_unavailable,

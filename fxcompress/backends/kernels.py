@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fxcompress.backends.cpu import has_vnni
 
-__all__ = ["LAYERS", "QuantizedLayer", "engine", "quantize_input"]
+__all__ = ["LAYERS", "QuantizedLayer", "engine", "quantize_input", "quantized_weight"]
 
 
 def _hear_deprecation_once() -> None:
@@ -41,12 +41,13 @@ class QuantizedLayer(nn.Module):
     """A weighted operator on quint8 tensors.
 
     ``weight``        int8, as the float layer had it
-    ``weight_scale``  float32, one per output channel, or one in all
+    ``weight_scale``  float32, one per output channel, or one in all; ``weight_zero_point`` likewise, int8, or None for 0
     ``bias``          float32 or None; kernels hold it as int32 in units of input scale times weight scale
     """
 
     weight: Tensor
     weight_scale: Tensor
+    weight_zero_point: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -54,6 +55,7 @@ class QuantizedLayer(nn.Module):
         kind: str,
         weight: Tensor,
         weight_scale: Tensor,
+        weight_zero_point: Tensor | None,
         axis: int,
         bias: Tensor | None,
         geometry: dict[str, Any],
@@ -66,6 +68,7 @@ class QuantizedLayer(nn.Module):
         self.scale, self.zero_point = scale, zero_point
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("weight_zero_point", weight_zero_point)
         self.register_buffer("bias", bias)
         self._pack()
 
@@ -74,7 +77,8 @@ class QuantizedLayer(nn.Module):
         previous = torch.backends.quantized.engine
         torch.backends.quantized.engine = engine()
         try:
-            self.packed = prepack(_quantized_weight(self.weight, self.weight_scale, self.axis), self.bias, self.geometry)
+            weight = quantized_weight(self.weight, self.weight_scale, self.weight_zero_point, self.axis)
+            self.packed = prepack(weight, self.bias, self.geometry)
         finally:
             torch.backends.quantized.engine = previous
         self.kernel = kernels[self.activation]
@@ -94,10 +98,11 @@ class QuantizedLayer(nn.Module):
         return f"{self.kind} {shape}, activation={self.activation}, scale={self.scale:.4g}, zero_point={self.zero_point}"
 
 
-def _quantized_weight(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
-    zeros = torch.zeros(scale.numel(), dtype=torch.int64)
+def quantized_weight(weight: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
+    """int8 levels as the quantized tensor that prepacking takes."""
+    zeros = torch.zeros(scale.numel(), dtype=torch.int64) if zero_point is None else zero_point.to(torch.int64)
     if scale.numel() == 1:
-        return torch._make_per_tensor_quantized_tensor(weight, float(scale), 0)
+        return torch._make_per_tensor_quantized_tensor(weight, float(scale), int(zeros))
     return torch._make_per_channel_quantized_tensor(weight, scale.to(torch.float64), zeros, axis)
 
 

@@ -143,24 +143,28 @@ class _Lowering:
         return made
 
     def _layer(self, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
-        weight, weight_scale, axis = self._int8_weight(call["weight"])
+        weight = self._int8_weight(call["weight"])
         bias = edit.get_tensor(self.module, call["bias"].name) if call["bias"] is not None else None
         activation = "relu" if call["activation"] in ("relu", "relu6") else None
-        layer = QuantizedLayer(call.kind, weight, weight_scale, axis, bias, _geometry(call), activation, scale, zero_point)
+        layer = QuantizedLayer(call.kind, *weight, bias, _geometry(call), activation, scale, zero_point)
         name = self._layer_name(call)
         self.layers[name] = layer
         return self.graph.call_module(name, (self.operand(call["input"]),))
 
-    def _int8_weight(self, node: fx.Node) -> tuple[Tensor, Tensor, int]:
+    def _int8_weight(self, node: fx.Node) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Levels, scale, zero point (None: 0) and output-channel axis behind a dequantize."""
         stored = node.args[0]
         assert isinstance(stored, fx.Node)
         weight = edit.get_tensor(self.module, str(stored.target))
         if node.target is qdq.dequantize:
-            return weight, torch.tensor([node.args[1]], dtype=torch.float32), 0
-        scale, axis = node.args[1:3]
-        assert isinstance(scale, fx.Node)
-        assert isinstance(axis, int)
-        return weight, edit.get_tensor(self.module, str(scale.target)), axis
+            zero = torch.tensor([node.args[2]], dtype=torch.int8)
+            return weight, torch.tensor([node.args[1]], dtype=torch.float32), zero if zero.any() else None, 0
+        scale, zero_point = (
+            edit.get_tensor(self.module, str(arg.target)) if isinstance(arg, fx.Node) else None
+            for arg in (node.args[1], node.args[3] if len(node.args) > 3 else None)
+        )
+        assert scale is not None
+        return weight, scale, zero_point, int(node.args[2])  # type: ignore[arg-type]
 
     def _layer_name(self, call: ops.Call) -> str:
         """The layer's own name where its module holds nothing else, a fresh one under it otherwise."""

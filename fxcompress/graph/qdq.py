@@ -2,7 +2,8 @@
 
 They work on plain uint8 and int8 tensors, have Meta kernels, run anywhere torch runs, and are the reference semantics that
 lowered kernels are held against. ``quantize`` divides by the scale, rounds half to even, adds the zero point and clamps to
-``[quant_min, quant_max]``, as ONNX QuantizeLinear does; ``dequantize`` is ``(q - zero_point) * scale``.
+``[quant_min, quant_max]``, as ONNX QuantizeLinear does; ``dequantize`` is ``(q - zero_point) * scale``. Per channel, no zero
+point means 0.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ _library.define(
     "quantize_per_channel(Tensor input, Tensor scale, int axis, int quant_min, int quant_max, ScalarType dtype) -> Tensor"
 )
 _library.define("dequantize(Tensor input, float scale, int zero_point, ScalarType dtype=float) -> Tensor")
-_library.define("dequantize_per_channel(Tensor input, Tensor scale, int axis, ScalarType dtype=float) -> Tensor")
+_library.define(
+    "dequantize_per_channel(Tensor input, Tensor scale, int axis, Tensor? zero_point=None, ScalarType dtype=float) -> Tensor"
+)
 
 
 def _along(scale: Tensor, dims: int, axis: int) -> Tensor:
@@ -45,8 +48,13 @@ def _dequantize(input: Tensor, scale: float, zero_point: int, dtype: torch.dtype
     return ((input.to(torch.float32) - zero_point) * scale).to(dtype)
 
 
-def _dequantize_per_channel(input: Tensor, scale: Tensor, axis: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return (input.to(torch.float32) * _along(scale, input.dim(), axis)).to(dtype)
+def _dequantize_per_channel(
+    input: Tensor, scale: Tensor, axis: int, zero_point: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    levels = input.to(torch.float32)
+    if zero_point is not None:
+        levels = levels - _along(zero_point.to(torch.float32), input.dim(), axis)
+    return (levels * _along(scale, input.dim(), axis)).to(dtype)
 
 
 def _empty_like(input: Tensor, *args: object, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from fxcompress.errors import ConfigError, did_you_mean
 
-__all__ = ["Selection"]
+__all__ = ["Selection", "matches"]
 
 
 @dataclass(frozen=True)
@@ -21,19 +21,20 @@ class Selection:
     exclude: tuple[str, ...] = ()
 
     def __contains__(self, layer: str) -> bool:
-        if any(_matches(pattern, layer) for pattern in self.exclude):
+        if any(matches(pattern, layer) for pattern in self.exclude):
             return False
-        return self.include is None or any(_matches(pattern, layer) for pattern in self.include)
+        return self.include is None or any(matches(pattern, layer) for pattern in self.include)
 
     def check(self, model: nn.Module) -> None:
         """Raise ConfigError for a pattern that matches no module of ``model``, with the closest names."""
         names = [name for name, _ in model.named_modules() if name]
         for pattern in (*(self.include or ()), *self.exclude):
-            if not any(_matches(pattern, name) for name in names):
+            if not any(matches(pattern, name) for name in names):
                 raise ConfigError(f"no layer is called {pattern!r}.{did_you_mean(pattern, names)}")
 
 
-def _matches(pattern: str, layer: str) -> bool:
+def matches(pattern: str, layer: str) -> bool:
+    """Whether ``pattern`` names ``layer`` or a module around it."""
     parts = layer.split(".")
     prefixes: Iterable[str] = (".".join(parts[: end + 1]) for end in range(len(parts)))
     return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes)

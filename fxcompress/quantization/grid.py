@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxcompress.errors import ConfigError, DataError, did_you_mean
 
-__all__ = ["Grid", "compute_scale_zp", "grid"]
+__all__ = ["Grid", "check_bits", "compute_scale_zp", "grid"]
 
 _DTYPES = {"int8": (torch.int8, -128, 127), "uint8": (torch.uint8, 0, 255)}
 
@@ -39,13 +39,18 @@ def grid(dtype: str, *, symmetric: bool = True, bits: int = 8) -> Grid:
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"there is no quantized dtype {dtype!r}.{did_you_mean(dtype, _DTYPES)}")
-    if not 2 <= bits <= 8:
-        raise ConfigError(f"bits is {bits}; it is 2 to 8.")
+    check_bits(bits)
     stored, _, _ = _DTYPES[dtype]
     if dtype == "uint8":
         return Grid(stored, 0, 2**bits - 1, symmetric)
     half = 2 ** (bits - 1)
     return Grid(stored, -half + 1 if symmetric else -half, half - 1, symmetric)
+
+
+def check_bits(bits: int) -> None:
+    """Raise ConfigError unless ``bits`` is an integer from 2 to 8."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ConfigError(f"bits is {bits!r}; it is an integer from 2 to 8.")
 
 
 def compute_scale_zp(minimum: Tensor, maximum: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

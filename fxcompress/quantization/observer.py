@@ -17,11 +17,12 @@ class ActivationObserver(nn.Module):
 
     ``calibrator``  a calibrator's name (``minmax``, ``histogram``, ...)
     ``options``     the calibrator's parameters
+    ``bits``        of the grid the value will be put on
     """
 
-    def __init__(self, calibrator: str, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, calibrator: str, options: Mapping[str, Any] | None = None, bits: int = 8) -> None:
         super().__init__()
-        self.calibrator_name, self.options = calibrator, dict(options or {})
+        self.calibrator_name, self.options, self.bits = calibrator, dict(options or {}), bits
         self.calibrator: Calibrator = build_calibrator(calibrator, **self.options)
         self.enabled = False
 
@@ -32,12 +33,13 @@ class ActivationObserver(nn.Module):
 
     def saved_state(self) -> dict[str, Any]:
         """The observer as plain data and tensors."""
-        return {"calibrator": self.calibrator_name, "options": self.options, "seen": self.calibrator.state_dict()}
+        seen = self.calibrator.state_dict()
+        return {"calibrator": self.calibrator_name, "options": self.options, "bits": self.bits, "seen": seen}
 
     @classmethod
     def from_saved_state(cls, state: dict[str, Any]) -> ActivationObserver:
         """The inverse of :meth:`saved_state`."""
-        observer = cls(state["calibrator"], state["options"])
+        observer = cls(state["calibrator"], state["options"], state["bits"])
         observer.calibrator.load_state_dict(state["seen"])
         return observer
 
