@@ -17,6 +17,7 @@ from fxcompress.manager import PassManager
 from fxcompress.pass_base import Context, Pass
 from fxcompress.plan import Plan
 from fxcompress.quantization.ptq import PTQQuantizer, StaticQuantizer
+from fxcompress.training import Recipe, train
 
 __version__ = "0.1.0"
 
@@ -28,9 +29,11 @@ __all__ = [
     "Pass",
     "PassManager",
     "Plan",
+    "Recipe",
     "StaticQuantizer",
     "coverage",
     "load",
     "save",
     "trace",
+    "train",
 ]

@@ -8,6 +8,7 @@
     ├── VerificationError  a graph that breaks the graph contract
     │   └── PromiseError   a pass whose result differs from what it promised
     ├── PassError          a pass that failed; carries the pass, the step and the reproducer
+    ├── TrainingError      training that cannot go on: a loss or weights that are NaN or infinite
     ├── BackendError       a target that cannot run what was asked, or is not installed
     └── ArtifactError      a saved model that is missing, damaged, or needs something that was not supplied
 
@@ -29,6 +30,7 @@ __all__ = [
     "PlanError",
     "PromiseError",
     "TraceError",
+    "TrainingError",
     "VerificationError",
     "did_you_mean",
 ]
@@ -64,6 +66,10 @@ class PromiseError(VerificationError):
 
 class PassError(FxCompressError, RuntimeError):
     """A pass that failed while rewriting; ``__cause__`` holds the original exception."""
+
+
+class TrainingError(FxCompressError, RuntimeError):
+    """Training that cannot go on; the message names the loss term and the step."""
 
 
 class BackendError(FxCompressError, RuntimeError):

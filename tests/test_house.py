@@ -26,21 +26,23 @@ PUBLIC = {
     "Pass",
     "PassManager",
     "Plan",
+    "Recipe",
     "StaticQuantizer",
     "coverage",
     "load",
     "save",
     "trace",
+    "train",
 }
 
 ORDER = [
-    {"errors"},
+    {"errors", "registry"},
     {"graph"},
     {"backends", "pass_base", "data"},
     {"plan", "manager", "observe", "library", "ledger", "artifact", "serial", "reproducer"},
     {"quantization", "pruning", "distillation", "training"},
     {"passes"},
-    {"bench", "builder", "registry", "__main__", "__init__"},
+    {"bench", "builder", "__main__", "__init__"},
 ]
 LAZY = {("graph", "artifact")}
 

@@ -1,0 +1,27 @@
+"""Training: one loop for distillation, quantization-aware training and fine-tuning, on one process or many."""
+
+from fxcompress.training.callbacks import Callback, OnEpoch, TensorBoard
+from fxcompress.training.distributed import gather, is_main, merge, rank, spread, world
+from fxcompress.training.history import History
+from fxcompress.training.loop import Trainer, train
+from fxcompress.training.recipe import LOSSES, LR_SCHEDULES, OPTIMIZERS, Horizon, Recipe
+
+__all__ = [
+    "LOSSES",
+    "LR_SCHEDULES",
+    "OPTIMIZERS",
+    "Callback",
+    "History",
+    "Horizon",
+    "OnEpoch",
+    "Recipe",
+    "TensorBoard",
+    "Trainer",
+    "gather",
+    "is_main",
+    "merge",
+    "rank",
+    "spread",
+    "train",
+    "world",
+]

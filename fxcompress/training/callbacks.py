@@ -1,0 +1,68 @@
+"""Callbacks: what may take part in a training run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fxcompress.errors import ConfigError
+from fxcompress.training.distributed import is_main
+
+if TYPE_CHECKING:
+    from fxcompress.training.loop import Trainer
+
+__all__ = ["Callback", "OnEpoch", "TensorBoard"]
+
+
+class Callback:
+    """Takes part in a training run; every method may be left out.
+
+    A callback with a state of its own gives it as ``state_dict()`` (tensors and plain data) and takes it up in
+    ``load_state_dict(state)``, so that a resumed run goes on exactly.
+    """
+
+    def enter_epoch(self, trainer: Trainer, epoch: int) -> None:
+        """``epoch`` (from 0) begins and the model is in training mode: the place to mask, freeze or unfreeze.
+
+        A resumed run calls this for every epoch it had entered, in order, before it takes up the saved weights.
+        """
+
+    def after_step(self, trainer: Trainer, step: int) -> None:
+        """``step`` optimizer steps have been taken."""
+
+    def end_epoch(self, trainer: Trainer, row: Mapping[str, float]) -> None:
+        """An epoch is over and evaluated; ``row`` is its line in the history."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class OnEpoch(Callback):
+    """Calls ``function(epoch)`` as every epoch begins: ``OnEpoch(schedule.step)`` prunes on a schedule."""
+
+    def __init__(self, function: Callable[[int], object]) -> None:
+        self.function = function
+
+    def enter_epoch(self, trainer: Trainer, epoch: int) -> None:
+        self.function(epoch)
+
+
+class TensorBoard(Callback):
+    """Writes the history to a folder that TensorBoard shows. ConfigError where tensorboard is not installed."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError as error:
+            raise ConfigError("log_dir needs tensorboard, which is not installed: pip install tensorboard") from error
+        self._writer = SummaryWriter(str(folder)) if is_main() else None
+
+    def end_epoch(self, trainer: Trainer, row: Mapping[str, float]) -> None:
+        if self._writer is not None:
+            for name in row.keys() - {"epoch", "step"}:
+                self._writer.add_scalar(name, row[name], int(row["step"]))
+            self._writer.flush()

@@ -1,0 +1,56 @@
+"""Training, alone or under torchrun: FOLDER. Rank 0 writes losses and what was shared to FOLDER/result-WORLD.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fxcompress.quantization import build_calibrator
+from fxcompress.training import Recipe, gather, is_main, merge, rank, spread, train, world
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(60, 6, generator=generator)
+    labels = (images.sum(1) > 0).long()
+    dataset = TensorDataset(images, labels)
+    results: dict[str, object] = {}
+    sources: dict[str, Any] = {
+        "loader": DataLoader(dataset, batch_size=12, shuffle=True),
+        "list": list(zip(images.split(12), labels.split(12), strict=True)),
+    }
+    for name, data in sources.items():
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 2))
+        history = train(
+            model,
+            data,
+            Recipe(epochs=3, lr=0.05, optimizer="sgd", accumulate=2, seed=2, clip_norm=1.0, ema=0.5),
+            loss="cross_entropy",
+            checkpoint=folder / f"{name}-{world()}.pt",
+            evaluate=lambda model: {"mine": float(rank())},
+        )
+        results[name] = {key: history[key] for key in ("loss", "gradient/loss", "mine")}
+        results[f"{name} weights"] = [p.flatten().tolist() for p in model.parameters()]
+        for weights in gather([p.detach() for p in model.parameters()]):
+            assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    calibrators = [build_calibrator("histogram"), build_calibrator("minmax")]
+    for calibrator in calibrators:
+        calibrator.collect(images[rank() :: world()])
+    merge(calibrators)
+    results["ranges"] = [[float(bound) for bound in c.compute_range()] for c in calibrators]
+    results["spread"] = spread(range(5), lambda item: item * item)
+    results["ranks"] = sorted(set(spread(range(4), lambda item: rank())))
+    if is_main():
+        (folder / f"result-{world()}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
