@@ -145,7 +145,9 @@ class _Folding:
         is_integer = bool(node.meta.get("integer"))
         if is_integer and tensor_meta(node) is None and ops.kind(node) in ("chunk", "split", "unbind"):
             return
-        readers = [user for user in node.users if is_integer or user.meta.get("integer")]
+        readers = [user for user in node.users if user.meta.get("integer")]
+        if is_integer and (readers or not self.backend.rules[ops.kind(node)].float_result):
+            readers = list(node.users)
         if not readers:
             return
         quantized = self.parameters[node].quantize(node)
@@ -182,7 +184,7 @@ class _Folding:
             symmetric=asked["symmetric"] or not self.backend.affine_weights,
             bits=asked["bits"],
             bound_pairs=self.settings["bound_pairs"],
-            adjacent=(call["groups"] or 1) == 1 and not call.kind.startswith("conv_transpose"),
+            adjacent=self.backend.adjacent and (call["groups"] or 1) == 1 and not call.kind.startswith("conv_transpose"),
         )
         edit.set_tensor(self.module, stored, levels, buffer=True)
         edit.set_tensor(self.module, f"{stored}_scale", scale, buffer=True)

@@ -41,10 +41,11 @@ class Lower(Pass):
         reason = backend.unavailable()
         if reason:
             raise BackendError(f"{backend.name} cannot run here: {reason}. Keep the quantize/dequantize graph instead.")
-        elsewhere = {t.device.type for t in [*module.parameters(), *module.buffers()]} - {"cpu"}
+        elsewhere = {t.device.type for t in [*module.parameters(), *module.buffers()]} - {backend.device}
         if elsewhere:
             raise BackendError(
-                f"{backend.name} runs on {backend.runs_on} and the model is on {elsewhere.pop()}: move it with .cpu() first."
+                f"{backend.name} runs on {backend.runs_on} and the model is on {elsewhere.pop()}: "
+                f"move it with .to({backend.device!r}) first."
             )
         if backend.saturates() and not settings["bound_pairs"] and not settings["reduce_range"]:
             context.note("", "weights are not bounded for this CPU: partial sums may saturate; quantize again here")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxcompress.backends import fbgemm
+from fxcompress.backends import fbgemm, onnxruntime, openvino
 from fxcompress.backends.base import Backend, Rule
 from fxcompress.errors import BackendError, did_you_mean
 
@@ -12,6 +12,8 @@ BACKENDS: dict[str, Backend] = {
     "fbgemm": fbgemm.BACKEND,
     "x86": fbgemm.BACKEND,
     "onednn": fbgemm.BACKEND,
+    "onnxruntime": onnxruntime.BACKEND,
+    "openvino": openvino.BACKEND,
 }
 
 

@@ -12,7 +12,7 @@ from fxcompress.graph.ops import Call
 
 __all__ = ["Backend", "Rule"]
 
-Output = Literal["own", "input"]
+Output = Literal["own", "input", "shared"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,10 @@ class Rule:
 
     ``operands``  the arguments that must be quantized (an argument may hold a list of tensors)
     ``weighted``  the operator has an int8 weight and a float bias
-    ``output``    ``own``: its result gets a range of its own; ``input``: it keeps scale and zero point of its input
+    ``output``    ``own``: its result gets a range of its own; ``input``: it keeps scale and zero point of its input;
+                  ``shared``: operands and result are on one scale
+    ``float_result``  its kernel can give a float result: it is quantized only where an integer operator reads it
+    ``residual``  an operand that a weighted operator computes for this one alone stays in float: the two are one kernel
     ``fixed``     (scale, zero point) the kernel dictates, instead of a range
     ``refuse``    the reason why this very call cannot run in integers, or None
     """
@@ -29,6 +32,8 @@ class Rule:
     operands: tuple[str, ...] = ("input",)
     weighted: bool = False
     output: Output = "own"
+    float_result: bool = False
+    residual: bool = False
     fixed: tuple[float, int] | None = None
     refuse: Callable[[Call], str | None] = lambda call: None
 
@@ -44,6 +49,8 @@ class Backend:
     ``lower``             rewrite one quantize/dequantize region into the backend's kernels, in place
     ``unavailable``       the reason why it cannot run on this machine, or None
     ``saturates``         whether 8-bit activations can overflow the kernels' 16-bit partial sums on this CPU
+    ``adjacent``          whether these sums are known to be of neighbours in the reduction; else any two elements may meet
+    ``device``            the kind of device its kernels take tensors on
     """
 
     name: str
@@ -55,3 +62,5 @@ class Backend:
     lower: Callable[[fx.GraphModule, Callable[[fx.Node, str], None]], None]
     unavailable: Callable[[], str | None]
     saturates: Callable[[], bool]
+    adjacent: bool = False
+    device: str = "cpu"

@@ -8,7 +8,8 @@ import torch
 
 from fxcompress.backends.base import Backend, Rule
 from fxcompress.backends.cpu import has_vnni
-from fxcompress.backends.quantized_ops import lower
+from fxcompress.backends.kernels import x86_engine
+from fxcompress.backends.quantized_ops import lower_to
 from fxcompress.graph.ops import Attr, Call, kind
 from fxcompress.graph.shapes import dtype_of, shape_of
 
@@ -123,7 +124,7 @@ RULES: dict[str, Rule] = {
     "conv3d": _CONV,
     "conv_transpose1d": Rule(weighted=True, refuse=_conv_transpose),
     "conv_transpose2d": Rule(weighted=True, refuse=_conv_transpose),
-    "linear": Rule(weighted=True, refuse=_weighted),
+    "linear": Rule(weighted=True, float_result=True, refuse=_weighted),
     "batch_norm": Rule(refuse=_batch_norm),
     "add": _PAIR,
     "mul": _PAIR,
@@ -180,7 +181,8 @@ BACKEND = Backend(
     per_channel=True,
     affine_weights=True,
     rules=RULES,
-    lower=lower,
+    lower=lower_to(x86_engine),
     unavailable=_unavailable,
     saturates=lambda: not has_vnni(),
+    adjacent=True,
 )

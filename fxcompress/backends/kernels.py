@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fxcompress.backends.cpu import has_vnni
 
-__all__ = ["LAYERS", "QuantizedLayer", "engine", "quantize_input", "quantized_weight"]
+__all__ = ["FLOAT_RESULT", "LAYERS", "QuantizedLayer", "quantize_input", "quantized_weight", "x86_engine"]
 
 
 def _hear_deprecation_once() -> None:
@@ -31,8 +31,8 @@ def _hear_deprecation_once() -> None:
 _hear_deprecation_once()
 
 
-def engine() -> str:
-    """The engine whose kernels are fastest here: oneDNN's where the CPU has VNNI, FBGEMM's elsewhere."""
+def x86_engine() -> str:
+    """The engine whose kernels are fastest on this x86 CPU: oneDNN's where it has VNNI, FBGEMM's elsewhere."""
     supported = torch.backends.quantized.supported_engines
     return "x86" if has_vnni() and "x86" in supported else "fbgemm"
 
@@ -43,6 +43,9 @@ class QuantizedLayer(nn.Module):
     ``weight``        int8, as the float layer had it
     ``weight_scale``  float32, one per output channel, or one in all; ``weight_zero_point`` likewise, int8, or None for 0
     ``bias``          float32 or None; kernels hold it as int32 in units of input scale times weight scale
+    ``scale``         of the result, with ``zero_point``; None: the result is float
+    ``taken``         with a float result, the (scale, zero point) to quantize a float input by; None: the input is quint8
+    ``engine``        whose kernels run
     """
 
     weight: Tensor
@@ -60,12 +63,14 @@ class QuantizedLayer(nn.Module):
         bias: Tensor | None,
         geometry: dict[str, Any],
         activation: str | None,
-        scale: float,
-        zero_point: int,
+        scale: float | None,
+        zero_point: int | None,
+        taken: tuple[float, int] | None = None,
+        engine: str = "fbgemm",
     ) -> None:
         super().__init__()
         self.kind, self.axis, self.geometry, self.activation = kind, axis, geometry, activation
-        self.scale, self.zero_point = scale, zero_point
+        self.scale, self.zero_point, self.taken, self.engine = scale, zero_point, taken, engine
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("weight_zero_point", weight_zero_point)
@@ -75,16 +80,20 @@ class QuantizedLayer(nn.Module):
     def _pack(self) -> None:
         prepack, kernels = LAYERS[self.kind]
         previous = torch.backends.quantized.engine
-        torch.backends.quantized.engine = engine()
+        torch.backends.quantized.engine = self.engine
         try:
             weight = quantized_weight(self.weight, self.weight_scale, self.weight_zero_point, self.axis)
             self.packed = prepack(weight, self.bias, self.geometry)
         finally:
             torch.backends.quantized.engine = previous
-        self.kernel = kernels[self.activation]
+        self.kernel = kernels[self.activation] if self.scale is not None else FLOAT_RESULT[self.kind][self.activation]
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.kernel(input, self.packed, self.scale, self.zero_point)  # type: ignore[no-any-return]
+        if self.scale is not None:
+            return self.kernel(input, self.packed, self.scale, self.zero_point)  # type: ignore[no-any-return]
+        if self.taken is not None:
+            return self.kernel(input, *self.taken, self.packed)  # type: ignore[no-any-return]
+        return self.kernel(input.dequantize(), input.q_scale(), input.q_zero_point(), self.packed)  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("packed", "kernel")}
@@ -95,7 +104,8 @@ class QuantizedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         shape = "×".join(map(str, self.weight.shape))
-        return f"{self.kind} {shape}, activation={self.activation}, scale={self.scale:.4g}, zero_point={self.zero_point}"
+        result = "float result" if self.scale is None else f"scale={self.scale:.4g}, zero_point={self.zero_point}"
+        return f"{self.kind} {shape}, activation={self.activation}, {result}"
 
 
 def quantized_weight(weight: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
@@ -155,6 +165,14 @@ LAYERS: dict[str, tuple[_Prepack, dict[str | None, Any]]] = {
     "conv_transpose2d": (_pack_conv_transpose(2), _with_relu(_q.conv_transpose2d.default)),
 }
 """Kind → how its weight is packed, and its kernel per fused activation."""
+
+FLOAT_RESULT: dict[str, dict[str | None, Any]] = {
+    "linear": {
+        None: _q.linear_with_input_q_dq_qweight_dq_output_fp32.default,
+        "relu": _q.linear_with_input_q_dq_qweight_dq_relu_output_fp32.default,
+    }
+}
+"""Kind → its kernel with a float result: takes float and quantizes it on the way."""
 
 
 def quantize_input(input: Tensor, scale: float, zero_point: int) -> Tensor:

@@ -13,28 +13,34 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
-from fxcompress.backends.kernels import LAYERS, QuantizedLayer, quantize_input
+from fxcompress.backends.kernels import FLOAT_RESULT, LAYERS, QuantizedLayer, quantize_input
 from fxcompress.graph import edit, ops, qdq
 from fxcompress.graph.cost import macs
 from fxcompress.graph.shapes import shape_of, tensor_meta
 
-__all__ = ["lower"]
+__all__ = ["lower_to"]
+
+Lower = Callable[[fx.GraphModule, Callable[[fx.Node, str], None]], None]
 
 _QUANTIZE, _DEQUANTIZE = qdq.quantize, qdq.dequantize
 _WEIGHT_DEQUANTIZE = (qdq.dequantize, qdq.dequantize_per_channel)
 _q = torch.ops.quantized
 
 
-def lower(module: fx.GraphModule, remark: Callable[[fx.Node, str], None]) -> None:
-    """Rewrite ``module`` in place; its signature and names stay."""
-    lowering = _Lowering(module, remark)
-    for node in module.graph.nodes:
-        lowering.visit(node)
-    codegen = module.graph._codegen
-    lowering.graph.set_codegen(codegen)
-    for name, layer in lowering.layers.items():
-        _install(module, name, layer)
-    module.graph = lowering.graph
+def lower_to(engine: Callable[[], str]) -> Lower:
+    """The lowering to the kernels of the engine that ``engine()`` names; a module keeps its signature and names."""
+
+    def lower(module: fx.GraphModule, remark: Callable[[fx.Node, str], None]) -> None:
+        lowering = _Lowering(module, engine())
+        for node in module.graph.nodes:
+            lowering.visit(node)
+        lowering.drop_unread()
+        lowering.graph.set_codegen(module.graph._codegen)
+        for name, layer in lowering.layers.items():
+            _install(module, name, layer)
+        module.graph = lowering.graph
+
+    return lower
 
 
 def _install(module: nn.Module, name: str, layer: nn.Module) -> None:
@@ -45,8 +51,8 @@ def _install(module: nn.Module, name: str, layer: nn.Module) -> None:
 class _Lowering:
     """One walk over the old graph, writing the new one."""
 
-    def __init__(self, module: fx.GraphModule, remark: Callable[[fx.Node, str], None]) -> None:
-        self.module, self.remark = module, remark
+    def __init__(self, module: fx.GraphModule, engine: str) -> None:
+        self.module, self.engine = module, engine
         self.graph = fx.Graph()
         self.floats: dict[fx.Node, fx.Node] = {}
         self.integers: dict[fx.Node, fx.Node] = {}
@@ -59,9 +65,17 @@ class _Lowering:
         elif node.target in _WEIGHT_DEQUANTIZE or _is_integer(node):
             if _is_tuple(node):
                 self.integers[node] = self._keep_on_integers(node)
-            return
+            elif _gives_float(node):
+                self.floats[node] = self._kernel(node, None, None)
+                self.floats[node].meta["tensor_meta"] = node.meta.get("tensor_meta")
         else:
             self.floats[node] = self._copy(node)
+
+    def drop_unread(self) -> None:
+        """Take out quantizes whose readers all quantize the float value themselves."""
+        for node in reversed(self.graph.nodes):
+            if node.target is quantize_input and not node.users:
+                self.graph.erase_node(node)
 
     def _copy(self, node: fx.Node) -> fx.Node:
         asks = ops.kind(node) == "shape" or (ops.kind(node) == "getattr" and node.args[1] in ("shape", "ndim"))
@@ -146,10 +160,24 @@ class _Lowering:
         weight = self._int8_weight(call["weight"])
         bias = edit.get_tensor(self.module, call["bias"].name) if call["bias"] is not None else None
         activation = "relu" if call["activation"] in ("relu", "relu6") else None
-        layer = QuantizedLayer(call.kind, *weight, bias, _geometry(call), activation, scale, zero_point)
+        source, taken = (self.operand(call["input"]), None) if scale is not None else self._float_operand(call["input"])
+        layer = QuantizedLayer(call.kind, *weight, bias, _geometry(call), activation, scale, zero_point, taken, self.engine)
         name = self._layer_name(call)
         self.layers[name] = layer
-        return self.graph.call_module(name, (self.operand(call["input"]),))
+        return self.graph.call_module(name, (source,))
+
+    def _float_operand(self, node: fx.Node) -> tuple[fx.Node, tuple[float, int] | None]:
+        """The operand of a kernel with a float result, in float where it was so before it was quantized to 8 full bits.
+
+        The kernel quantizes it by the scale and zero point that come with it; without them it takes a quint8 value.
+        """
+        quantize = node.args[0]
+        assert isinstance(quantize, fx.Node)
+        source, scale, zero_point, *levels = quantize.args[:5]
+        assert isinstance(source, fx.Node)
+        if _is_integer(source) or levels != [0, 255]:
+            return self.operand(node), None
+        return self._float(source), (scale, zero_point)  # type: ignore[return-value]
 
     def _int8_weight(self, node: fx.Node) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """Levels, scale, zero point (None: 0) and output-channel axis behind a dequantize."""
@@ -181,6 +209,11 @@ class _Lowering:
 
 def _is_integer(node: fx.Node) -> bool:
     return bool(node.meta.get("integer"))
+
+
+def _gives_float(node: fx.Node) -> bool:
+    """Whether an integer operator's result is read as it is: nothing quantizes it."""
+    return _is_integer(node) and ops.kind(node) in FLOAT_RESULT and not any(user.target is _QUANTIZE for user in node.users)
 
 
 def _is_tuple(node: fx.Node) -> bool:

@@ -59,8 +59,26 @@ def place(module: fx.GraphModule, backend: Backend, selection: Selection, region
             placed.integers[node] = backend.rules[call.kind]
         else:
             placed.floats[node] = reason
+    _demote_movement(module, placed)
     placed.observed = dict.fromkeys(_observed(module, placed))
     return placed
+
+
+def _demote_movement(module: fx.GraphModule, placed: Placement) -> None:
+    """Leave values in float that are only moved on their way from a kernel with a float result to float operators."""
+    for node in reversed(module.graph.nodes):
+        if node in placed.integers and _moves(node) and not any(user in placed.integers for user in node.users):
+            source = node.all_input_nodes[0]
+            while source in placed.integers and _moves(source):
+                source = source.all_input_nodes[0]
+            if source in placed.integers and placed.integers[source].float_result:
+                del placed.integers[node]
+                placed.floats[node] = "it moves values from a float result to float operators"
+
+
+def _moves(node: fx.Node) -> bool:
+    found = ops.lookup(node)
+    return found is not None and found.family == "movement" and found.kind != "cat"
 
 
 def _obstacle(node: fx.Node, call: ops.Call | None, placed: Placement, backend: Backend) -> str | None:

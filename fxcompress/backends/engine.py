@@ -1,0 +1,90 @@
+"""Engines: a whole graph handed to another runtime as ONNX, behind a module that is called like any other."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcompress.backends.onnx_graph import Flat, flatten, to_onnx
+from fxcompress.graph.cost import macs
+from fxcompress.graph.shapes import tensor_meta
+
+__all__ = ["Engine", "Runtime", "lower_to"]
+
+Session = Callable[[list[Any]], list[Any]]
+Runtime = Callable[[bytes, int], Session]
+"""From a model's bytes and a number of threads to a function from arrays to arrays."""
+
+
+class Engine(nn.Module):
+    """Runs an ONNX model in a runtime; takes tensors one by one and gives one tensor or a tuple.
+
+    ``model``  the ONNX model's bytes, as a buffer: an engine copies, pickles and counts like a layer. The runtime's session
+    is made when it is first called, anew where the number of torch's threads has changed, and never copied.
+    """
+
+    model: Tensor
+
+    def __init__(self, runtime: Runtime, model: bytes, outputs: int) -> None:
+        super().__init__()
+        self.runtime, self.outputs = runtime, outputs
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the bytes are not writable, and nobody writes them
+            self.register_buffer("model", torch.frombuffer(model, dtype=torch.uint8))
+        self._session: Session | None = None
+        self._threads = 0
+
+    def forward(self, *inputs: Tensor) -> Any:
+        threads = torch.get_num_threads()
+        if self._session is None or threads != self._threads:
+            self._session, self._threads = self.runtime(self.model.numpy().tobytes(), threads), threads
+        results = self._session([tensor.detach().contiguous().numpy() for tensor in inputs])
+        tensors = tuple(torch.from_numpy(result) for result in results)
+        return tensors if self.outputs > 1 else tensors[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_session": None}
+
+    def extra_repr(self) -> str:
+        return f"{self.runtime.__name__}, {self.model.numel() / 1e6:.1f} MB"
+
+
+def lower_to(runtime: Runtime) -> Callable[[fx.GraphModule, Callable[[fx.Node, str], None]], None]:
+    """The lowering that hands a whole graph to ``runtime``."""
+
+    def lower(module: fx.GraphModule, remark: Callable[[fx.Node, str], None]) -> None:
+        flat = flatten(module)
+        engine = Engine(runtime, to_onnx(flat).SerializeToString(), len(flat.outputs))
+        engine(*flat.examples)  # what the runtime refuses, it refuses now
+        _install(module, flat, engine)
+
+    return lower
+
+
+def _install(module: fx.GraphModule, flat: Flat, engine: Engine) -> None:
+    """Leave of the graph its inputs, one call of the engine, and its outputs."""
+    graph = fx.Graph()
+    values: dict[fx.Node, Any] = {}
+    nodes = list(module.graph.nodes)
+    for node in nodes:
+        if node.op == "placeholder":
+            values[node] = graph.node_copy(node)
+    inputs = tuple(value for value in values.values() if value.name in flat.inputs)
+    module.add_module("engine", engine.train(module.training))
+    call = graph.call_module("engine", inputs)
+    call.meta |= {"macs": sum(macs(node) for node in nodes), "kind": "engine", "integer": True}
+    for number, source in enumerate(flat.outputs):
+        value = graph.call_function(operator.getitem, (call, number)) if len(flat.outputs) > 1 else call
+        value.meta["tensor_meta"] = tensor_meta(source)
+        values[source] = value
+    if len(flat.outputs) > 1:
+        call.meta["tensor_meta"] = tuple(tensor_meta(source) for source in flat.outputs)
+    output = next(node for node in nodes if node.op == "output")
+    graph.output(fx.node.map_arg(output.args[0], lambda node: values[node]))
+    graph.set_codegen(module.graph._codegen)
+    module.graph = graph

@@ -1,0 +1,284 @@
+"""A graph as ONNX: our quantize and dequantize operators become QuantizeLinear and DequantizeLinear, one for one.
+
+Weights stay int8 initialisers behind a DequantizeLinear, biases stay float, nothing stands between a Q and its DQ. A range
+that is narrower than its type is kept by a Clip in float before the Q. The batch is free where the model lets it be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxcompress.errors import BackendError
+from fxcompress.graph import ops, qdq
+from fxcompress.graph.shapes import tensor_meta
+
+__all__ = ["OPSET", "Flat", "flatten", "missing", "to_onnx"]
+
+OPSET = 21
+_NEEDED = ("onnx", "onnxscript")
+
+
+def missing(*packages: str) -> str | None:
+    """The reason why ``packages`` cannot be used, or None where all can be imported."""
+    from importlib.util import find_spec
+
+    absent = [name for name in packages if find_spec(name) is None]
+    return f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed" if absent else None
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A graph that takes tensors one by one and gives a tuple of tensors, as exchange formats want it.
+
+    ``inputs``   the names of the tensors it takes, in order
+    ``outputs``  the nodes of the original graph whose values it gives, in order
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[fx.Node, ...]
+    examples: tuple[Tensor, ...]
+
+
+def flatten(module: fx.GraphModule) -> Flat:
+    """``module`` with its containers opened; arguments that are not tensors are fixed to their defaults.
+
+    Example tensors are made up from the shapes in the metadata. Raises BackendError where these are not known.
+    """
+    graph = fx.Graph()
+    values: dict[fx.Node, Any] = {}
+    names: list[str] = []
+    examples: list[Tensor] = []
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            example = _example(node)
+            if example is None:
+                values[node] = node.args[0] if node.args else None
+                continue
+            names.append(node.name)
+            examples.append(example)
+            values[node] = graph.placeholder(node.name)
+        elif node.op == "output":
+            outputs = _results(node)
+            graph.output(tuple(values[result] for result in outputs))
+        else:
+            values[node] = graph.node_copy(node, lambda old: values[old])
+            values[node].meta.pop("nn_module_stack", None)  # torch.export would read it, and wants it in its own form
+    if not outputs:
+        raise BackendError("the graph gives no tensor; there is nothing to export.")
+    flat = fx.GraphModule(module, _drop_redundant_activations(graph))
+    return Flat(flat.eval(), tuple(names), tuple(outputs), tuple(examples))
+
+
+def _example(node: fx.Node) -> Tensor | None:
+    """Seeded noise of the placeholder's shape and dtype; None where its value is no tensor."""
+    if "tensor_meta" not in node.meta:
+        raise BackendError(
+            f"the shape of input {node.name!r} is not known: give example_inputs, or data, when the model is quantized."
+        )
+    meta = tensor_meta(node)
+    if meta is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    if meta.dtype.is_floating_point:
+        return torch.randn(meta.shape, generator=generator).to(meta.dtype)
+    return torch.zeros(meta.shape, dtype=meta.dtype)
+
+
+def _results(output: fx.Node) -> list[fx.Node]:
+    leaves = dict.fromkeys(leaf for leaf in pytree.tree_leaves(_plain(output.args[0])) if isinstance(leaf, fx.Node))
+    for leaf in leaves:
+        if tensor_meta(leaf) is None and "tensor_meta" in leaf.meta:
+            raise BackendError(f"output {leaf.name!r} is no tensor, and an exported graph gives tensors only.")
+    return list(leaves)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return tuple(_plain(item) for item in value) if isinstance(value, (tuple, list)) else value
+
+
+def _drop_redundant_activations(graph: fx.Graph) -> fx.Graph:
+    """Take ReLU and ReLU6 out where the quantize after it clamps at the very same levels: the same bits, and one kernel."""
+    for node in graph.nodes:
+        activation = node.kwargs.get("activation") if node.op == "call_function" else None
+        readers = list(node.users)
+        if activation in ("relu", "relu6") and readers and all(_clamps(reader, activation) for reader in readers):
+            found = ops.lookup(node)
+            assert found is not None
+            node.target = torch.add if found.kind == "add" else getattr(nn.functional, found.kind)
+            node.kwargs = {}
+    return graph
+
+
+def _clamps(node: fx.Node, activation: str) -> bool:
+    if node.target is not qdq.quantize:
+        return False
+    scale, zero_point, low, high = (float(level) for level in node.args[1:5])  # type: ignore[arg-type]
+    return zero_point == low and (activation == "relu" or round(6.0 / scale) + zero_point >= high)
+
+
+def to_onnx(flat: Flat, *, dynamic: bool = True) -> Any:
+    """The graph as an ``onnx.ModelProto``. Raises BackendError where torch cannot export an operator."""
+    reason = missing(*_NEEDED)
+    if reason:
+        raise BackendError(f"ONNX export needs {' and '.join(_NEEDED)}, and {reason}: pip install 'fxcompress[onnx]'.")
+    attempts = [_free_batch(flat.examples)] if dynamic else []
+    failure: Exception | None = None
+    for examples, shapes in [*attempts, (flat.examples, None)]:
+        try:
+            with _quiet(), torch.no_grad():
+                program = torch.export.export(flat.module, examples, dynamic_shapes=shapes, strict=False)
+                exported = torch.onnx.export(
+                    program,
+                    dynamo=True,
+                    opset_version=OPSET,
+                    custom_translation_table=_translations(),
+                    input_names=list(flat.inputs),
+                    optimize=False,
+                    verbose=False,
+                )
+        except Exception as error:  # whatever the exporter raises means the same: not this way
+            failure = failure or error
+            continue
+        assert exported is not None
+        return _tidied(exported.model)
+    lines = str(failure).strip().splitlines()
+    raise BackendError(f"the graph cannot be written as ONNX: {lines[0] if lines else type(failure).__name__}") from failure
+
+
+def _free_batch(examples: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Examples with two samples or more, and which of their dimensions may vary."""
+    single = all(t.dim() and t.shape[0] == 1 for t in examples)
+    widened = tuple(torch.cat([t, t]) for t in examples) if single else examples
+    return widened, tuple({0: torch.export.Dim.AUTO} if t.dim() else None for t in examples)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter narrates; what matters comes out as its result or its error."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def _translations() -> dict[Any, Any]:
+    """Our operators → functions that build their ONNX form."""
+    import numpy as np
+    import onnx_ir as ir
+    from onnxscript import opset21 as op
+
+    def number(value: Any, dtype: Any) -> Any:
+        return op.Constant(value=ir.tensor(np.array(value, dtype=dtype)))  # type: ignore[arg-type]
+
+    def quantize(input: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: Any) -> Any:
+        stored = np.dtype(ir.DataType(dtype).numpy())
+        real = input.dtype.numpy()
+        whole = np.iinfo(stored)
+        if (quant_min, quant_max) != (whole.min, whole.max):
+            low, high = ((level - zero_point) * scale for level in (quant_min, quant_max))
+            input = op.Clip(input, number(low, real), number(high, real))
+        return op.QuantizeLinear(input, number(scale, real), number(zero_point, stored))
+
+    def quantize_per_channel(input: Any, scale: Any, axis: int, quant_min: int, quant_max: int, dtype: Any) -> Any:
+        stored = np.dtype(ir.DataType(dtype).numpy())
+        shape = [1] * len(input.shape)
+        shape[axis] = -1
+        along = op.Reshape(scale, number(shape, np.int64))
+        low, high = (op.Mul(along, number(level, np.float32)) for level in (quant_min, quant_max))
+        bounded = op.Min(op.Max(input, low), high)
+        return op.QuantizeLinear(bounded, scale, number([0] * int(scale.shape[0]), stored), axis=axis)
+
+    def dequantize(input: Any, scale: float, zero_point: int, dtype: Any = ir.DataType.FLOAT) -> Any:
+        real = ir.DataType(dtype).numpy()
+        return op.DequantizeLinear(input, number(scale, real), number(zero_point, input.dtype.numpy()))
+
+    def dequantize_per_channel(
+        input: Any, scale: Any, axis: int, zero_point: Any = None, dtype: Any = ir.DataType.FLOAT
+    ) -> Any:
+        if zero_point is None:
+            zero_point = number([0] * int(scale.shape[0]), input.dtype.numpy())
+        if scale.shape[0] == 1 and input.shape[axis] != 1:
+            first = number([0], np.int64)
+            return op.DequantizeLinear(input, op.Squeeze(scale, first), op.Squeeze(zero_point, first))
+        return op.DequantizeLinear(input, scale, zero_point, axis=axis)
+
+    return {
+        qdq.quantize: quantize,
+        qdq.quantize_per_channel: quantize_per_channel,
+        qdq.dequantize: dequantize,
+        qdq.dequantize_per_channel: dequantize_per_channel,
+    }
+
+
+def _tidied(model: Any) -> Any:
+    """Constants as initialisers, transposed weights stored transposed, and nothing that is not used; as a proto."""
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    for node in list(model.graph):
+        if node.op_type == "Squeeze":
+            _fold_squeeze(node)
+        elif node.op_type == "Transpose":
+            _fold_transpose(node)
+    common.DeduplicateInitializersPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    return ir.to_proto(model)
+
+
+def _fold_squeeze(node: Any) -> None:
+    """A scale of one element as a scalar."""
+    import onnx_ir as ir
+
+    scale = node.inputs[0]
+    if not scale.is_initializer() or scale.const_value.numpy().size != 1:
+        return
+    value = ir.tensor(scale.const_value.numpy().reshape(()), name=f"{scale.name}_scalar")
+    ir.convenience.replace_all_uses_with(node.outputs[0], _initializer(node.graph, value))
+
+
+def _fold_transpose(node: Any) -> None:
+    """Transpose(DequantizeLinear(weight)): store the weight transposed, its scales along the axis where they now are."""
+    import numpy as np
+    import onnx_ir as ir
+
+    source = node.inputs[0].producer()
+    if source is None or source.op_type != "DequantizeLinear" or not source.inputs[0].is_initializer():
+        return
+    order = node.attributes["perm"].as_ints()
+    weight = source.inputs[0]
+    moved = ir.tensor(np.ascontiguousarray(weight.const_value.numpy().transpose(order)), name=f"{weight.name}_transposed")
+    attributes = []
+    if len(source.inputs[1].shape) == 1:
+        attributes = [ir.AttrInt64("axis", order.index(source.attributes["axis"].as_int()))]
+    made = ir.Node("", "DequantizeLinear", [_initializer(node.graph, moved), *source.inputs[1:]], attributes)
+    node.graph.insert_before(node, made)
+    made.outputs[0].name = f"{node.outputs[0].name}_value"
+    ir.convenience.replace_all_uses_with(node.outputs[0], made.outputs[0])
+
+
+def _initializer(graph: Any, tensor: Any) -> Any:
+    """The initialiser called like ``tensor``, made where there is none."""
+    import onnx_ir as ir
+
+    if tensor.name not in graph.initializers:
+        stored = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.register_initializer(stored)
+    return graph.initializers[tensor.name]

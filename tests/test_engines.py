@@ -1,0 +1,91 @@
+"""Backends that hand the graph to another runtime: the same numbers, one call, saved in the portable form."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxcompress
+from fxcompress import PassManager, PTQQuantizer, coverage
+from fxcompress.graph import qdq
+from fxcompress.observe import output_snr
+
+pytest.importorskip("onnxscript")
+
+RUNTIMES = ["onnxruntime", "openvino"]
+
+
+class Residual(nn.Module):
+    """Two inputs by keyword, a residual addition, a concatenation, a head, nested outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor, *, gain: Tensor, scale: float = 2.0) -> dict[str, Any]:
+        y = F.relu6(self.stem(x))
+        z = torch.cat([F.relu(self.branch(y) + y), y], 1)
+        return {"scores": self.head(z.mean((2, 3))), "features": (z * scale, y * gain)}
+
+
+def call(batch: int) -> dict[str, Tensor]:
+    torch.manual_seed(batch)
+    return {"x": torch.randn(batch, 3, 8, 8), "gain": torch.rand(batch, 1, 1, 1)}
+
+
+def converted(backend: str) -> tuple[nn.Module, Any]:
+    pytest.importorskip(backend)
+    torch.manual_seed(0)
+    model = Residual().eval()
+    batches = [call(2), call(3)]
+    return model, PTQQuantizer(backend=backend, num_calibration_batches=2, progress=False).quantize(model, batches)
+
+
+@pytest.mark.parametrize("backend", RUNTIMES)
+def test_a_runtime_computes_what_the_graph_computes_at_any_batch_size(backend: str) -> None:
+    """At most one output step apart, for at least 99.9 % of the values that are quantized."""
+    model, result = converted(backend)
+    portable = result.meta["portable"]
+    step = max(float(node.args[1]) for node in portable.graph.nodes if node.target is qdq.quantize)
+    for batch in (1, 2, 5):
+        found, expected = result(**call(batch)), portable(**call(batch))
+        assert found.keys() == expected.keys()
+        for a, b in zip((found["scores"], *found["features"]), (expected["scores"], *expected["features"]), strict=True):
+            assert ((a - b).abs() <= 2.001 * step).double().mean() >= 0.999
+        assert output_snr(model(**call(batch)), found) > 25
+
+
+@pytest.mark.parametrize("backend", RUNTIMES)
+def test_an_engine_copies_pickles_and_saves_like_any_model(backend: str, tmp_path: Path) -> None:
+    _, result = converted(backend)
+    expected = result(**call(2))["scores"]
+    fxcompress.save(result, tmp_path / "model")
+    for again in (copy.deepcopy(result), pickle.loads(pickle.dumps(result)), fxcompress.load(tmp_path / "model")):
+        assert torch.equal(again(**call(2))["scores"], expected)
+
+
+@pytest.mark.parametrize("backend", RUNTIMES)
+def test_what_is_counted_is_what_was_placed(backend: str) -> None:
+    _, result = converted(backend)
+    assert coverage(result).mac_share == 1.0
+    assert coverage(result).integer_nodes == coverage(result.meta["portable"]).integer_nodes
+
+
+def test_relu6_that_the_quantize_does_anyway_goes_and_any_other_stays() -> None:
+    from fxcompress.backends.onnx_graph import flatten
+
+    _, result = converted("onnxruntime")
+    kept = [node.kwargs.get("activation") for node in flatten(result.meta["portable"]).module.graph.nodes]
+    assert not any(kept)
+    wide = PassManager(["fuse-activations"]).run(
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU6()).eval(), torch.rand(1, 3, 4, 4)
+    )
+    assert flatten(wide).module(torch.full((1, 3, 4, 4), 1e6))[0].max() <= 6
