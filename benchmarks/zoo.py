@@ -24,6 +24,7 @@ _SMALL = {"classification": (96, 96), "segmentation": (96, 96)}
 _FIXED = ("vit", "maxvit", "inception", "alexnet", "vgg", "swin")
 PLAN = [
     {"remove-dead": {"dropout": True}},
+    "open-attention",
     "fold-batchnorm",
     "fuse-activations",
     "insert-observers",

@@ -11,6 +11,7 @@ from fxcompress.passes.fuse_activations import FuseActivations
 from fxcompress.passes.insert_observers import InsertObservers
 from fxcompress.passes.lower import Lower
 from fxcompress.passes.mask_weights import MaskWeights
+from fxcompress.passes.open_attention import OpenAttention
 from fxcompress.passes.remove_dead import RemoveDead
 from fxcompress.passes.require import Require
 
@@ -18,6 +19,7 @@ PASSES = (
     RemoveDead,
     FoldBatchNorm,
     FuseActivations,
+    OpenAttention,
     MaskWeights,
     BakeMasks,
     InsertObservers,

@@ -85,7 +85,7 @@ def _tensors_of(node: fx.Node) -> list[torch.Tensor]:
 
 def parameter_count(module: nn.Module) -> int:
     """Elements of parameters, and of what replaced parameters (integer weights, scales do not count)."""
-    weights = [b for name, b in module.named_buffers() if name.endswith((".weight", ".bias")) or name in ("weight", "bias")]
+    weights = [b for name, b in module.named_buffers() if name.endswith(("weight", "bias"))]
     return sum(p.numel() for p in module.parameters()) + sum(b.numel() for b in weights)
 
 

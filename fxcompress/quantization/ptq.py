@@ -84,7 +84,13 @@ class PTQQuantizer(Quantizer):
         }
         super().__init__(
             Plan.parse(
-                [{"remove-dead": {"dropout": True}}, "fold-batchnorm", "fuse-activations", {"insert-observers": observe}]
+                [
+                    {"remove-dead": {"dropout": True}},
+                    "open-attention",
+                    "fold-batchnorm",
+                    "fuse-activations",
+                    {"insert-observers": observe},
+                ]
             ),
             Plan.parse(["fold-quantization", "lower"]),
             verify=verify,
