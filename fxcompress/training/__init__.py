@@ -4,11 +4,13 @@ from fxcompress.training.callbacks import Callback, OnEpoch, TensorBoard
 from fxcompress.training.distributed import gather, is_main, merge, rank, spread, world
 from fxcompress.training.history import History
 from fxcompress.training.loop import Trainer, train
+from fxcompress.training.metrics import METRICS, evaluate
 from fxcompress.training.recipe import LOSSES, LR_SCHEDULES, OPTIMIZERS, Horizon, Recipe
 
 __all__ = [
     "LOSSES",
     "LR_SCHEDULES",
+    "METRICS",
     "OPTIMIZERS",
     "Callback",
     "History",
@@ -17,6 +19,7 @@ __all__ = [
     "Recipe",
     "TensorBoard",
     "Trainer",
+    "evaluate",
     "gather",
     "is_main",
     "merge",

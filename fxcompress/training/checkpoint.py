@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fxcompress.errors import ArtifactError, ConfigError
+from fxcompress.training.distributed import rank, world
 
-__all__ = ["load_model_state", "model_state", "read", "write"]
+if TYPE_CHECKING:
+    from fxcompress.training.callbacks import Callback
+    from fxcompress.training.loop import Trainer
+
+__all__ = ["captured", "read", "take_up", "write"]
 
 
 def write(state: Mapping[str, Any], path: Path) -> None:
@@ -29,16 +34,64 @@ def write(state: Mapping[str, Any], path: Path) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """What :func:`write` wrote. Only tensors and plain data are read; ArtifactError for anything else, or damage."""
+    if not zipfile.is_zipfile(path):  # older and foreign formats have other readers, which warn and guess
+        raise ArtifactError(f"the checkpoint {str(path)!r} cannot be read: it is not a file that a training run wrote.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ArtifactError(f"the checkpoint {str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a damaged file breaks means the same
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"the checkpoint {str(path)!r} cannot be read: {reason}") from error
     if not isinstance(state, dict) or "recipe" not in state:
         raise ArtifactError(f"{str(path)!r} is not a checkpoint of a training run.")
     return state
 
 
-def model_state(model: nn.Module) -> dict[str, Any]:
+def captured(trainer: Trainer, generators: list[Any]) -> dict[str, Any]:
+    """A run as plain data and tensors; ``generators`` is the random state of every process."""
+    return {
+        "recipe": trainer.recipe.as_data(),
+        "processes": world(),
+        "epoch": trainer.epoch,
+        "step": trainer.step,
+        "batch": trainer.batch,
+        "model": _model_state(trainer.model),
+        "parts": {name: part.state_dict() for name, part in trainer.parts.items()},
+        "first": trainer.first,
+        "history": trainer.history.as_data(),
+        "random": generators,
+        "callbacks": [callback.state_dict() for callback in _with_state(trainer)],
+    }
+
+
+def take_up(trainer: Trainer, state: dict[str, Any], path: Path) -> Any:
+    """Make a run that has not begun what ``state`` says; returns this process's random state."""
+    _check_same_run(trainer, state, path)
+    for epoch in range(state["epoch"] + (state["batch"] > 0)):
+        trainer.enter(epoch)
+    _load_model_state(trainer.model, state["model"])
+    trainer.epoch, trainer.step, trainer.batch = state["epoch"], state["step"], state["batch"]
+    for name, part in trainer.parts.items():
+        part.load_state_dict(state["parts"][name])
+    trainer.first = state["first"]
+    trainer.history.rows, trainer.history.stopped = state["history"]["rows"], state["history"]["stopped"]
+    for callback, saved in zip(_with_state(trainer), state["callbacks"], strict=True):
+        callback.load_state_dict(saved)
+    return state["random"][rank()]
+
+
+def _check_same_run(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    mine = {**trainer.recipe.as_data(), "processes": world(), "callbacks": len(_with_state(trainer))}
+    saved = {**state["recipe"], "processes": state["processes"], "callbacks": len(state["callbacks"])}
+    parts = [f"{name} was {saved.get(name)!r} and is {mine[name]!r}" for name in mine if saved.get(name) != mine[name]]
+    if parts:
+        raise ConfigError(f"the checkpoint {str(path)!r} is of another run: {', '.join(parts)}.")
+
+
+def _with_state(trainer: Trainer) -> list[Callback]:
+    return [callback for callback in trainer.callbacks if callback.state_dict()]
+
+
+def _model_state(model: nn.Module) -> dict[str, Any]:
     """Parameters and buffers (those that ``state_dict`` leaves out too), and which modules are in eval mode."""
     state = model.state_dict()
     hidden = {name: buffer for name, buffer in model.named_buffers() if name not in state}
@@ -46,8 +99,7 @@ def model_state(model: nn.Module) -> dict[str, Any]:
     return {"state": state, "hidden": hidden, "eval": resting}
 
 
-def load_model_state(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Take up a :func:`model_state`; ConfigError where the model is another."""
+def _load_model_state(model: nn.Module, saved: Mapping[str, Any]) -> None:
     try:
         model.load_state_dict(saved["state"])
     except RuntimeError as error:

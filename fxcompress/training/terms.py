@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.data import split_batch
 from fxcompress.errors import ConfigError, DataError, TrainingError
+from fxcompress.graph.inputs import Arguments
 from fxcompress.training.distributed import gather, world
 
 __all__ = ["TermRecord", "Terms", "gradient_norms", "loss_terms"]
@@ -28,23 +29,30 @@ def loss_terms(
     With ``loss``: ``loss(model(input), target)``, a scalar or scalars by name. Without: the model is called with everything
     in the batch, and returns ``(output, {name: loss})``.
     """
-    batch = pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
     if loss is None:
-        return _own_terms(forward, model, batch)
-    call, target = _split(model, batch)
+        return _own_terms(forward, model, _moved(batch, device))
+    call, target = split_target(model, batch, device)
     if target is None:
         raise DataError("a batch has no target; a dataloader for training yields (input, target).")
     value = loss(call(forward), target)
     return _checked(value if isinstance(value, Mapping) else {"loss": value}, "the loss")
 
 
-def _split(model: nn.Module, batch: Any) -> tuple[Any, Any]:
-    """A call and its target; of a dict, the target is what ``forward`` does not take."""
+def _moved(batch: Any, device: torch.device) -> Any:
+    if device.type == "cpu":
+        return batch
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+
+
+def split_target(model: nn.Module, batch: Any, device: torch.device) -> tuple[Arguments, Any]:
+    """A call and its target, on ``device``; of a dict, the target is what ``forward`` does not take."""
+    batch = _moved(batch, device)
     call, target = split_batch(batch)
     if isinstance(batch, Mapping):
         parameters = inspect.signature(model.forward).parameters
-        left = {} if "kwargs" in parameters else {key: batch[key] for key in batch if key not in parameters}
-        call = call._replace(kwargs={key: value for key, value in batch.items() if key not in left})
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        left = {} if open_ended else {key: batch[key] for key in batch if key not in parameters}
+        call = Arguments((), {key: value for key, value in batch.items() if key not in left})
         target = next(iter(left.values())) if len(left) == 1 else left or None
     return call, target
 
@@ -69,6 +77,13 @@ def _checked(terms: Mapping[str, Any], who: str) -> Terms:
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ConfigError(f"{who} gives {name!r}, which is not a scalar tensor.")
     return dict(terms)
+
+
+def weighted(terms: Terms, weights: Mapping[str, float]) -> Tensor:
+    """Σ weight · term, in float32 or more; a single term of weight 1 as it is."""
+    parts = [value if weights[name] == 1.0 else weights[name] * value for name, value in terms.items()]
+    parts = [part.reshape(()) if part.dtype is torch.float64 else part.reshape(()).float() for part in parts]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def gradient_norms(terms: Terms, parameters: Sequence[nn.Parameter], scale: float) -> dict[str, float]:
@@ -98,6 +113,10 @@ class TermRecord:
         self.sums: dict[str, float] = {}
         self.samples = 0.0
         self._waiting: list[tuple[int, list[str], Tensor, float]] = []
+
+    def clear(self) -> None:
+        """Begin an epoch."""
+        self.sums, self.samples = {}, 0.0
 
     def add(self, step: int, terms: Terms, total: Tensor, samples: float) -> None:
         """Note the terms of one batch, before the step they lead to."""

@@ -1,0 +1,81 @@
+"""How good a model is on data: metrics by name, over every process's share of the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcompress.data import check_batch
+from fxcompress.errors import DataError
+from fxcompress.registry import Registry
+from fxcompress.training.distributed import gather, rank, world
+from fxcompress.training.order import batch_size
+from fxcompress.training.terms import split_target
+
+__all__ = ["METRICS", "evaluate"]
+
+
+def _logits(output: Any) -> Tensor:
+    """The main tensor of an output: itself, the first of a tuple, ``out`` or the first of a dict."""
+    if isinstance(output, Mapping):
+        output = output.get("out", next(iter(output.values())))
+    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return found
+
+
+def _accuracy(output: Any, target: Tensor) -> Tensor:
+    return (_logits(output).argmax(1) == target).double().mean()
+
+
+def _top5(output: Any, target: Tensor) -> Tensor:
+    logits = _logits(output)
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    return (best == target.unsqueeze(1)).any(1).double().mean()
+
+
+METRICS = Registry(
+    "metric",
+    {
+        "accuracy": _accuracy,
+        "top5": _top5,
+        "cross_entropy_loss": lambda output, target: nn.functional.cross_entropy(_logits(output), target),
+        "mse_loss": lambda output, target: nn.functional.mse_loss(_logits(output), target),
+    },
+)
+"""Metrics by name: ``(output, target)`` → the mean over a batch's samples."""
+
+
+def evaluate(model: nn.Module, data: Iterable[Any], metrics: Sequence[str] = ("accuracy",)) -> dict[str, float]:
+    """The metrics by name, means over all samples, in eval mode; under ``torchrun`` each process takes its share of batches.
+
+    The model is left in the mode it came in. Raises DataError where there is no batch, or one without a target.
+    """
+    functions = {name: METRICS[name] for name in metrics}
+    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    modes = {module: module.training for module in model.modules()}
+    sums, samples = dict.fromkeys(functions, 0.0), 0
+    model.eval()
+    try:
+        with torch.no_grad():
+            for position, batch in enumerate(data):
+                if position % world() != rank():
+                    continue
+                call, target = split_target(model, batch, device)
+                check_batch(call, position)
+                if target is None:
+                    raise DataError(f"batch {position} has no target to compare with.")
+                output, size = call(model), batch_size(batch)
+                for name, function in functions.items():
+                    sums[name] += float(function(output, target)) * size
+                samples += size
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    shares = gather((samples, sums))
+    total = sum(count for count, _ in shares)
+    if not total:
+        raise DataError("the dataloader is empty: there is nothing to evaluate on.")
+    return {name: sum(part[name] for _, part in shares) / total for name in functions}
