@@ -62,7 +62,7 @@ def by_hand(epochs: int = 3, lr: Callable[[int], float] = lambda step: 0.1, clip
             factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
             with torch.no_grad():
                 for p, g in zip(model.parameters(), gradients, strict=True):
-                    p -= lr(step) * factor * g
+                    p.sub_(lr(step) * factor * g)
             step += 1
     return model
 
