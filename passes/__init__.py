@@ -9,10 +9,12 @@ from fxcompress.passes.fold_batchnorm import FoldBatchNorm
 from fxcompress.passes.fold_quantization import FoldQuantization
 from fxcompress.passes.fuse_activations import FuseActivations
 from fxcompress.passes.insert_observers import InsertObservers
+from fxcompress.passes.insert_taps import InsertTaps
 from fxcompress.passes.lower import Lower
 from fxcompress.passes.mask_weights import MaskWeights
 from fxcompress.passes.open_attention import OpenAttention
 from fxcompress.passes.remove_dead import RemoveDead
+from fxcompress.passes.remove_taps import RemoveTaps
 from fxcompress.passes.require import Require
 
 PASSES = (
@@ -22,6 +24,8 @@ PASSES = (
     OpenAttention,
     MaskWeights,
     BakeMasks,
+    InsertTaps,
+    RemoveTaps,
     InsertObservers,
     Calibrate,
     FoldQuantization,

@@ -72,7 +72,7 @@ class InsertObservers(Pass):
         placed = place(module, backend, selection, context.region)
         for node, reason in placed.floats.items():
             node.meta["float"] = reason
-            if ops.kind(node) not in ("getattr", "shape", "assert", "getitem"):
+            if ops.kind(node) not in ("getattr", "shape", "assert", "getitem", "tap"):
                 context.skip(node, reason)
         asked = {node: overrides[_layer(node, context.region)] for node in placed.integers}
         for node, rule in placed.integers.items():

@@ -107,7 +107,7 @@ def _counts(node: fx.Node) -> bool:
     if "tensor_meta" in node.meta and node.meta["tensor_meta"] is None:
         return False
     found = ops.lookup(node)
-    return found is None or (found.family not in _SILENT and found.kind != "getitem")
+    return found is None or (found.family not in _SILENT and found.kind not in ("getitem", "tap"))
 
 
 def _float_operator(region: str, node: fx.Node) -> FloatOperator:

@@ -135,10 +135,8 @@ def _inherit(node: fx.Node, source: fx.Node) -> fx.Node:
 
 
 def replace(node: fx.Node, by: fx.Node) -> None:
-    """Give every user of ``node`` the value of ``by`` and erase ``node``; a tap on ``node`` moves along."""
+    """Give every user of ``node`` (a tap on it too) the value of ``by`` and erase ``node``."""
     node.replace_all_uses_with(by)
-    if "taps" in node.meta:
-        by.meta["taps"] = (*by.meta.get("taps", ()), *node.meta["taps"])
     node.graph.erase_node(node)
 
 

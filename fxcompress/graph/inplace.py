@@ -15,7 +15,7 @@ from torch import fx
 from fxcompress.graph import ops
 from fxcompress.graph.shapes import module_of
 
-__all__ = ["is_impure", "is_in_place", "make_functional"]
+__all__ = ["VIEWS", "is_impure", "is_in_place", "make_functional", "writes"]
 
 _OPERATORS = {
     operator.iadd: operator.add,
@@ -24,7 +24,7 @@ _OPERATORS = {
     operator.itruediv: operator.truediv,
 }
 _FAMILIES = ("activation", "pointwise", "normalisation")
-_VIEWS: tuple[str, ...] = (
+VIEWS: tuple[str, ...] = (
     "reshape",
     "flatten",
     "permute",
@@ -36,7 +36,7 @@ _VIEWS: tuple[str, ...] = (
     "split",
     "unbind",
 )
-_VIEWS += ("squeeze", "unsqueeze", "expand", "t", "view_as", "narrow", "identity", "unflatten", "movedim")
+VIEWS += ("squeeze", "unsqueeze", "expand", "t", "view_as", "narrow", "identity", "unflatten", "movedim")
 
 
 def make_functional(module: fx.GraphModule) -> None:
@@ -58,9 +58,9 @@ def make_functional(module: fx.GraphModule) -> None:
 def _is_seen_elsewhere(node: fx.Node, order: dict[fx.Node, int]) -> bool:
     """Whether writing into the first input of ``node`` may reach a value that somebody reads under another name."""
     written = node.all_input_nodes[0]
-    if any(ops.kind(user) in _VIEWS and order[user] < order[node] for user in written.users):
+    if any(ops.kind(user) in VIEWS and order[user] < order[node] for user in written.users):
         return True
-    while ops.kind(written) in _VIEWS:
+    while ops.kind(written) in VIEWS:
         written = written.all_input_nodes[0]
         if len(written.users) > 1:
             return True
@@ -110,11 +110,18 @@ def _out_of_place(target: Any) -> Any:
 
 
 def is_impure(node: fx.Node) -> bool:
-    """Whether a node may do something besides computing its result: write in place, assert, run code nobody knows."""
-    if node.op in ("placeholder", "output") or is_in_place(node) or ops.kind(node) in ("assert", "setitem", "copy"):
+    """Whether a node may do something besides computing its result: write in place, assert, tap, run code nobody knows."""
+    return node.op in ("placeholder", "output") or ops.kind(node) in ("assert", "tap") or writes(node)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node writes into its first input, or runs code that nobody knows and that might."""
+    if node.op in ("placeholder", "output", "get_attr"):
+        return False
+    if is_in_place(node) or ops.kind(node) in ("setitem", "copy"):
         return True
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return node.op != "get_attr" and ops.lookup(node) is None
+    return ops.lookup(node) is None

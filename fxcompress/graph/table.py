@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fxcompress.graph import fused
 from fxcompress.graph.ops import Op
+from fxcompress.graph.taps import tap
 
 __all__ = ["TABLE"]
 
@@ -253,6 +254,7 @@ TABLE: tuple[Op, ...] = (
     Op("to", "pointwise", "to type float half bfloat16 double type_as cpu cuda _to_copy", "input dtype"),
     # movement: values are copied, moved or dropped
     _movement("identity", "clone detach detach_ contiguous lift_fresh_copy alias", "input", modules=(nn.Identity,)),
+    _movement("tap", "", "input name", functions=((tap, None),)),
     _movement(
         "dropout",
         "dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout feature_dropout",

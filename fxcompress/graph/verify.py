@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import VerificationError
-from fxcompress.graph import edit
+from fxcompress.graph import edit, taps
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.shapes import Recorder
 
@@ -95,6 +95,14 @@ def same_sharing(module: fx.GraphModule, before: Snapshot) -> Iterator[str]:
             yield f"{', '.join(kept)} were one parameter and are several"
 
 
+def taps_stay(module: fx.GraphModule, before: Snapshot) -> Iterator[str]:
+    """Every value that was tapped still is."""
+    found = taps.taps(module)
+    for name in module.meta.get("taps", ()):
+        if name not in found:
+            yield f"the tap {name!r} is gone: the value it named is no longer computed"
+
+
 Rule = Callable[[fx.GraphModule, Snapshot], Iterator[str]]
 
 RULES: tuple[Rule, ...] = (
@@ -104,6 +112,7 @@ RULES: tuple[Rule, ...] = (
     same_training_flags,
     same_gradients,
     same_sharing,
+    taps_stay,
 )
 
 
