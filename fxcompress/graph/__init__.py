@@ -5,6 +5,7 @@ from fxcompress.graph.inputs import Arguments, arguments
 from fxcompress.graph.island import regions
 from fxcompress.graph.ops import Attr, Call, kind, read
 from fxcompress.graph.shapes import propagate
+from fxcompress.graph.taps import features
 from fxcompress.graph.trace import Rung, is_traced, trace
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Rung",
     "arguments",
     "cost",
+    "features",
     "is_traced",
     "kind",
     "macs",
