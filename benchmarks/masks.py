@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 
 from fxcompress.bench import models
 from fxcompress.pruning import MagnitudePruner
-from fxcompress.pruning.magnitude_pruner import prunable
+from fxcompress.pruning.sites import PRUNABLE
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
             original(image)
         taken["forward"].append(time.perf_counter() - started)
         peer = copy.deepcopy(original)
-        weights = [(module, "weight") for module in prunable(peer).values()]
+        weights = [(module, "weight") for module in peer.modules() if isinstance(module, PRUNABLE)]
         started = time.perf_counter()
         prune.global_unstructured(weights, pruning_method=prune.L1Unstructured, amount=0.5)
         taken["torch global"].append(time.perf_counter() - started)

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import PromiseError, VerificationError
-from fxcompress.graph import verify
+from fxcompress.graph import edit, ops, verify
 from fxcompress.graph.cost import cost
 from fxcompress.graph.inputs import Arguments, frozen_state, tensors_in
 from fxcompress.graph.island import regions
@@ -178,8 +179,17 @@ def _listing(model: fx.GraphModule) -> list[str]:
 
 
 def sparsity(model: torch.nn.Module) -> float:
-    """Share of zeros among the elements of weights (tensors of two or more dimensions called ``weight``)."""
+    """Share of zeros among the elements of weights (tensors of two or more dimensions called ``weight``), masks applied."""
     tensors = {id(t): t for name, t in [*model.named_parameters(), *model.named_buffers()] if name.endswith("weight")}
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            held: Any = module.parametrizations
+            tensors[id(held.weight)] = module.weight  # type: ignore[assignment]
+    for graph in regions(model).values():
+        for mask in (ops.read(node) for node in graph.graph.nodes if ops.kind(node) == "mask"):
+            if mask is not None and isinstance(mask["input"], ops.Attr):
+                weight = edit.get_tensor(graph, mask["input"].name)
+                tensors[id(weight)] = weight * edit.get_tensor(graph, mask["mask"].name)
     weights = [t for t in tensors.values() if t.dim() > 1 and not t.is_meta]
     total = sum(t.numel() for t in weights)
     return sum(t.numel() - int(torch.count_nonzero(t)) for t in weights) / total if total else 0.0

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.fx.passes.shape_prop import TensorMetadata
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import ArtifactError
@@ -83,8 +84,9 @@ def module_data(module: nn.Module, tensors: Tensors, prefix: str = "") -> dict[s
             assert isinstance(island, Island)
             return {"top": True, **_island_data(island.model, tensors, prefix)}
         return {"class": "GraphModule", **_state(module, tensors, prefix), **_graph_data(module)}
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    if type(module) is nn.Module:
+    cls = _plain_class(module)
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if cls is nn.Module:
         return {"class": "Module", **_state(module, tensors, prefix)}
     if name not in _classes() and name not in ops.known_class_names():
         return _island_data(module, tensors, prefix)
@@ -109,13 +111,39 @@ def _state(module: nn.Module, tensors: Tensors, prefix: str) -> dict[str, Any]:
         "children": {
             leaf: module_data(child, tensors, f"{prefix}{leaf}.")
             for leaf, child in module._modules.items()
-            if child is not None
+            if child is not None and not (leaf == "parametrizations" and _masked(module))
         },
+        **_parametrized(module, tensors, prefix),
     }
 
 
+def _plain_class(module: nn.Module) -> type:
+    """The class of a module; of a masked one, the class it had before ``parametrize`` made one for it."""
+    return type(module).__mro__[1] if _masked(module) else type(module)
+
+
+def _masked(module: nn.Module) -> bool:
+    """Whether a module has parametrizations, all of which can be saved as modules over one original tensor."""
+    lists: Any = getattr(module, "parametrizations", None)
+    if not parametrize.is_parametrized(module):
+        return False
+    return all(held.is_tensor and all(ops.is_known_module(part) for part in held) for held in lists.values())
+
+
+def _parametrized(module: nn.Module, tensors: Tensors, prefix: str) -> dict[str, Any]:
+    if not _masked(module):
+        return {}
+    entries = {}
+    lists: Any = module.parametrizations
+    for leaf, held in lists.items():
+        inner = f"{prefix}parametrizations.{leaf}."
+        parts = [module_data(part, tensors, f"{inner}{index}.") for index, part in enumerate(held)]
+        entries[leaf] = {"original": _tensor_data(f"{inner}original", held.original, tensors), "parts": parts}
+    return {"parametrized": entries}
+
+
 def _attributes(module: nn.Module, prefix: str) -> dict[str, Any]:
-    names = _CONSTRUCTED.get(type(module))
+    names = _CONSTRUCTED.get(_plain_class(module))
     if names is not None:
         return {name: encode(getattr(module, name)) for name in names}
     kept = {key: value for key, value in module.__dict__.items() if key not in _BASE and key != "training"}
@@ -135,6 +163,11 @@ def _island_data(module: nn.Module, tensors: Tensors, prefix: str) -> dict[str, 
         "training": module.training,
         "regions": {name: module_data(m, tensors, f"{prefix}{name}.") for name, m in outer.items()},
         "tensors": {name: _tensor_data(prefix + name, tensor, tensors) for name, tensor in own.items()},
+        "parametrized": {
+            n: _parametrized(m, tensors, f"{prefix}{n}.")["parametrized"]
+            for n, m in module.named_modules()
+            if _masked(m) and not any(n.startswith(f"{region}.") for region in outer)
+        },
     }
 
 
@@ -214,6 +247,14 @@ def _restore(
         module.register_buffer(leaf, value, persistent=entry is None or not entry["volatile"])
     for leaf, child in data["children"].items():
         module.add_module(leaf, _build(child, tensors, modules, f"{prefix}{leaf}."))
+    _parametrize(module, data.get("parametrized", {}), tensors)
+
+
+def _parametrize(module: nn.Module, entries: dict[str, Any], tensors: Tensors) -> None:
+    for leaf, entry in entries.items():
+        module.register_parameter(leaf, tensors.parameter(entry["original"]))
+        for part in entry["parts"]:
+            parametrize.register_parametrization(module, leaf, _build(part, tensors, {}, ""))
 
 
 def _build_island(data: dict[str, Any], tensors: Tensors, modules: Mapping[str, nn.Module], prefix: str) -> nn.Module:
@@ -224,6 +265,10 @@ def _build_island(data: dict[str, Any], tensors: Tensors, modules: Mapping[str, 
         if region not in parts:
             raise ArtifactError(f"the module supplied for {name!r} has no part {region!r}; it was a {data['island']}.")
         module.set_submodule(region, _build(described, tensors, {}, f"{prefix}{region}."))
+    for part, entries in data["parametrized"].items():
+        if part not in parts:
+            raise ArtifactError(f"the module supplied for {name!r} has no part {part!r}; it was a {data['island']}.")
+        _parametrize(module.get_submodule(part), entries, tensors)
     state = dict([*module.named_parameters(), *module.named_buffers()])
     for key, entry in data["tensors"].items():
         if key not in state or list(state[key].shape) != entry["shape"]:

@@ -8,10 +8,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import fx
 
-from fxcompress.errors import ConfigError
 from fxcompress.graph.select import Selection
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
-from fxcompress.pruning.magnitude_pruner import mask_weights, prunable
+from fxcompress.pruning.magnitude_pruner import mask_weights
+from fxcompress.pruning.sites import sites
 
 __all__ = ["MaskWeights"]
 
@@ -22,8 +22,8 @@ class MaskWeights(Pass):
 
     Options: ``sparsity``, the share of all chosen weights that become zero; ``criterion``, ``l1``, ``l2`` or ``random``;
     ``n_m``, keep exactly N of every M along the input dimension instead; ``include_layers``/``exclude_layers``, names or
-    globs; ``seed``. A layer whose inputs M does not divide stays dense and is named. ``bake-masks`` makes masks permanent,
-    which quantization and saving need.
+    globs; ``seed``. A layer whose inputs M does not divide stays dense and is named. Weights that a graph gives to
+    functions are masked too. ``bake-masks`` makes masks permanent, which quantization needs.
     """
 
     name: ClassVar[str] = "mask-weights"
@@ -39,7 +39,5 @@ class MaskWeights(Pass):
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
         selection = Selection(self.include_layers, self.exclude_layers)
         selection.check(model)
-        layers = prunable(model, selection)
-        if not layers:
-            raise ConfigError("no chosen layer has a prunable weight; nothing would be masked.")
-        mask_weights(layers, self.sparsity, criterion=self.criterion, n_m=self.n_m, seed=self.seed, skip=context.skip)
+        chosen = sites(model, selection, context.skip)
+        mask_weights(chosen, self.sparsity, criterion=self.criterion, n_m=self.n_m, seed=self.seed, skip=context.skip)

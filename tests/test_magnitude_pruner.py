@@ -164,7 +164,7 @@ def test_weights_that_are_not_finite_and_models_without_weights_are_refused() ->
         broken[0].weight[0] = torch.nan  # type: ignore[operator, index]
     with pytest.raises(ConfigError, match="NaN"):
         MagnitudePruner().prune(broken)
-    with pytest.raises(ConfigError, match="nothing would be masked"):
+    with pytest.raises(ConfigError, match="no chosen layer has a weight that can be masked"):
         MagnitudePruner().prune(nn.ReLU())
     with pytest.raises(ConfigError, match="no prunable weight"):
         MagnitudePruner().compute_mask(nn.ReLU())

@@ -132,6 +132,7 @@ TABLE: tuple[Op, ...] = (
     Op("addmm", "contraction", "addmm baddbmm", "bias input other beta alpha"),
     Op("einsum", "contraction", "einsum", "equation *operands"),
     Op("bilinear", "contraction", "bilinear", "input other weight bias", (nn.Bilinear,), ("weight", "bias")),
+    Op("mask", "pointwise", "", "input mask", ("fxcompress.pruning.sites.Mask",), ("mask",)),
     # attention and recurrence
     Op(
         "scaled_dot_product_attention",

@@ -93,8 +93,13 @@ def hrank(features: Tensor, name: str = "the feature maps") -> Tensor:
         raise _not_finite(name)
     if maps.dim() < 4:
         maps = maps.flatten(2) if maps.dim() == 3 else maps[..., None]
-        return torch.linalg.matrix_rank(maps.transpose(0, 1)).to(torch.float64)
-    return torch.linalg.matrix_rank(maps.flatten(2, -2)).to(torch.float64).mean(0)
+        return _rank(maps.transpose(0, 1))
+    return _rank(maps.flatten(2, -2)).mean(0)
+
+
+def _rank(matrices: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.matrix_rank(matrices)
+    return found.to(torch.float64)
 
 
 REDUCTIONS = ("sum", "mean", "max", "norm")
@@ -147,7 +152,8 @@ def _precision(tensor: Tensor) -> torch.dtype:
 
 def _norm(slices: Tensor, order: int) -> Tensor:
     rows = slices.detach().flatten(1)
-    return torch.linalg.vector_norm(rows, order, dim=1, dtype=_precision(rows)).to(torch.float64)
+    found: Tensor = torch.linalg.vector_norm(rows, order, dim=1, dtype=_precision(rows))
+    return found.to(torch.float64)
 
 
 def _finite(scores: Tensor, name: str) -> Tensor:

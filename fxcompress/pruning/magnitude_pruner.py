@@ -1,17 +1,18 @@
 """Unstructured and N:M pruning: masks over the weights of convolutions and linear layers.
 
-A mask is a parametrization: the layer computes with ``weight · mask`` while the dense weight stays learnable underneath. It
-survives optimizer steps, deepcopy, ``state_dict``, autocast and ``torch.compile``, until it is baked in.
+A layer computes with its masked weight while the dense weight stays learnable underneath (:mod:`fxcompress.pruning.sites`).
+Masks survive optimizer steps, deepcopy, ``state_dict``, autocast, DistributedDataParallel and ``torch.compile``, until they
+are baked in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from fxcompress.errors import ConfigError
 from fxcompress.graph.select import Selection
@@ -19,115 +20,57 @@ from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
 from fxcompress.plan import Plan
 from fxcompress.pruning.masks import CRITERIA, check_sparsity, n_of_m, score, smallest
+from fxcompress.pruning.sites import PRUNABLE, Site, Skip, bake_masks, sites, unwrapped
 
-__all__ = ["L1UnstructuredPruner", "MagnitudePruner", "Mask", "RandomPruner", "bake_masks", "mask_weights", "prunable"]
-
-PRUNABLE = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
-"""Layers whose weight is pruned; biases and normalisation are not."""
+__all__ = ["L1UnstructuredPruner", "MagnitudePruner", "RandomPruner", "mask_weights"]
 
 TYPES = ("unstructured", "semi_structured")
 
 
-class Mask(nn.Module):
-    """``weight · mask``; ``mask`` is a boolean buffer of the weight's shape, True stays."""
-
-    mask: Tensor
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mask", mask)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.mask
-
-
-def prunable(model: nn.Module, selection: Selection = Selection()) -> dict[str, nn.Module]:  # noqa: B008 - immutable
-    """The chosen layers with a prunable weight, by name; a layer, or a weight, that appears twice is listed once."""
-    found: dict[int, tuple[str, nn.Module]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, PRUNABLE) and (name in selection):
-            found.setdefault(id(dense_weight(module)), (name, module))
-    return dict(found.values())
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """The learnable weight, below a mask where there is one."""
-    if parametrize.is_parametrized(module, "weight"):
-        holder: Any = module.parametrizations
-        return holder.weight.original  # type: ignore[no-any-return]
-    return module.weight  # type: ignore[return-value]
-
-
-def _mask_of(module: nn.Module) -> Mask | None:
-    if not parametrize.is_parametrized(module, "weight"):
-        return None
-    holder: Any = module.parametrizations
-    return next((part for part in holder.weight if isinstance(part, Mask)), None)
-
-
-def set_mask(module: nn.Module, mask: Tensor) -> None:
-    """Put ``mask`` on the layer's weight, in the place of one it has."""
-    present = _mask_of(module)
-    if present is not None:
-        present.mask.copy_(mask)
-    else:
-        parametrize.register_parametrization(module, "weight", Mask(mask))
-        module.get_submodule("parametrizations").train(module.training)
-
-
 def mask_weights(
-    layers: dict[str, nn.Module],
+    chosen: Mapping[str, Site],
     sparsity: float,
     *,
     criterion: str = "l1",
     n_m: tuple[int, int] | None = None,
     seed: int = 0,
-    skip: Callable[[str, str], None] = lambda name, reason: None,
+    skip: Skip = lambda name, reason: None,
 ) -> None:
-    """Mask ``layers`` in place: the smallest of all their weights together, or per group of M where ``n_m`` is given.
+    """Mask weights in place: the smallest of all of them together, or per group of M where ``n_m`` is given.
 
-    Weights that a mask drops already stay dropped: they score zero, so repeated pruning with growing sparsity is monotone.
+    Weights that a mask drops already stay dropped, so repeated pruning with growing sparsity is monotone; where fewer are to
+    go than are masked now, the dense weights are ranked anew. Raises ConfigError where nothing can be masked.
     """
     generator = torch.Generator().manual_seed(seed)
-    scores = {}
-    for name, module in layers.items():
-        found = score(dense_weight(module), criterion, generator)
-        present = _mask_of(module)
-        scores[name] = found if present is None else torch.where(present.mask, found.clamp(min=_TINY), 0.0)
+    scores = {name: score(site.dense(), criterion, generator, name) for name, site in chosen.items()}
     if n_m is None:
-        masks = dict(zip(scores, smallest(list(scores.values()), sparsity), strict=True))
+        present = [next((held.mask for held in site.masks()), None) for site in chosen.values()]
+        dense: dict[str, str] = {}
+        masks = dict(zip(scores, smallest(list(scores.values()), sparsity, present), strict=True))
     else:
-        masks = {name: n_of_m(s, *n_m) for name, s in scores.items() if _divides(name, s, n_m[1], skip)}
+        dense = {name: reason for name, site in chosen.items() if (reason := indivisible(site, n_m[1]))}
+        for name, reason in dense.items():
+            skip(name, reason)
+        masks = {name: n_of_m(s, *n_m, chosen[name].input_dim) for name, s in scores.items() if name not in dense}
+    if not masks:
+        raise ConfigError(f"no chosen layer has a weight that can be masked{_named(dense)}.")
     for name, mask in masks.items():
-        set_mask(layers[name], mask)
+        chosen[name].set_mask(mask)
 
 
-_TINY = float(torch.finfo(torch.float32).tiny)
+def _named(reasons: Mapping[str, str], shown: int = 4) -> str:
+    listed = [f"{name!r}: {reason}" for name, reason in list(reasons.items())[:shown]]
+    return f" ({'; '.join(listed)}{', …' if len(reasons) > shown else ''})" if listed else ""
 
 
-def _divides(name: str, scores: Tensor, m: int, skip: Callable[[str, str], None]) -> bool:
-    if scores.shape[1] % m == 0:
-        return True
-    skip(name, f"its {scores.shape[1]} inputs are not a multiple of {m}; it stays dense")
-    return False
+def indivisible(site: Site, m: int) -> str | None:
+    """Why N of every ``m`` weights cannot be kept in this one, or None."""
+    inputs = site.dense().shape[site.input_dim] // site.groups
+    return f"its {inputs} inputs are not a multiple of {m}; it stays dense" if inputs % m else None
 
 
-def bake_masks(model: nn.Module) -> int:
-    """Multiply every mask into its weight and take it off, in place; returns how many there were."""
-    masked = [module for module in model.modules() if isinstance(module, PRUNABLE) and _mask_of(module) is not None]
-    for module in masked:
-        cls = type(module)  # torch takes the property off the class, which copies of the layer share
-        module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-    return len(masked)
+def _log(name: str, reason: str) -> None:
+    logging.getLogger("fxcompress").info("%s: %s", name or "the layer", reason)
 
 
 class MagnitudePruner:
@@ -181,35 +124,41 @@ class MagnitudePruner:
 
     def compute_mask(self, module: nn.Module, sparsity: float | None = None) -> Tensor:
         """The mask of one layer on its own: boolean, True stays; exactly ``round(sparsity · n)`` weights go."""
-        if not isinstance(module, PRUNABLE):
-            raise ConfigError(f"a {type(module).__name__} has no prunable weight.")
-        scores = score(dense_weight(module), self.criterion, torch.Generator().manual_seed(self.seed))
-        if self.pruning_type == "semi_structured":
-            if scores.shape[1] % self.n_m[1]:
-                raise ConfigError(f"its {scores.shape[1]} inputs are not a multiple of {self.n_m[1]}.")
-            return n_of_m(scores, *self.n_m)
-        return smallest([scores], self.sparsity if sparsity is None else sparsity)[0]
+        asked = self.sparsity if sparsity is None else check_sparsity(sparsity)
+        reasons: list[str] = []
+        found = [
+            site for site in sites(module, skip=lambda name, reason: reasons.append(reason)).values() if site.name == ""
+        ]
+        if not isinstance(module, PRUNABLE) or not found:
+            raise ConfigError(
+                f"a {type(module).__name__} has no prunable weight{': ' if reasons else ''}{'; '.join(reasons)}."
+            )
+        site = found[0]
+        scores = score(site.dense(), self.criterion, torch.Generator().manual_seed(self.seed))
+        if self.pruning_type == "unstructured":
+            return smallest([scores], asked)[0]
+        obstacle = indivisible(site, self.n_m[1])
+        if obstacle:
+            raise ConfigError(f"{obstacle}.")
+        return n_of_m(scores, *self.n_m, site.input_dim)
 
     def apply_mask(self, model: nn.Module, sparsity: float | None = None) -> None:
-        """Mask ``model`` in place; masks that are there are updated."""
-        self.selection.check(model)
-        mask_weights(
-            prunable(model, self.selection),
-            self.sparsity if sparsity is None else check_sparsity(sparsity),
-            criterion=self.criterion,
-            n_m=self.n_m if self.pruning_type == "semi_structured" else None,
-            seed=self.seed,
-        )
+        """Mask ``model`` in place; masks that are there are updated. What stays dense is logged, with the reason."""
+        asked = self.sparsity if sparsity is None else check_sparsity(sparsity)
+        inner = unwrapped(model)
+        self.selection.check(inner)
+        n_m = self.n_m if self.pruning_type == "semi_structured" else None
+        mask_weights(sites(inner, self.selection, _log), asked, criterion=self.criterion, n_m=n_m, seed=self.seed, skip=_log)
 
     def remove_mask(self, model: nn.Module) -> None:
         """Make the pruning permanent, in place: zeros in the weights, no masks left."""
         bake_masks(model)
 
     def get_sparsity(self, model: nn.Module) -> float:
-        """Zeros over elements, in the prunable weights of the selection."""
-        weights = [module.weight for module in prunable(model, self.selection).values()]
-        total = sum(w.numel() for w in weights)  # type: ignore[operator, misc]
-        zeros = sum(w.numel() - int(torch.count_nonzero(w)) for w in weights)  # type: ignore[operator, arg-type, misc]
+        """Zeros over elements, in the prunable weights of the selection; a tied weight counts once."""
+        weights = [site.value() for site in sites(model, self.selection).values()]
+        total = sum(weight.numel() for weight in weights)
+        zeros = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in weights)
         return zeros / total if total else 0.0
 
     def prune(self, model: nn.Module, sparsity: float | None = None) -> fx.GraphModule:

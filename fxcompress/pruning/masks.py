@@ -13,20 +13,25 @@ __all__ = ["CRITERIA", "check_sparsity", "n_of_m", "score", "smallest"]
 
 CRITERIA: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "l1": lambda weight, generator: weight.abs(),
-    "l2": lambda weight, generator: weight.square(),
+    "l2": lambda weight, generator: weight.abs(),  # ranks as w² does, and does not underflow
     "random": lambda weight, generator: torch.rand(weight.shape, generator=generator).to(weight.device),
 }
 """Criterion → the score of every weight; the smallest go first."""
 
 
-def score(weight: Tensor, criterion: str, generator: torch.Generator) -> Tensor:
-    """Non-negative float32 scores in the weight's shape. Raises ConfigError for an unknown criterion or NaN."""
+def score(weight: Tensor, criterion: str, generator: torch.Generator, name: str = "") -> Tensor:
+    """Non-negative scores in the weight's shape, float64 for float64 and float32 for all else.
+
+    Raises ConfigError for an unknown criterion, and for NaN or infinite values with the layer's name.
+    """
     if criterion not in CRITERIA:
         hint = did_you_mean(criterion, CRITERIA)
         raise ConfigError(f"there is no criterion {criterion!r}.{hint} Known: {', '.join(CRITERIA)}.")
     if not bool(torch.isfinite(weight).all()):
-        raise ConfigError("a weight holds NaN or infinite values; no criterion ranks them.")
-    return CRITERIA[criterion](weight.detach().to(torch.float32), generator)
+        owner = f"the weight of {name!r}" if name else "a weight"
+        raise ConfigError(f"{owner} holds NaN or infinite values; no criterion ranks them.")
+    exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return CRITERIA[criterion](weight.detach().to(exact), generator)
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -36,18 +41,24 @@ def check_sparsity(sparsity: float) -> float:
     return float(sparsity)
 
 
-def smallest(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
+def smallest(scores: Sequence[Tensor], sparsity: float, present: Sequence[Tensor | None] = ()) -> list[Tensor]:
     """Boolean masks (True stays) that drop exactly ``round(sparsity · n)`` of all ``n`` scores together, the smallest.
 
-    Among equal scores at the threshold, those that come first are dropped. The threshold is found by counting the leading
-    bits of the float32 patterns (order-preserving for non-negative numbers) and ranking only the bucket it falls in.
+    What the masks in ``present`` drop goes first, unless they drop more than is asked: then they count for nothing. Among
+    equal scores at the threshold, those that come first are dropped. The threshold is found by counting the leading bits of
+    the floating-point patterns (order-preserving for non-negative numbers) and ranking only the bucket it falls in.
     """
     total = sum(s.numel() for s in scores)
     dropped = round(check_sparsity(sparsity) * total)
     if not dropped:
         return [torch.ones_like(s, dtype=torch.bool) for s in scores]
-    patterns = [s.to(torch.float32).contiguous().view(torch.int32) for s in scores]
-    threshold, spare = _threshold(patterns, dropped)
+    double = any(s.dtype == torch.float64 for s in scores)
+    float_type, bits = (torch.float64, torch.int64) if double else (torch.float32, torch.int32)
+    patterns = [s.to(float_type).contiguous().view(bits) for s in scores]
+    gone = sum(mask.numel() - int(mask.count_nonzero()) for mask in present if mask is not None)
+    if 0 < gone <= dropped:
+        patterns = [p + 1 if mask is None else (p + 1) * mask for p, mask in zip(patterns, present, strict=True)]
+    threshold, spare = _threshold(patterns, dropped, 48 if double else 16)
     masks = []
     for pattern in patterns:
         mask = pattern >= threshold
@@ -59,13 +70,14 @@ def smallest(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
     return masks
 
 
-def _threshold(patterns: Sequence[Tensor], dropped: int) -> tuple[int, int]:
+def _threshold(patterns: Sequence[Tensor], dropped: int, shift: int) -> tuple[int, int]:
     """The pattern of the largest dropped score, and how many scores equal to it are dropped."""
-    counts = sum(torch.bincount((p >> 16).flatten(), minlength=1 << 15) for p in patterns)
-    assert isinstance(counts, Tensor)
+    counts = torch.zeros((1 << 15) + 1, dtype=torch.int64)
+    for p in patterns:
+        counts += torch.bincount((p >> shift).flatten(), minlength=counts.numel()).cpu()
     bucket = int(torch.searchsorted(counts.cumsum(0), dropped))
     below = int(counts[:bucket].sum())
-    inside = torch.cat([p.flatten()[(p >> 16).flatten() == bucket] for p in patterns])
+    inside = torch.cat([p.flatten()[(p >> shift).flatten() == bucket].cpu() for p in patterns])
     threshold = int(inside.kthvalue(dropped - below).values)
     return threshold, dropped - below - int((inside < threshold).sum())
 
