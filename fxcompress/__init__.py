@@ -17,6 +17,7 @@ from fxcompress.manager import PassManager
 from fxcompress.pass_base import Context, Pass
 from fxcompress.plan import Plan
 from fxcompress.quantization.ptq import PTQQuantizer, StaticQuantizer
+from fxcompress.quantization.qat import LSQQuantizer, QATQuantizer
 from fxcompress.training import Recipe, train
 
 __version__ = "0.1.0"
@@ -24,11 +25,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Context",
     "FxCompressError",
+    "LSQQuantizer",
     "Ledger",
     "PTQQuantizer",
     "Pass",
     "PassManager",
     "Plan",
+    "QATQuantizer",
     "Recipe",
     "StaticQuantizer",
     "coverage",

@@ -393,8 +393,9 @@ def _build_meta(data: Any) -> Any:
 def _classes() -> dict[str, type[nn.Module]]:
     """Classes that may be built from data: the op table's, plain layers of torch.nn, and our own observers."""
     observer = importlib.import_module("fxcompress.quantization.observer").ActivationObserver
+    fake = importlib.import_module("fxcompress.quantization.fake_quant")
     layers = [cls for cls in vars(nn).values() if isinstance(cls, type) and issubclass(cls, nn.Module)]
-    named = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in [*layers, observer]}
+    named = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in [*layers, observer, *fake.CLASSES]}
     return {**named, **ops.known_classes()}
 
 

@@ -7,7 +7,9 @@ from fxcompress.passes.bake_masks import BakeMasks
 from fxcompress.passes.calibrate import Calibrate
 from fxcompress.passes.fold_batchnorm import FoldBatchNorm
 from fxcompress.passes.fold_quantization import FoldQuantization
+from fxcompress.passes.freeze_scales import FreezeScales
 from fxcompress.passes.fuse_activations import FuseActivations
+from fxcompress.passes.insert_fake_quant import InsertFakeQuant
 from fxcompress.passes.insert_observers import InsertObservers
 from fxcompress.passes.insert_taps import InsertTaps
 from fxcompress.passes.lower import Lower
@@ -28,6 +30,8 @@ PASSES = (
     RemoveTaps,
     InsertObservers,
     Calibrate,
+    InsertFakeQuant,
+    FreezeScales,
     FoldQuantization,
     Lower,
     Require,

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from fxcompress.graph import edit, ops
 from fxcompress.graph.shapes import shape_of
 from fxcompress.pass_base import Context, Pass, Promise, close
+from fxcompress.quantization.fake_quant import FakeQuantize, fake_quantizer
 
 __all__ = ["FoldBatchNorm"]
 
@@ -23,10 +24,12 @@ class FoldBatchNorm(Pass):
     ``(γ/√(σ²+ε)) W x + (b − μ) γ/√(σ²+ε) + β``. The new weights are computed in float64 and rounded once.
 
     Left alone, with the reason: normalisation in training mode or without running statistics, one that does not directly
-    follow a convolution or linear layer, and weights that other calls use with another normalisation.
+    follow a convolution or linear layer, and weights that other calls use with another normalisation. A weight that is
+    fake-quantized keeps its levels; its scale takes up the factor.
     """
 
     name: ClassVar[str] = "fold-batchnorm"
+    takes: ClassVar[tuple[str, ...]] = ("float", "observed")
     promise: ClassVar[Promise] = close(rtol=1e-4)
 
     def run(self, module: fx.GraphModule, context: Context) -> None:
@@ -72,6 +75,9 @@ def _obstacle(module: fx.GraphModule, norm: ops.Call, reading: dict[str, list[fx
         return "the weight before it is tied to another layer's"
     if layer.kind == "linear" and len(shape_of(source) or (0, 0)) != 2:
         return "it normalises another axis than the linear layer's outputs"
+    quantizer = fake_quantizer(layer)
+    if quantizer is not None and type(quantizer) is not FakeQuantize:
+        return "the weight before it is fake-quantized on a scale that still moves; freeze-scales comes first"
     others = [reader for reader in reading[layer["weight"].name] if not _same_norm(reader, norm)]
     return f"its weights are also used by {others[0].name!r} without this normalisation" if others else None
 
@@ -101,7 +107,9 @@ def _fold(module: fx.GraphModule, layer: ops.Call, norm: ops.Call) -> None:
     factor = gamma / torch.sqrt(variance + norm["eps"])
     weight = edit.get_tensor(module, layer["weight"].name)
     bias = tensor(layer["bias"], 0.0, mean)
-    edit.set_tensor(module, layer["weight"].name, _scaled(weight, factor, layer))
+    quantizer = fake_quantizer(layer)
+    rounded = quantizer.folded(weight, factor) if quantizer is not None else weight
+    edit.set_tensor(module, layer["weight"].name, _scaled(rounded, factor, layer))
     edit.set_bias(module, layer, ((bias - mean) * factor + beta).to(weight.dtype))
 
 

@@ -15,9 +15,10 @@ from fxcompress.graph import edit, fused, ops, qdq
 from fxcompress.graph.island import regions
 from fxcompress.graph.shapes import describe, module_of, tensor_meta
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
-from fxcompress.quantization.grid import Grid, grid
+from fxcompress.quantization.fake_quant import FakeQuantize, fake_quantizers
+from fxcompress.quantization.grid import Grid
 from fxcompress.quantization.observer import ActivationObserver, observers
-from fxcompress.quantization.placement import operands
+from fxcompress.quantization.placement import activation_grid, operands, weight_axis, weight_options
 from fxcompress.quantization.weights import quantize_weight
 
 __all__ = ["FoldQuantization"]
@@ -38,8 +39,10 @@ class FoldQuantization(Pass):
     promise: ClassVar[Promise] = APPROXIMATE
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
-        watching = [o for module in regions(model).values() for o in observers(module).values()]
-        if watching and not any(o.calibrator.count for o in watching):
+        graphs = regions(model).values()
+        known = [bool(o.calibrator.count) for module in graphs for o in observers(module).values()]
+        known += [bool(f.scale.any()) for module in graphs for f in fake_quantizers(module).values() if f.axis is None]
+        if known and not any(known):
             raise DataError("the model is not calibrated: no observer has seen data. Run batches through it first.")
         super().run_model(model, context)
 
@@ -83,6 +86,7 @@ class _Folding:
         self.parameters: dict[fx.Node, _Parameters] = {}
         self.stored: set[str] = set()
         self.affine: set[str] = set()
+        self.weights: dict[str, FakeQuantize] = {}
 
     def run(self) -> None:
         watching = self._remove_observers()
@@ -99,44 +103,50 @@ class _Folding:
             if call is not None and self.backend.rules[call.kind].weighted:
                 self._fold_weight(call)
 
-    def _remove_observers(self) -> dict[fx.Node, ActivationObserver]:
-        watching: dict[fx.Node, ActivationObserver] = {}
+    def _remove_observers(self) -> dict[fx.Node, ActivationObserver | FakeQuantize]:
+        """Take observers and fake-quantizers out; those of weights go to ``self.weights``, the others are returned."""
+        watching: dict[fx.Node, ActivationObserver | FakeQuantize] = {}
         for node in list(self.module.graph.nodes):
             if node.meta.get("observer"):
-                observer = module_of(node)
-                assert isinstance(observer, ActivationObserver)
-                watching[node.all_input_nodes[0]] = observer
+                source, observer = node.all_input_nodes[0], module_of(node)
+                assert isinstance(observer, (ActivationObserver, FakeQuantize))
+                if source.op == "get_attr" and isinstance(observer, FakeQuantize):
+                    self.weights[str(source.target)] = observer
+                else:
+                    watching[source] = observer
                 edit.bypass(node)
         return watching
 
-    def _observed(self, observer: ActivationObserver) -> _Parameters | None:
+    def _observed(self, observer: ActivationObserver | FakeQuantize) -> _Parameters | None:
+        if isinstance(observer, FakeQuantize):
+            scale = float(observer.scale.detach().abs())
+            return _Parameters(scale, int(observer.zero_point), observer.grid) if scale else None
         if not observer.calibrator.count:
             return None
-        target = self._grid(min(observer.bits, 7) if self.settings["reduce_range"] else observer.bits)
-        scale, zero_point = observer.calibrator.compute_scale_zp(target)
-        return _Parameters(float(scale), int(zero_point), target)
+        target = activation_grid(self.backend, self.settings, observer.bits)
+        found = observer.calibrator.compute_scale_zp(target)
+        return _Parameters(float(found[0]), int(found[1]), target)
 
-    def _grid(self, bits: int = 8) -> Grid:
-        """Where the backend's activations live: int8 is symmetric, uint8 affine."""
-        return grid(self.backend.activation, symmetric=self.backend.activation == "int8", bits=bits)
-
-    def _settle(self, node: fx.Node, watching: dict[fx.Node, ActivationObserver]) -> None:
+    def _settle(self, node: fx.Node, watching: dict[fx.Node, ActivationObserver | FakeQuantize]) -> None:
         """Find the parameters of an integer operator's result; without ranges the operator goes back to float."""
         call = ops.read(node)
         assert call is not None
         rule = self.backend.rules[call.kind]
         sources = operands(call, rule)
-        found = None
-        if all(source in self.parameters for source in sources):
+        found, known = None, all(source in self.parameters for source in sources)
+        if known:
             if rule.fixed is not None:
-                found = _Parameters(*rule.fixed, self._grid())
+                found = _Parameters(*rule.fixed, activation_grid(self.backend, {}))
             elif rule.output == "input":
                 found = self.parameters[sources[0]]
             elif node in watching:
                 found = self._observed(watching[node])
         if found is not None:
             self.parameters[node] = found
-            return
+        elif not (known and rule.float_result and not any(user.meta.get("integer") for user in node.users)):
+            self._demote(node)
+
+    def _demote(self, node: fx.Node) -> None:
         node.meta["integer"] = False
         node.meta["float"] = "no calibration batch reached it"
         self.context.skip(node, node.meta["float"])
@@ -163,10 +173,12 @@ class _Folding:
         with self.module.graph.inserting_before(node):
             weight, scale = self._fetch(stored), self._fetch(f"{stored}_scale")
             zero_points = (self._fetch(f"{stored}_zero_point"),) if stored in self.affine else ()
-            value = self.module.graph.call_function(qdq.dequantize_per_channel, (weight, scale, _axis(call), *zero_points))
+            value = self.module.graph.call_function(
+                qdq.dequantize_per_channel, (weight, scale, weight_axis(call), *zero_points)
+            )
             bias = self._fetch(call["bias"].name) if call["bias"] is not None else None
         _describe(value, weight, torch.float32)
-        _make_functional(node, call, value, bias)
+        fused.make_functional(call, value, bias)
 
     def _fetch(self, name: str) -> fx.Node:
         """A node that fetches a tensor, at the graph's insertion point."""
@@ -176,41 +188,14 @@ class _Folding:
 
     def _store(self, stored: str, call: ops.Call) -> None:
         weight = edit.get_tensor(self.module, stored)
-        asked = {"bits": 8, **self.settings, **call.node.meta.get("weight_grid", {})}
-        levels, scale, zero_point = quantize_weight(
-            weight,
-            _axis(call),
-            per_channel=asked["per_channel"] and self.backend.per_channel and not call.kind.startswith("conv_transpose"),
-            symmetric=asked["symmetric"] or not self.backend.affine_weights,
-            bits=asked["bits"],
-            bound_pairs=self.settings["bound_pairs"],
-            adjacent=self.backend.adjacent and (call["groups"] or 1) == 1 and not call.kind.startswith("conv_transpose"),
-        )
+        if stored in self.weights:
+            levels, scale, zero_point = self.weights[stored].levels(weight)
+        else:
+            options = weight_options(call, self.backend, self.settings)
+            levels, scale, zero_point = quantize_weight(weight, weight_axis(call), **options)
         edit.set_tensor(self.module, stored, levels, buffer=True)
         edit.set_tensor(self.module, f"{stored}_scale", scale, buffer=True)
         if zero_point is not None:
             edit.set_tensor(self.module, f"{stored}_zero_point", zero_point, buffer=True)
             self.affine.add(stored)
         self.stored.add(stored)
-
-
-def _axis(call: ops.Call) -> int:
-    return 1 if call.kind.startswith("conv_transpose") else 0
-
-
-_ORDERS = {
-    "linear": (),
-    **{f"conv{d}d": ("stride", "padding", "dilation", "groups") for d in (1, 2, 3)},
-    **{f"conv_transpose{d}d": ("stride", "padding", "output_padding", "groups", "dilation") for d in (1, 2, 3)},
-}
-
-
-def _make_functional(node: fx.Node, call: ops.Call, weight: fx.Node, bias: fx.Node | None) -> None:
-    """Respell a weighted operator as a function of its weight and bias."""
-    geometry = tuple(call[name] for name in _ORDERS[call.kind])
-    input = call["input"]
-    if call["activation"]:
-        node.target, node.kwargs = fused.FUNCTIONS[call.kind], {"activation": call["activation"]}
-    else:
-        node.target, node.kwargs = getattr(torch.nn.functional, call.kind), {}
-    node.op, node.args = "call_function", (input, weight, bias, *geometry)

@@ -25,6 +25,7 @@ class FuseActivations(Pass):
     """
 
     name: ClassVar[str] = "fuse-activations"
+    takes: ClassVar[tuple[str, ...]] = ("float", "observed")
     promise: ClassVar[Promise] = EXACT
 
     activations: tuple[Literal["relu", "relu6"], ...] = ("relu", "relu6")

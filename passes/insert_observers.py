@@ -53,6 +53,11 @@ class InsertObservers(Pass):
         Overrides(self.overrides)
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
+        self.check(model, context)
+        super().run_model(model, context)
+
+    def check(self, model: fx.GraphModule, context: Context) -> None:
+        """Raise ConfigError for names that match nothing; note what the backend does not have."""
         Selection(self.include_layers, self.exclude_layers).check(model)
         Overrides(self.overrides).check(model)
         backend = backends.find(self.backend)
@@ -62,7 +67,6 @@ class InsertObservers(Pass):
         ):
             if asked and not offered:
                 context.note("", f"{backend.name} has no kernels for {what}")
-        super().run_model(model, context)
 
     def run(self, module: fx.GraphModule, context: Context) -> None:
         backend = backends.find(self.backend)

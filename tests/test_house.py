@@ -21,11 +21,13 @@ PACKAGE = ROOT / "fxcompress"
 PUBLIC = {
     "Context",
     "FxCompressError",
+    "LSQQuantizer",
     "Ledger",
     "PTQQuantizer",
     "Pass",
     "PassManager",
     "Plan",
+    "QATQuantizer",
     "Recipe",
     "StaticQuantizer",
     "coverage",

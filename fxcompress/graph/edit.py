@@ -96,7 +96,8 @@ def readers(module: fx.GraphModule) -> dict[str, list[fx.Node]]:
             for name in owned.get(str(node.target), ()):
                 found.setdefault(name, []).append(node)
         elif node.op == "get_attr":
-            found.setdefault(aliases.get(str(node.target), str(node.target)), []).extend(node.users)
+            reading = [r for user in node.users for r in (user.users if user.meta.get("observer") else (user,))]
+            found.setdefault(aliases.get(str(node.target), str(node.target)), []).extend(reading)
     return {name: found.get(canonical, []) for name, canonical in aliases.items()}
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-__all__ = ["ACTIVATIONS", "FUNCTIONS", "MODULES", "fuse_module"]
+__all__ = ["ACTIVATIONS", "FUNCTIONS", "MODULES", "fuse_module", "make_functional"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "relu6": lambda x: F.relu6(x, inplace=True)}
 """Activations, applied in place: the value before one belongs to the fused operator alone."""
@@ -121,3 +121,20 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
         add,
     )
 }
+
+_GEOMETRY: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    **{f"conv{d}d": ("stride", "padding", "dilation", "groups") for d in (1, 2, 3)},
+    **{f"conv_transpose{d}d": ("stride", "padding", "output_padding", "groups", "dilation") for d in (1, 2, 3)},
+}
+
+
+def make_functional(call: Any, weight: fx.Node, bias: fx.Node | None) -> None:
+    """Respell a weighted :class:`~fxcompress.graph.ops.Call` as a function of its weight and bias."""
+    node, input = call.node, call["input"]
+    geometry = tuple(call[name] for name in _GEOMETRY[call.kind])
+    if call["activation"]:
+        node.target, node.kwargs = FUNCTIONS[call.kind], {"activation": call["activation"]}
+    else:
+        node.target, node.kwargs = getattr(F, call.kind), {}
+    node.op, node.args = "call_function", (input, weight, bias, *geometry)

@@ -307,6 +307,9 @@ def _has_attribute(module: nn.Module | None, name: str) -> bool:
 
 
 def _as_attr(value: Any) -> Any:
+    """A fetched tensor as :class:`Attr`, also where an observer or fake-quantizer stands between it and its reader."""
+    if isinstance(value, fx.Node) and value.meta.get("observer"):
+        value = value.args[0] if getattr(value.args[0], "op", None) == "get_attr" else value
     return Attr(str(value.target)) if isinstance(value, fx.Node) and value.op == "get_attr" else value
 
 

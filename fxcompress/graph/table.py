@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fxcompress.graph import fused
+from fxcompress.graph.frozen import FROZEN
 from fxcompress.graph.ops import Op
 from fxcompress.graph.taps import tap
 
@@ -155,6 +156,7 @@ TABLE: tuple[Op, ...] = (
             nn.BatchNorm2d,
             nn.BatchNorm3d,
             nn.SyncBatchNorm,
+            *FROZEN.values(),
             "torchvision.ops.misc.FrozenBatchNorm2d",
         ),
         tensors=_NORM_STATS,

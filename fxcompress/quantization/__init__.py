@@ -8,13 +8,16 @@ from fxcompress.quantization.calibrator import (
     build_calibrator,
 )
 from fxcompress.quantization.ptq import PTQQuantizer, StaticQuantizer
+from fxcompress.quantization.qat import LSQQuantizer, QATQuantizer
 
 __all__ = [
     "CALIBRATORS",
     "Calibrator",
     "HistogramCalibrator",
+    "LSQQuantizer",
     "MinMaxCalibrator",
     "PTQQuantizer",
+    "QATQuantizer",
     "StaticQuantizer",
     "build_calibrator",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,8 +13,9 @@ from fxcompress.backends import Backend, Rule
 from fxcompress.graph import ops
 from fxcompress.graph.select import Selection
 from fxcompress.graph.shapes import dtype_of
+from fxcompress.quantization.grid import Grid, grid
 
-__all__ = ["Placement", "operands", "place"]
+__all__ = ["Placement", "activation_grid", "operands", "place", "weight_axis", "weight_options"]
 
 
 @dataclass
@@ -109,6 +111,31 @@ def _observed(module: fx.GraphModule, placed: Placement) -> Iterator[fx.Node]:
         call = ops.read(node)
         assert call is not None
         wanted.update(source for source in operands(call, rule) if source not in placed.integers)
-        if rule.output == "own" and rule.fixed is None:
+        unread = rule.float_result and not any(user in placed.integers for user in node.users)
+        if rule.output == "own" and rule.fixed is None and not unread:
             wanted.add(node)
     yield from (node for node in module.graph.nodes if node in wanted)
+
+
+def activation_grid(backend: Backend, settings: Mapping[str, Any], bits: int = 8) -> Grid:
+    """Where a backend's activations live: int8 is symmetric, uint8 affine."""
+    bits = min(bits, 7) if settings.get("reduce_range") else bits
+    return grid(backend.activation, symmetric=backend.activation == "int8", bits=bits)
+
+
+def weight_axis(call: ops.Call) -> int:
+    """The axis of output channels in the weight of a weighted call."""
+    return 1 if call.kind.startswith("conv_transpose") else 0
+
+
+def weight_options(call: ops.Call, backend: Backend, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How the weight of a call is quantized: the options of :func:`~fxcompress.quantization.weights.weight_grid`."""
+    asked = {"bits": 8, **settings, **call.node.meta.get("weight_grid", {})}
+    transposed = call.kind.startswith("conv_transpose")
+    return {
+        "per_channel": asked["per_channel"] and backend.per_channel and not transposed,
+        "symmetric": asked["symmetric"] or not backend.affine_weights,
+        "bits": asked["bits"],
+        "bound_pairs": asked["bound_pairs"],
+        "adjacent": backend.adjacent and (call["groups"] or 1) == 1 and not transposed,
+    }

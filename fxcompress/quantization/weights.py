@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from fxcompress.backends.saturation import largest_pair
-from fxcompress.quantization.grid import compute_scale_zp, grid
+from fxcompress.quantization.grid import Grid, compute_scale_zp, grid
 
-__all__ = ["quantize_weight"]
+__all__ = ["quantize_weight", "weight_grid"]
 
 _SMALLEST = float(torch.finfo(torch.float32).tiny)
 
 
-def quantize_weight(
+def weight_grid(
     weight: Tensor,
     axis: int = 0,
     *,
@@ -22,37 +22,43 @@ def quantize_weight(
     bits: int = 8,
     bound_pairs: bool = False,
     adjacent: bool = True,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``weight`` as int8 levels of ``bits``, their scale (float32) and zero point (int8), each ``[channels]`` or ``[1]``.
+) -> tuple[Tensor, Tensor | None, Grid]:
+    """Scale (float32) and zero point (int32, None for 0), each ``[channels]`` or ``[1]``, that put ``weight`` on its grid.
 
-    Symmetric: the scale is max|w| over the largest level, there is no zero point (None). Affine: see
-    :func:`~fxcompress.quantization.grid.compute_scale_zp`. A channel of zeros gets scale 1.
+    Symmetric: the scale is max|w| over the largest level. Affine: as
+    :func:`~fxcompress.quantization.grid.compute_scale_zp` has it. A channel of zeros gets scale 1.
 
     ``bound_pairs``: no same-sign pair of 8-bit levels may sum beyond 128, so that 8-bit activations cannot saturate a 16-bit
     partial sum (see :mod:`fxcompress.backends.saturation`). Symmetric scales are then (largest same-sign pair) / 127, where
     ``adjacent`` says whether pairs are known or any two elements of a channel may meet; affine grids give up a bit.
     """
-    exact = weight.detach().to(torch.float64)
-    shape = [1] * weight.dim()
-    shape[axis] = -1
+    values = weight.detach()
+    rows = values.movedim(axis, 0).flatten(1)
     if not symmetric:
-        return _affine(exact, axis, shape, per_channel, min(bits, 7) if bound_pairs else bits)
-    top = 2 ** (bits - 1) - 1
-    largest = exact.movedim(axis, 0).flatten(1).abs().amax(1)
-    reach = largest_pair(exact, axis, adjacent=adjacent) if bound_pairs and bits == 8 else largest
+        rows = rows if per_channel else values.reshape(1, -1)
+        target = grid("int8", symmetric=False, bits=min(bits, 7) if bound_pairs else bits)
+        return *compute_scale_zp(rows.amin(1), rows.amax(1), target), target
+    target = grid("int8", bits=bits)
+    if bound_pairs and bits == 8:
+        reach = largest_pair(values, axis, adjacent=adjacent)
+    else:
+        reach = torch.maximum(rows.amax(1), -rows.amin(1))
     if not per_channel:
         reach = reach.amax().reshape(1)
-    scale = (reach / top).clamp(min=_SMALLEST)
-    scale = torch.where(reach > 0, scale, torch.ones_like(scale)).to(torch.float32)
-    levels = torch.round(exact / scale.to(torch.float64).reshape(shape)).clamp_(-top, top)
-    return levels.to(torch.int8), scale, None
+    scale = (reach.to(torch.float64) / target.quant_max).clamp(min=_SMALLEST)
+    return torch.where(reach > 0, scale, torch.ones_like(scale)).to(torch.float32), None, target
 
 
-def _affine(
-    exact: Tensor, axis: int, shape: list[int], per_channel: bool, bits: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    rows = exact.movedim(axis, 0).flatten(1) if per_channel else exact.reshape(1, -1)
-    target = grid("int8", symmetric=False, bits=bits)
-    scale, zero_point = compute_scale_zp(rows.amin(1), rows.amax(1), target)
-    levels = torch.round(exact / scale.to(torch.float64).reshape(shape)) + zero_point.reshape(shape)
-    return levels.clamp_(target.quant_min, target.quant_max).to(torch.int8), scale, zero_point.to(torch.int8)
+def quantize_weight(weight: Tensor, axis: int = 0, **options: bool | int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``weight`` as int8 levels, their scale (float32) and zero point (int8 or None), each ``[channels]`` or ``[1]``.
+
+    ``options`` are those of :func:`weight_grid`.
+    """
+    exact = weight.detach().to(torch.float64)
+    scale, zero_point, target = weight_grid(exact, axis, **options)  # type: ignore[arg-type]
+    shape = [1] * weight.dim()
+    shape[axis] = -1
+    levels = torch.round(exact / scale.to(torch.float64).reshape(shape))
+    if zero_point is not None:
+        levels, zero_point = levels + zero_point.reshape(shape), zero_point.to(torch.int8)
+    return levels.clamp_(target.quant_min, target.quant_max).to(torch.int8), scale, zero_point
