@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxcompress import PTQQuantizer, coverage
+from fxcompress.quantization import CALIBRATORS
 
 
 class Block(nn.Module):
@@ -86,7 +87,7 @@ def main() -> None:
     images, _, _, _ = digits()
     batches = list(images.split(64))
     rows = [("fp32", f"{accuracy(model):.2f}", "", "")]
-    for method in ("minmax", "histogram"):
+    for method in CALIBRATORS:
         quantized = PTQQuantizer(calibration_method=method, num_calibration_batches=len(batches)).quantize(model, batches)
         report = coverage(quantized)
         drop = accuracy(model) - accuracy(quantized)

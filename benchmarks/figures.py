@@ -21,6 +21,7 @@ from fxcompress import PassManager, PTQQuantizer, coverage
 from fxcompress.bench import interleaved, models
 from fxcompress.graph.cost import stored_bytes
 from fxcompress.observe import output_snr
+from fxcompress.quantization import CALIBRATORS
 
 PLAN: list[Any] = [
     "remove-dead",
@@ -79,10 +80,10 @@ def calibration(rounds: int = 5) -> None:
         model, batches = lived_in("resnet18", batch)
         quantizers = {
             method: PTQQuantizer(calibration_method=method, num_calibration_batches=4, verify=False, progress=False)
-            for method in ("minmax", "histogram")
+            for method in CALIBRATORS
         }
         prepared = {method: quantizer.prepare(model, batches[0]) for method, quantizer in quantizers.items()}
-        taken: dict[str, list[float]] = {"plain": [], "minmax": [], "histogram": []}
+        taken: dict[str, list[float]] = {name: [] for name in ("plain", *CALIBRATORS)}
         for _ in range(rounds):
             started = time.perf_counter()
             with torch.no_grad():

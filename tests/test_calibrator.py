@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxcompress.errors import ConfigError, DataError
-from fxcompress.quantization import CALIBRATORS, Calibrator, HistogramCalibrator, MinMaxCalibrator, build_calibrator
+from fxcompress.quantization import (
+    CALIBRATORS,
+    Calibrator,
+    HistogramCalibrator,
+    MinMaxCalibrator,
+    PercentileCalibrator,
+    build_calibrator,
+)
 from fxcompress.quantization.grid import Grid, compute_scale_zp, grid
+from fxcompress.quantization.thresholds import entropy_threshold, even_bins, squared_error
+
+UINT8 = grid("uint8", symmetric=False)
 
 common = settings(deadline=None, max_examples=60)
 floats = st.floats(-1e6, 1e6, width=32)
@@ -77,6 +88,12 @@ def test_minmax_is_the_extremes(values: Tensor) -> None:
     assert (float(low), float(high)) == (values.min().item(), values.max().item())
 
 
+def smallest(values: np.ndarray, percentile: float) -> float:
+    """The smallest value that ``percentile`` % of the values do not exceed."""
+    rank = math.ceil(round(percentile * len(values) / 100, 6))
+    return float(np.sort(values)[rank - 1])
+
+
 @given(st.integers(0, 2**16), st.sampled_from([90.0, 99.0, 99.9, 99.99]), st.booleans())
 @common
 def test_histogram_clips_at_the_percentile_within_a_bin(seed: int, percentile: float, positive: bool) -> None:
@@ -85,7 +102,7 @@ def test_histogram_clips_at_the_percentile_within_a_bin(seed: int, percentile: f
     calibrator = HistogramCalibrator(num_bins=2048, percentile=percentile)
     calibrator.collect(torch.from_numpy(values))
     high = float(calibrator.compute_range()[1])
-    exact = np.percentile(np.abs(values), percentile, method="inverted_cdf")
+    exact = smallest(np.abs(values), percentile)
     assert min(exact, values.max()) <= high <= min(exact * (1 + 1 / 512) + 1e-12, values.max())
 
 
@@ -130,6 +147,168 @@ def test_other_dtypes_and_layouts_count_alike(name: str, dtype: torch.dtype) -> 
     assert same_state(strided.state_dict(), fed(name, values[:, ::2, 1:].float().clone()).state_dict())
 
 
+def laplace(seed: int, size: int = 20_000) -> np.ndarray:
+    return np.random.default_rng(seed).laplace(size=size).astype(np.float32)
+
+
+@pytest.mark.parametrize("percentile", [90.0, 99.0, 99.9])
+def test_percentile_is_that_of_magnitudes_or_of_both_tails_within_a_bin(percentile: float) -> None:
+    values = laplace(3) - np.float32(0.4)
+    calibrator = PercentileCalibrator(percentile)
+    calibrator.collect(torch.from_numpy(values))
+    low, high = (float(t) for t in calibrator.compute_range(grid("int8")))
+    exact = smallest(np.abs(values), percentile)
+    assert -low == high and exact <= high <= exact * (1 + 1 / 256)
+    low, high = (float(t) for t in calibrator.compute_range(UINT8))
+    tail = (100 - percentile) / 2
+    upper = smallest(values, 100 - tail)
+    lower = -smallest(-values, 100 - tail)
+    assert upper <= high <= upper * (1 + 1 / 256) and lower * (1 + 1 / 256) <= low <= lower
+
+
+def divergence(counts: np.ndarray, kept: int, levels: int) -> float:
+    """KL(P ‖ Q) written out: P clipped at ``kept`` bins, Q its version in ``levels`` levels; both over all values."""
+    p = counts[:kept].astype(np.float64)
+    level = np.arange(kept) * levels // kept
+    inside = np.bincount(level, weights=p, minlength=levels)
+    p[-1] += counts[kept:].sum()
+    occupied = np.bincount(level[p > 0], minlength=levels)
+    if (inside[level[p > 0]] == 0).any():
+        return np.inf
+    q = inside[level] / np.maximum(occupied[level], 1)
+    seen = p > 0
+    return float((p[seen] * np.log(p[seen] / q[seen])).sum() / counts.sum())
+
+
+@given(st.integers(0, 2**16), st.sampled_from([8, 16, 31]), st.sampled_from([1.0, 0.2, 0.02]))
+@common
+def test_entropy_takes_the_threshold_of_least_divergence(seed: int, levels: int, density: float) -> None:
+    generator = np.random.default_rng(seed)
+    counts = np.round(1000 * np.exp(-np.arange(128) / generator.uniform(2, 60))) * (generator.random(128) < density)
+    counts[generator.integers(128)] += 1
+    every = {kept: divergence(counts, kept, levels) for kept in range(levels, 129)}
+    kept = entropy_threshold(torch.from_numpy(counts), levels)
+    assert every[kept] <= min(every.values()) + 1e-9 or (kept == 128 and not np.isfinite(min(every.values())))
+
+
+def test_entropy_does_not_throw_away_the_bulk_of_bimodal_data() -> None:
+    """All the mass in one bin far out has no divergence once it is clipped into one bin; it must be charged."""
+    generator = np.random.default_rng(0)
+    values = np.concatenate([generator.normal(0, 0.1, 10), generator.normal(3, 0.1, 100_000)]).astype(np.float32)
+    high = float(fed("entropy", torch.from_numpy(values)).compute_range()[1])
+    assert (values > high).mean() < 0.01
+
+
+def test_entropy_is_not_blurred_by_a_single_outlier() -> None:
+    values = torch.from_numpy(laplace(0))
+    alone = float(fed("entropy", values).compute_range()[1])
+    with_outlier = float(fed("entropy", torch.cat([values, torch.tensor([1e6])])).compute_range()[1])
+    assert alone / 2 < with_outlier < 2 * alone
+
+
+@given(st.integers(0, 2**16), st.integers(10, 200))
+@common
+def test_even_bins_keep_the_count_and_the_mass_below_every_edge(seed: int, number: int) -> None:
+    values = np.abs(laplace(seed, 2000)).astype(np.float32)
+    calibrator = build_calibrator("entropy")
+    calibrator.collect(torch.from_numpy(values))
+    left, right, counts = calibrator.histogram.bins(0.0, float(values.max()))  # type: ignore[attr-defined]
+    even = even_bins(left, right, counts, float(values.max()), number).numpy()
+    assert even.sum() == pytest.approx(len(values))
+    edges = np.arange(1, number + 1) / number * float(values.max())
+    exact = (values[None] <= edges[:, None]).sum(1)
+    assert np.abs(even.cumsum() - exact).max() <= (counts.max() + 1)
+
+
+def quantization_error(values: np.ndarray, low: float, high: float, target: Grid) -> float:
+    """Mean squared error in float64, the grid's arithmetic written out."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    if target.symmetric:
+        scale, zero = max(-low, high) / target.quant_max, 0.0
+    else:
+        scale = (high - low) / (target.quant_max - target.quant_min)
+        zero = np.round(target.quant_min - low / scale)
+    levels = np.clip(np.round(values.astype(np.float64) / scale) + zero, target.quant_min, target.quant_max)
+    return float(np.square((levels - zero) * scale - values).mean())
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("kind", ["laplace", "student", "relu", "hardswish", "negative", "coarse"])
+def test_mse_finds_a_range_as_good_as_an_exhaustive_search(kind: str, bits: int) -> None:
+    x = laplace(1, 4000)
+    values = {
+        "laplace": x,
+        "student": np.random.default_rng(1).standard_t(3, 4000).astype(np.float32),
+        "relu": np.maximum(x, 0),
+        "hardswish": (x * np.clip(x + 3, 0, 6) / 6).astype(np.float32),
+        "negative": -np.abs(x),
+        "coarse": np.round(x * 2) / 2,
+    }[kind]
+    calibrator = build_calibrator("mse")
+    calibrator.collect(torch.from_numpy(values))
+    top = float(np.abs(values).max())
+    symmetric = grid("int8", bits=bits)
+    low, high = (float(t) for t in calibrator.compute_range(symmetric))
+    best = min(quantization_error(values, -t, t, symmetric) for t in np.linspace(top / 200, top, 400))
+    assert quantization_error(values, low, high, symmetric) <= 1.03 * best + 1e-12
+    affine = grid("uint8", symmetric=False, bits=bits)
+    low, high = (float(t) for t in calibrator.compute_range(affine))
+    shares = np.linspace(0.02, 1, 50)
+    lows = shares * min(float(values.min()), 0.0) if values.min() < 0 else np.zeros(1)
+    highs = shares * max(float(values.max()), 0.0) if values.max() > 0 else np.zeros(1)
+    best = min(quantization_error(values, a, b, affine) for a in lows for b in highs if b > a)
+    assert quantization_error(values, low, high, affine) <= 1.05 * best + 1e-12
+
+
+@given(values=data, low=st.floats(-2, 0), high=st.floats(0.01, 2), bits=st.integers(2, 8))
+@common
+def test_squared_error_of_points_is_that_of_the_values(values: Tensor, low: float, high: float, bits: int) -> None:
+    values = values.double() / 1e6
+    bins = (values, values, torch.ones_like(values))
+    ends = (torch.tensor([low], dtype=torch.float64), torch.tensor([high], dtype=torch.float64))
+    for target in (grid("int8", bits=bits), grid("uint8", symmetric=False, bits=bits)):
+        scale, zero = (float(t) for t in compute_scale_zp(*ends, target))
+        levels = np.clip(np.round(values.numpy() / scale) + zero, target.quant_min, target.quant_max)
+        exact = np.square((levels - zero) * scale - values.numpy()).sum()
+        assert float(squared_error(*ends, target, bins)) == pytest.approx(exact, rel=1e-5, abs=1e-9)
+
+
+def test_squared_error_of_spread_bins_is_the_integral() -> None:
+    edges = torch.linspace(-3, 3, 32, dtype=torch.float64)
+    bins = (edges[:-1], edges[1:], torch.rand(31, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    dense = np.concatenate(
+        [np.linspace(float(a), float(b), 20_001)[:-1] + float(b - a) / 40_000 for a, b, _ in zip(*bins, strict=True)]
+    )
+    weights = np.repeat(bins[2].numpy() / 20_000, 20_000)
+    for target, low, high in ((grid("int8", bits=4), -2.0, 2.0), (grid("uint8", symmetric=False, bits=5), -1.0, 2.5)):
+        ends = (torch.tensor([low], dtype=torch.float64), torch.tensor([high], dtype=torch.float64))
+        scale, zero = (float(t) for t in compute_scale_zp(*ends, target))
+        levels = np.clip(np.round(dense / scale) + zero, target.quant_min, target.quant_max)
+        exact = (np.square((levels - zero) * scale - dense) * weights).sum()
+        assert float(squared_error(*ends, target, bins)) == pytest.approx(exact, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", CALIBRATORS)
+@pytest.mark.parametrize("target", [grid("int8"), Grid(torch.uint8, 0, 255, symmetric=False), grid("int8", bits=3)])
+@pytest.mark.parametrize("kind", ["zeros", "constant", "positive", "negative", "outlier", "one value", "two values"])
+def test_ranges_lie_inside_the_extremes_on_every_edge_case(name: str, target: Grid, kind: str) -> None:
+    x = torch.from_numpy(laplace(2, 1000))
+    values = {
+        "zeros": torch.zeros(50),
+        "constant": torch.full((50,), 0.3),
+        "positive": x.abs() + 0.5,
+        "negative": -x.abs() - 0.5,
+        "outlier": torch.cat([x, torch.tensor([-1e6])]),
+        "one value": torch.tensor([7.0]),
+        "two values": torch.tensor([-1e-3, 5.0]),
+    }[kind]
+    calibrator = fed(name, values, torch.zeros(0))
+    low, high = (float(t) for t in calibrator.compute_range(target))
+    assert values.min() <= low <= high <= values.max()
+    scale, _ = calibrator.compute_scale_zp(target)
+    assert 0 < float(scale) < np.inf
+
+
 def test_minmax_per_channel() -> None:
     values = torch.randn(3, 4, 5)
     calibrator = MinMaxCalibrator(per_channel=True, axis=1)
@@ -145,6 +324,9 @@ def test_minmax_per_channel() -> None:
         ("histogram", {"bins": 3}, "bins"),
         ("histogram", {"num_bins": 3}, "16 to 65536"),
         ("histogram", {"percentile": 101}, "percentile"),
+        ("percentile", {"percentile": True}, "percentile"),
+        ("entropy", {"num_quantized_bins": 1}, "from 2 to num_bins"),
+        ("entropy", {"num_bins": 64, "num_quantized_bins": 128}, "from 2 to num_bins"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(name: str, options: dict[str, Any], message: str) -> None:

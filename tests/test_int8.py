@@ -16,6 +16,7 @@ from fxcompress import PassManager, PTQQuantizer, StaticQuantizer, coverage
 from fxcompress.errors import BackendError, ConfigError, VerificationError
 from fxcompress.graph import qdq
 from fxcompress.observe import output_snr
+from fxcompress.quantization import CALIBRATORS
 
 PLAN: list[Any] = [
     "remove-dead",
@@ -145,7 +146,7 @@ def test_real_digits_lose_nothing_worth_mentioning() -> None:
     model = trained()
     images, _, _, _ = digits()
     assert accuracy(model) >= 97.0
-    for method in ("minmax", "histogram"):
+    for method in CALIBRATORS:
         result = PTQQuantizer(calibration_method=method, num_calibration_batches=20).quantize(model, list(images.split(64)))
         assert accuracy(model) - accuracy(result) <= 0.5
         assert coverage(result).mac_share >= 0.95

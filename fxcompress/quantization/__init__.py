@@ -3,8 +3,11 @@
 from fxcompress.quantization.calibrator import (
     CALIBRATORS,
     Calibrator,
+    EntropyCalibrator,
     HistogramCalibrator,
     MinMaxCalibrator,
+    MSECalibrator,
+    PercentileCalibrator,
     build_calibrator,
 )
 from fxcompress.quantization.ptq import PTQQuantizer, StaticQuantizer
@@ -13,10 +16,13 @@ from fxcompress.quantization.qat import LSQQuantizer, QATQuantizer
 __all__ = [
     "CALIBRATORS",
     "Calibrator",
+    "EntropyCalibrator",
     "HistogramCalibrator",
     "LSQQuantizer",
+    "MSECalibrator",
     "MinMaxCalibrator",
     "PTQQuantizer",
+    "PercentileCalibrator",
     "QATQuantizer",
     "StaticQuantizer",
     "build_calibrator",

@@ -15,14 +15,22 @@ from torch import Tensor
 from fxcompress.errors import ConfigError, DataError, did_you_mean
 from fxcompress.quantization.grid import Grid, compute_scale_zp, grid
 from fxcompress.quantization.histogram import Histogram
+from fxcompress.quantization.thresholds import entropy_threshold, even_bins, mse_range
 
 __all__ = [
     "CALIBRATORS",
     "Calibrator",
+    "EntropyCalibrator",
     "HistogramCalibrator",
+    "MSECalibrator",
     "MinMaxCalibrator",
+    "PercentileCalibrator",
     "build_calibrator",
 ]
+
+
+_ROUNDING = 1e-9  # a share of a count that should be whole is not quite
+_NOTHING = (math.inf, -math.inf)
 
 
 class Calibrator:
@@ -38,6 +46,7 @@ class Calibrator:
         self.count = 0
         self.minimum: Tensor | None = None
         self.maximum: Tensor | None = None
+        self._known = _NOTHING  # the extremes as numbers, where they are one pair: most tensors do not widen them
 
     def collect(self, tensor: Tensor) -> None:
         """Take note of a tensor of any shape, layout and floating dtype. Raises DataError for NaN or infinite values."""
@@ -50,7 +59,8 @@ class Calibrator:
         bounds = (float(low), float(high)) if low.dim() == 0 else (float(low.sum()), float(high.sum()))
         if not math.isfinite(bounds[0] + bounds[1]) and not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise DataError("NaN or infinite values reached a calibrator; look for the layer that produces them.")
-        self._widen(low, high)
+        if not (self._known[0] <= bounds[0] and bounds[1] <= self._known[1]):
+            self._widen(low, high)
         self.count += values.numel()
         self._add(values, *bounds)
 
@@ -63,20 +73,25 @@ class Calibrator:
             self.count += other.count
             self._join(other)
 
-    def compute_range(self) -> tuple[Tensor, Tensor]:
-        """The range to quantize on, as float64 tensors. Raises DataError where nothing was collected."""
+    def compute_range(self, dtype: str | Grid = "int8") -> tuple[Tensor, Tensor]:
+        """The range to quantize on with this grid (or the default grid of a dtype), as float64 tensors.
+
+        Raises DataError where nothing was collected.
+        """
         if self.minimum is None or self.maximum is None:
             raise DataError("a calibrator has seen no data; run batches through the observed model first.")
-        return self._range(self.minimum.to(torch.float64), self.maximum.to(torch.float64))
+        return self._range(self.minimum.to(torch.float64), self.maximum.to(torch.float64), self._grid(dtype))
 
     def compute_scale_zp(self, dtype: str | Grid = "int8") -> tuple[Tensor, Tensor]:
         """Scale and zero point on a grid, or on the default grid of a dtype."""
-        target = dtype if isinstance(dtype, Grid) else grid(dtype, symmetric=self.symmetric)
-        return compute_scale_zp(*self.compute_range(), target)
+        return compute_scale_zp(*self.compute_range(dtype), self._grid(dtype))
+
+    def _grid(self, dtype: str | Grid) -> Grid:
+        return dtype if isinstance(dtype, Grid) else grid(dtype, symmetric=self.symmetric)
 
     def reset(self) -> None:
         """Forget everything seen."""
-        self.count, self.minimum, self.maximum = 0, None, None
+        self.count, self.minimum, self.maximum, self._known = 0, None, None, _NOTHING
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen, as tensors and numbers."""
@@ -89,7 +104,7 @@ class Calibrator:
         self.reset()
         if state["count"]:
             self.count = int(state["count"])
-            self.minimum, self.maximum = state["minimum"].clone(), state["maximum"].clone()
+            self._widen(state["minimum"].clone(), state["maximum"].clone())
 
     def _extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
         low, high = torch.aminmax(values)
@@ -98,6 +113,8 @@ class Calibrator:
     def _widen(self, low: Tensor, high: Tensor) -> None:
         self.minimum = low if self.minimum is None else torch.minimum(self.minimum, low)
         self.maximum = high if self.maximum is None else torch.maximum(self.maximum, high)
+        if self.minimum.dim() == 0:
+            self._known = (float(self.minimum), float(self.maximum))
 
     def _add(self, values: Tensor, minimum: float, maximum: float) -> None:
         """Count float32 values; their extremes are known."""
@@ -105,7 +122,7 @@ class Calibrator:
     def _join(self, other: Any) -> None:
         """Join the counts of another calibrator of this class."""
 
-    def _range(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+    def _range(self, minimum: Tensor, maximum: Tensor, target: Grid) -> tuple[Tensor, Tensor]:
         return minimum, maximum
 
 
@@ -160,6 +177,8 @@ class _HistogramBased(Calibrator):
 
 def _flat(values: Tensor) -> Tensor:
     """All elements in memory order, without a copy where the memory has no gaps."""
+    if values.is_contiguous():
+        return values.view(-1)
     order = sorted(range(values.dim()), key=values.stride, reverse=True)
     return values.permute(order).reshape(-1)
 
@@ -176,19 +195,117 @@ class HistogramCalibrator(_HistogramBased):
 
     def __init__(self, num_bins: int = 2048, percentile: float = 99.99, symmetric: bool = True) -> None:
         super().__init__(symmetric, num_bins)
-        if not isinstance(percentile, (int, float)) or not 50.0 < percentile <= 100.0:
-            raise ConfigError(f"percentile is {percentile!r}; it lies in (50, 100].")
-        self.percentile = float(percentile)
+        self.percentile = _percentile(percentile)
 
-    def _range(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
-        edges = self.histogram.edges()
-        kept = self.histogram.magnitudes().cumsum(0)
-        needed = self.percentile / 100.0 * self.count
-        reach = edges[int(torch.searchsorted(kept.to(torch.float64), needed).clamp(max=edges.numel() - 1))]
+    def _range(self, minimum: Tensor, maximum: Tensor, target: Grid) -> tuple[Tensor, Tensor]:
+        reach = _quantile(self.histogram.edges(), self.histogram.magnitudes(), self.percentile / 100)
         return torch.maximum(minimum, -reach), torch.minimum(maximum, reach)
 
 
-CALIBRATORS: dict[str, type[Calibrator]] = {cls.name: cls for cls in (MinMaxCalibrator, HistogramCalibrator)}
+class PercentileCalibrator(_HistogramBased):
+    """The ``percentile`` of |x|, in percent; on an affine grid both tails, half of what is cut off at either end.
+
+    The percentile is the smallest value that as many values do not exceed, within a bin of the streamed histogram (on its
+    far edge, never beyond the observed extremes).
+    """
+
+    name: ClassVar[str] = "percentile"
+
+    def __init__(self, percentile: float = 99.99, num_bins: int = 2048, symmetric: bool = True) -> None:
+        super().__init__(symmetric, num_bins)
+        self.percentile = _percentile(percentile)
+
+    def _range(self, minimum: Tensor, maximum: Tensor, target: Grid) -> tuple[Tensor, Tensor]:
+        edges, kept = self.histogram.edges(), self.percentile / 100
+        if target.symmetric:
+            reach = _quantile(edges, self.histogram.magnitudes(), kept)
+            return torch.maximum(minimum, -reach), torch.minimum(maximum, reach)
+        positive, negative = self.histogram.counts
+        tail = (1 - kept) / 2
+        return torch.maximum(minimum, -_upper(edges, negative, positive, tail)), torch.minimum(
+            maximum, _upper(edges, positive, negative, tail)
+        )
+
+
+class EntropyCalibrator(_HistogramBased):
+    """The threshold on |x| with the least KL divergence between the clipped distribution and its quantized version.
+
+    The divergence is that of :func:`~fxcompress.quantization.thresholds.entropy_threshold`, over ``num_bins`` equal bins of
+    the magnitudes, quantized to ``num_quantized_bins`` levels. Zeros are exact whatever the threshold and do not count. Bins
+    cover the whole range, unless less than a thousandth of the values lies in its upper half: then the lower half, and so
+    on, as far as the best threshold is not at its end; a few outliers do not blur the rest into one bin.
+    """
+
+    name: ClassVar[str] = "entropy"
+    signed: ClassVar[bool] = False
+
+    def __init__(self, num_bins: int = 2048, num_quantized_bins: int = 128, symmetric: bool = True) -> None:
+        super().__init__(symmetric, num_bins)
+        if not isinstance(num_quantized_bins, int) or not 2 <= num_quantized_bins <= num_bins:
+            raise ConfigError(
+                f"num_quantized_bins is {num_quantized_bins!r}; it is an integer from 2 to num_bins ({num_bins})."
+            )
+        self.num_quantized_bins = num_quantized_bins
+
+    def _range(self, minimum: Tensor, maximum: Tensor, target: Grid) -> tuple[Tensor, Tensor]:
+        left, right, counts = self.histogram.bins(float(minimum), float(maximum))
+        left, right, counts = left[right > 0], right[right > 0], counts[right > 0]
+        largest = float(torch.maximum(-minimum, maximum))
+        if largest == 0.0:
+            return minimum, maximum
+        total, reach = float(counts.sum()), largest
+        while float(counts[left >= reach / 2].sum()) < 1e-3 * total:
+            reach /= 2
+        while True:
+            even = even_bins(left, right, counts, reach, self.num_bins)
+            kept = entropy_threshold(even, self.num_quantized_bins, total - float(even.sum()))
+            if kept < self.num_bins or reach == largest:
+                break
+            reach *= 2
+        threshold = reach * (kept / self.num_bins)
+        return minimum.clamp(min=-threshold), maximum.clamp(max=threshold)
+
+
+class MSECalibrator(_HistogramBased):
+    """The range that minimises the mean squared quantization error on the grid, over the streamed histogram."""
+
+    name: ClassVar[str] = "mse"
+
+    def __init__(self, num_bins: int = 2048, symmetric: bool = True) -> None:
+        super().__init__(symmetric, num_bins)
+
+    def _range(self, minimum: Tensor, maximum: Tensor, target: Grid) -> tuple[Tensor, Tensor]:
+        bins = self.histogram.bins(float(minimum), float(maximum))
+        low, high = mse_range(float(minimum), float(maximum), target, bins)
+        return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
+
+
+def _percentile(percentile: float) -> float:
+    if isinstance(percentile, bool) or not isinstance(percentile, (int, float)) or not 50.0 < percentile <= 100.0:
+        raise ConfigError(f"percentile is {percentile!r}; it lies in (50, 100].")
+    return float(percentile)
+
+
+def _quantile(edges: Tensor, counts: Tensor, share: float) -> Tensor:
+    """The right edge of the first bin at which ``share`` of the counts is reached."""
+    reached = counts.cumsum(0)
+    needed = share * float(reached[-1]) * (1 - _ROUNDING)
+    return edges[int(torch.searchsorted(reached.to(torch.float64), needed).clamp(max=edges.numel() - 1))]
+
+
+def _upper(edges: Tensor, here: Tensor, there: Tensor, tail: float) -> Tensor:
+    """The edge above which no more than ``tail`` of all values lie on this side of zero; 0 where the cut is beyond zero."""
+    total = float(here.sum() + there.sum())
+    beyond = here.flip(0).cumsum(0).flip(0) - here
+    allowed = tail * total * (1 + _ROUNDING)
+    if float(here.sum()) <= allowed:
+        return torch.zeros((), dtype=torch.float64)
+    return edges[int((beyond <= allowed).to(torch.int8).argmax())]
+
+
+CALIBRATORS: dict[str, type[Calibrator]] = {
+    cls.name: cls for cls in (MinMaxCalibrator, HistogramCalibrator, EntropyCalibrator, PercentileCalibrator, MSECalibrator)
+}
 
 
 def build_calibrator(name: str, **options: Any) -> Calibrator:

@@ -9,6 +9,7 @@ values more than :data:`OCTAVES` octaves below the largest are gathered in one b
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -19,13 +20,15 @@ __all__ = ["OCTAVES", "Histogram"]
 OCTAVES = 24
 _MANTISSA = 23
 _CHUNK = 1 << 18
+_WAITING = 1 << 17
 _LANES = 8
 
 
 class Histogram:
     """Counts (int64) per bin; memory is fixed by ``num_bins`` (a power of two, the fineness at the top of the range).
 
-    ``signed``: keep the two sides of zero apart; otherwise magnitudes are counted, which is cheaper.
+    ``signed``: keep the two sides of zero apart; otherwise magnitudes are counted, which is cheaper. Small tensors wait,
+    up to 131,072 values, and are counted together: what counting costs at least is paid once for all of them.
     """
 
     def __init__(self, num_bins: int, *, signed: bool = True) -> None:
@@ -34,36 +37,66 @@ class Histogram:
         self.shift = _MANTISSA - (self.per_octave.bit_length() - 1)
         self.width = OCTAVES * self.per_octave
         self.top = -1
-        self.counts = torch.zeros(1 + signed, self.width, dtype=torch.int64)
+        self._counts = torch.zeros(1 + signed, self.width, dtype=torch.int64)
+        self._waiting = torch.empty(0)
+        self._waiting_count = 0
+
+    @property
+    def counts(self) -> Tensor:
+        """Counts by side (positive, and negative where ``signed``) and magnitude."""
+        self._settle()
+        return self._counts
 
     def add(self, values: Tensor, minimum: float, maximum: float) -> None:
         """Count the one-dimensional float32 ``values``, whose extremes are known."""
-        self._rise(int(torch.tensor(max(abs(minimum), abs(maximum))).view(torch.int32)) >> _MANTISSA)
+        self._rise(_octave(max(abs(minimum), abs(maximum))))
+        size = values.numel()
+        if size > _WAITING // 2:
+            self._count(values, minimum < 0.0)
+            return
+        if self._waiting_count + size > _WAITING:
+            self._count_waiting()
+        if not self._waiting.numel():
+            self._waiting = torch.empty(_WAITING)
+        self._waiting[self._waiting_count : self._waiting_count + size] = values
+        self._waiting_count += size
+
+    def _count_waiting(self) -> None:
+        if self._waiting_count:
+            self._count(self._waiting[: self._waiting_count], True)
+            self._waiting_count = 0
+
+    def _count(self, values: Tensor, negatives: bool) -> None:
         base = (self.top + 1) * self.per_octave - self.width
-        flat = self.counts.view(-1)
+        flat = self._counts.view(-1)
         lanes = _lanes()
         for patterns in values.view(torch.int32).split(_CHUNK):  # a chunk and its keys stay in the cache
-            magnitudes = patterns & 0x7FFFFFFF if minimum < 0.0 else patterns
-            keys = (magnitudes >> self.shift).sub_(base)
+            keys = (patterns & 0x7FFFFFFF).bitwise_right_shift_(self.shift) if negatives else patterns >> self.shift
+            keys.sub_(base)
             torch.maximum(keys, lanes[: keys.numel()], out=keys)
-            if minimum < 0.0 and self.signed:
+            if negatives and self.signed:
                 keys.add_((patterns >> 31).bitwise_and_(self.width))
             found = torch.bincount(keys)
-            flat[: found.numel()] += found
-        for side in self.counts:
+            flat[: found.numel()].add_(found)
+
+    def _settle(self) -> None:
+        """Count what waits, and gather the bin around zero from its lanes."""
+        self._count_waiting()
+        for side in self._counts:
             side[0], side[1:_LANES] = side[:_LANES].sum(), 0
 
     def _rise(self, octave: int) -> None:
         """Let the window of octaves end at ``octave`` at least; what falls below it joins the bin around zero."""
         if octave > self.top:
             if self.top >= 0:
-                self.counts = _lowered(self.counts, (octave - self.top) * self.per_octave)
+                self._settle()
+                self._counts = _lowered(self._counts, (octave - self.top) * self.per_octave)
             self.top = octave
 
     def merge(self, other: Histogram) -> None:
         """Add what ``other`` counted."""
         self._rise(other.top)
-        self.counts += _lowered(other.counts, (self.top - other.top) * self.per_octave)
+        self._counts += _lowered(other.counts, (self.top - other.top) * self.per_octave)
 
     def edges(self) -> Tensor:
         """The right edges of the bins by magnitude (float64); the first bin begins at 0."""
@@ -76,11 +109,36 @@ class Histogram:
         """Counts by magnitude, whatever the sign."""
         return self.counts.sum(0)
 
+    def bins(self, minimum: float, maximum: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The occupied bins in ascending order: left ends, right ends, counts (all float64).
+
+        Ends are held to the observed extremes, and the bin around zero is the point 0. Negative values have bins of their
+        own where ``signed``; otherwise all are magnitudes.
+        """
+        right = self.edges()
+        left = torch.cat([torch.zeros(1, dtype=torch.float64), right[:-1]])
+        right[0] = 0.0
+        sides = [(left, right, self.counts[0])]
+        if self.signed:
+            sides.insert(0, (-right.flip(0), -left.flip(0), self.counts[1].flip(0)))
+            reach = (minimum, maximum)
+        else:
+            reach = (0.0, max(-minimum, maximum))
+        lefts, rights, counts = (torch.cat(parts) for parts in zip(*sides, strict=True))
+        kept = counts > 0
+        return lefts[kept].clamp(*reach), rights[kept].clamp(*reach), counts[kept].to(torch.float64)
+
     def state_dict(self) -> dict[str, Any]:
         return {"top": self.top, "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.top, self.counts = int(state["top"]), state["counts"].clone()
+        self._waiting_count = 0
+        self.top, self._counts = int(state["top"]), state["counts"].clone()
+
+
+def _octave(magnitude: float) -> int:
+    """The biased float32 exponent of a magnitude; 0 for zero and subnormals."""
+    return max(math.frexp(magnitude)[1] + 126, 0) if magnitude else 0
 
 
 @functools.cache
