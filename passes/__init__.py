@@ -3,6 +3,7 @@
 A new pass is a file here, a line in :data:`PASSES`, and a page of tests.
 """
 
+from fxcompress.passes.accelerate_sparsity import AccelerateSparsity
 from fxcompress.passes.bake_masks import BakeMasks
 from fxcompress.passes.calibrate import Calibrate
 from fxcompress.passes.fold_batchnorm import FoldBatchNorm
@@ -15,6 +16,7 @@ from fxcompress.passes.insert_taps import InsertTaps
 from fxcompress.passes.lower import Lower
 from fxcompress.passes.mask_weights import MaskWeights
 from fxcompress.passes.open_attention import OpenAttention
+from fxcompress.passes.recalibrate_batchnorm import RecalibrateBatchNorm
 from fxcompress.passes.remove_dead import RemoveDead
 from fxcompress.passes.remove_taps import RemoveTaps
 from fxcompress.passes.require import Require
@@ -26,6 +28,8 @@ PASSES = (
     OpenAttention,
     MaskWeights,
     BakeMasks,
+    AccelerateSparsity,
+    RecalibrateBatchNorm,
     InsertTaps,
     RemoveTaps,
     InsertObservers,

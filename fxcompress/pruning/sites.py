@@ -111,7 +111,7 @@ class Site:
         present = self.masks()
         for held in present:
             held.mask.copy_(mask)
-        shared = present[0] if present else Mask(mask)
+        shared = present[0] if present else Mask(torch.empty_like(self.dense(), dtype=torch.bool).copy_(mask))
         for module, leaf in self.owners:
             if not any(isinstance(part, Mask) for part in _parts(module, leaf)):
                 _put_on(module, leaf, shared)
