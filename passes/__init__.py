@@ -16,6 +16,7 @@ from fxcompress.passes.insert_taps import InsertTaps
 from fxcompress.passes.lower import Lower
 from fxcompress.passes.mask_weights import MaskWeights
 from fxcompress.passes.open_attention import OpenAttention
+from fxcompress.passes.prune_channels import PruneChannels
 from fxcompress.passes.recalibrate_batchnorm import RecalibrateBatchNorm
 from fxcompress.passes.remove_dead import RemoveDead
 from fxcompress.passes.remove_taps import RemoveTaps
@@ -26,6 +27,7 @@ PASSES = (
     FoldBatchNorm,
     FuseActivations,
     OpenAttention,
+    PruneChannels,
     MaskWeights,
     BakeMasks,
     AccelerateSparsity,

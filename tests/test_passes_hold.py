@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from torch.utils import _pytree as pytree
 
 import fxcompress
 from fxcompress import PassManager, library, trace
+from fxcompress.errors import PassError
 from fxcompress.graph import verify
 from fxcompress.observe import output_snr
 from tests.strategies import Drawn, networks
@@ -67,7 +68,11 @@ def _prefix(name: str) -> list[Any]:
 def test_every_pass_keeps_the_contract(name: str, drawn: Drawn) -> None:
     model, call = drawn.model, drawn.call
     before = copy.deepcopy(model.state_dict())
-    result = compress(drawn, [*_prefix(name), name])
+    try:
+        result = compress(drawn, [*_prefix(name), name])
+    except PassError as error:
+        assume("every one is frozen" not in str(error))  # some networks have nothing that can go
+        raise
     with torch.no_grad():
         expected, found = model(*call), result(*call)
     assert pytree.tree_structure(expected) == pytree.tree_structure(found)

@@ -101,8 +101,14 @@ def stored_bytes(module: nn.Module) -> int:
     return total
 
 
-def macs(node: fx.Node) -> int:
-    """Multiply-accumulates of one node; 0 where shapes are unknown or nothing is contracted."""
+Shape = Callable[[ops.Call, Any], torch.Size]
+
+
+def macs(node: fx.Node, shape: Shape | None = None) -> int:
+    """Multiply-accumulates of one node; 0 where shapes are unknown or nothing is contracted.
+
+    ``shape`` gives the shape of an argument (a node, or a parameter); it says what the node would cost with other shapes.
+    """
     if "macs" in node.meta:
         return int(node.meta["macs"])
     call = ops.read(node) if node.op.startswith("call") else None
@@ -110,7 +116,7 @@ def macs(node: fx.Node) -> int:
     if call is None or count is None:
         return 0
     try:
-        return int(count(call))
+        return int(count(call, shape or tensor_shape))
     except (TypeError, IndexError, AttributeError, KeyError):
         return 0
 
@@ -128,48 +134,43 @@ def tensor_shape(call: ops.Call, value: Any) -> torch.Size:
     return shape
 
 
-def _output(call: ops.Call) -> torch.Size:
-    return tensor_shape(call, call.node)
+def _conv(call: ops.Call, shape: Shape) -> int:
+    return shape(call, call.node).numel() * shape(call, call["weight"])[1:].numel()
 
 
-def _conv(call: ops.Call) -> int:
-    weight = tensor_shape(call, call["weight"])
-    return _output(call).numel() * weight[1:].numel()
+def _conv_transpose(call: ops.Call, shape: Shape) -> int:
+    return shape(call, call["input"]).numel() * shape(call, call["weight"])[1:].numel()
 
 
-def _conv_transpose(call: ops.Call) -> int:
-    weight = tensor_shape(call, call["weight"])
-    return tensor_shape(call, call["input"]).numel() * weight[1:].numel()
+def _linear(call: ops.Call, shape: Shape) -> int:
+    return shape(call, call.node).numel() * shape(call, call["weight"])[-1]
 
 
-def _linear(call: ops.Call) -> int:
-    return _output(call).numel() * tensor_shape(call, call["weight"])[-1]
+def _matmul(call: ops.Call, shape: Shape) -> int:
+    return shape(call, call.node).numel() * shape(call, call["input"])[-1]
 
 
-def _matmul(call: ops.Call) -> int:
-    return _output(call).numel() * tensor_shape(call, call["input"])[-1]
-
-
-def _attention(call: ops.Call) -> int:
-    query, key, value = (tensor_shape(call, call[name]) for name in ("query", "key", "value"))
+def _attention(call: ops.Call, shape: Shape) -> int:
+    query, key, value = (shape(call, call[name]) for name in ("query", "key", "value"))
     return query[:-1].numel() * key[-2] * (query[-1] + value[-1])
 
 
-def _multihead(call: ops.Call) -> int:
+def _multihead(call: ops.Call, shape: Shape) -> int:
     module: Any = module_of(call.node)
-    query, key = tensor_shape(call, call["query"]), tensor_shape(call, call["key"])
+    query, key = shape(call, call["query"]), shape(call, call["key"])
     tokens, others, width = query[:-1].numel(), key[:-1].numel(), query[-1]
     length = key[1 if module.batch_first else 0]
-    projections = 2 * tokens * width * width + others * width * (key[-1] + tensor_shape(call, call["value"])[-1])
+    projections = 2 * tokens * width * width + others * width * (key[-1] + shape(call, call["value"])[-1])
     return projections + 2 * tokens * length * width
 
 
-def _recurrent(call: ops.Call) -> int:
-    weights = [p for name, p in module_of(call.node).named_parameters() if name.startswith("weight")]
-    return tensor_shape(call, call["input"])[:-1].numel() * sum(p.numel() for p in weights)
+def _recurrent(call: ops.Call, shape: Shape) -> int:
+    names = [name for name, _ in module_of(call.node).named_parameters() if name.startswith("weight")]
+    weights = sum(shape(call, ops.Attr(f"{call.node.target}.{name}")).numel() for name in names)
+    return shape(call, call["input"])[:-1].numel() * weights
 
 
-_COUNTS: dict[str, Callable[[ops.Call], int]] = {
+_COUNTS: dict[str, Callable[[ops.Call, Shape], int]] = {
     **{f"conv{dims}d": _conv for dims in (1, 2, 3)},
     **{f"conv_transpose{dims}d": _conv_transpose for dims in (1, 2, 3)},
     "linear": _linear,

@@ -1,0 +1,110 @@
+"""Atoms: one integer per index of every tensor dimension, and the classes that must be removed together.
+
+Atom 0 stands for an index that has no class of its own (it stays). Everything is held in integer arrays; classes are found
+for all atoms at once by hooking and pointer jumping (Shiloach & Vishkin 1982), in a number of array operations that grows
+with the logarithm of the longest chain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Atoms", "Classes", "Ints"]
+
+Ints = NDArray[np.int64]
+
+
+class Atoms:
+    """Collects atoms, which of them belong together, which may not go, and which cannot go without changing values."""
+
+    def __init__(self) -> None:
+        self.count = 1
+        self._edges: list[tuple[Ints, Ints]] = []
+        self._frozen: list[tuple[Ints, str]] = []
+        self.inexact: list[tuple[Ints, str]] = []
+
+    def new(self, *shape: int) -> Ints:
+        """Fresh atoms in an array of this shape."""
+        size = int(np.prod(shape))
+        made = np.arange(self.count, self.count + size, dtype=np.int64).reshape(shape)
+        self.count += size
+        return made
+
+    def merge(self, first: Ints, second: Ints, where: str) -> None:
+        """Broadcast two arrays and put each pair in one class; the partner of a 0 is frozen."""
+        if first is second:
+            return
+        if first.shape != second.shape:
+            first, second = np.broadcast_arrays(first, second)
+        first, second = first.ravel(), second.ravel()
+        holes = (first == 0) != (second == 0)
+        if holes.any():
+            self.freeze(np.maximum(first, second)[holes], f"meets a value of fixed size at {where}")
+        self._edges.append((first, second))
+
+    def tie(self, array: Ints, axis: int) -> Ints:
+        """Merge along ``axis``; returns the array with that axis reduced to its first index."""
+        first = array.take([0], axis=axis)
+        if array.shape[axis] > 1:
+            self.merge(np.ascontiguousarray(np.broadcast_to(first, array.shape)), array, "a shared index")
+        return first
+
+    def freeze(self, atoms: Ints, reason: str) -> None:
+        """These atoms stay."""
+        self._frozen.append((atoms.ravel(), reason))
+
+    def doubt(self, atoms: Ints, reason: str) -> None:
+        """Removing these atoms changes values that remain."""
+        self.inexact.append((atoms.ravel(), reason))
+
+    def solve(self) -> Classes:
+        """The classes as they stand."""
+        root = np.arange(self.count, dtype=np.int64)
+        if self._edges:
+            a = np.concatenate([first for first, _ in self._edges])
+            b = np.concatenate([second for _, second in self._edges])
+            keep = (a != b) & (a != 0) & (b != 0)
+            _hook(root, a[keep], b[keep])
+        return Classes(root, _first_reasons(root, self._frozen), _first_reasons(root, self.inexact))
+
+
+@dataclass(frozen=True)
+class Classes:
+    """``root[atom]`` names the class; the mappings give a reason for each class that is frozen or inexact."""
+
+    root: Ints
+    frozen: dict[int, str]
+    inexact: dict[int, str]
+
+    def is_frozen(self) -> NDArray[np.bool_]:
+        """By root: whether the class stays. Class 0 does."""
+        flags = np.zeros(len(self.root), dtype=bool)
+        flags[0] = True
+        flags[list(self.frozen)] = True
+        return flags
+
+
+def _hook(parent: Ints, a: Ints, b: Ints) -> None:
+    """Make ``parent`` the root of every node, given edges ``a``-``b``; roots are the smallest members."""
+    while len(a):
+        np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
+        while True:
+            grand = parent[parent]
+            if np.array_equal(grand, parent):
+                break
+            parent[:] = grand
+        a, b = parent[a], parent[b]
+        keep = a != b
+        a, b = a[keep], b[keep]
+
+
+def _first_reasons(root: Ints, marks: list[tuple[Ints, str]]) -> dict[int, str]:
+    reasons: dict[int, str] = {}
+    for atoms, reason in marks:
+        for found in np.unique(root[atoms]).tolist():
+            if found:
+                reasons.setdefault(found, reason)
+    return reasons

@@ -1,0 +1,295 @@
+"""Removing units from a graph: tensors, module attributes and the numbers in the graph, together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxcompress.errors import FxCompressError
+from fxcompress.graph import edit, ops
+from fxcompress.graph.channels.analysis import Channels
+from fxcompress.graph.channels.kept import Kept, Mask, select
+from fxcompress.graph.channels.labels import Value
+from fxcompress.graph.channels.literals import PROPOSALS, Index, Move, commutes
+from fxcompress.graph.channels.walk import Count, Spelling, Walk, evaluate, operand_names
+from fxcompress.graph.shapes import module_of
+
+__all__ = ["Cut", "UnprovableError", "cut"]
+
+STAYS = {"identity", "dropout", "cat", "stack", "glu", "copy"}
+"""Movement that states no number of channels, or whose numbers are another operator's."""
+
+
+class UnprovableError(FxCompressError):
+    """No spelling of a node was found that gives the kept part of what it gave before."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(f"no spelling of {node.format_node()} keeps what it computes.")
+        self.node = node.name
+
+
+@dataclass
+class Cut:
+    """What a cut did: ``tensors``, (old, new, masks) of every parameter and buffer by name; ``calls``, new spellings."""
+
+    tensors: dict[str, tuple[torch.Tensor, torch.Tensor, dict[int, Mask]]] = field(default_factory=dict)
+    calls: dict[str, str] = field(default_factory=dict)
+
+
+def cut(channels: Channels, removed: np.ndarray) -> Cut:
+    """Remove the classes ``removed`` from the graph that was analysed, in place.
+
+    Every number in the graph that has to change is proved by running the operator on numbered entries, before anything is
+    changed. Raises :class:`UnprovableError` naming the node where none is found; the graph is then as it was.
+    """
+    walk, kept, done = channels.walk, Kept.without(channels.root, removed), Cut()
+    spellings = _Rewriting(walk, kept).run()
+    names: dict[str, list[str]] = {}
+    for name in walk.state:
+        names.setdefault(walk.canonical[name], []).append(name)
+    for name, value in walk.tensors.items():
+        if kept.touches(value):
+            masks = kept.masks(value)
+            for same in (names[name], *([other] for other in walk.alike.get(name, ()))):
+                _cut_tensor(walk.module, same, masks, done)
+    for node, spelling in spellings.items():
+        _respell(walk.module, node, spelling)
+        done.calls[node.name] = str(node.format_node())
+    for count in walk.counts:
+        _recount(count, kept)
+    _restate(walk, kept)
+    _describe(walk, kept)
+    walk.module.recompile()
+    return done
+
+
+def _cut_tensor(module: nn.Module, names: list[str], masks: dict[int, Mask], done: Cut) -> None:
+    """Replace the tensor known under ``names`` by its kept part; it stays one tensor, a parameter stays a parameter."""
+    held: dict[int, torch.Tensor] = {}
+    for name in names:
+        owner = module.get_submodule(name.rpartition(".")[0])
+        leaf = name.rpartition(".")[2]
+        place: Any = owner._parameters if leaf in owner._parameters else owner._buffers
+        old = place[leaf]
+        if id(old) not in held:
+            held[id(old)] = _smaller(old, masks)
+        place[leaf] = held[id(old)]
+        done.tensors[name] = (old, held[id(old)], masks)
+
+
+def _smaller(old: torch.Tensor, masks: dict[int, Mask]) -> torch.Tensor:
+    with torch.no_grad():
+        new = select(old.detach(), masks)
+        if old.dim() == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last):
+            new = new.contiguous(memory_format=torch.channels_last)
+    if not isinstance(old, nn.Parameter):
+        return new
+    made = nn.Parameter(new, requires_grad=old.requires_grad)
+    made.__dict__.update(old.__dict__)
+    if old.grad is not None:
+        made.grad = select(old.grad, masks)
+    return made
+
+
+class _Rewriting:
+    """Finds new spellings for the calls that state numbers of channels; changes nothing."""
+
+    def __init__(self, walk: Walk, kept: Kept) -> None:
+        self.walk, self.kept = walk, kept
+        self.env: dict[fx.Node, Any] = {}
+        self.found: dict[fx.Node, Spelling] = {}
+
+    def run(self) -> dict[fx.Node, Spelling]:
+        for node in self.walk.module.graph.nodes:
+            self.env[node] = self._new_value(node)
+            call = ops.read(node) if node.op.startswith("call") and node not in self.walk.opaque else None
+            if call is None:
+                continue
+            if call.kind in ("factory", "new"):
+                self._make(call)
+            elif call.op.family == "movement" and call.kind not in STAYS:
+                self._move(call)
+        return self.found
+
+    def _new_value(self, node: fx.Node) -> Any:
+        """What a node is after the cut: smaller values, and plain values computed from them."""
+        value = self.walk.env[node]
+        leaves = pytree.tree_leaves(value)
+        if any(isinstance(leaf, Value) for leaf in leaves):
+            return pytree.tree_map_only(Value, lambda v: Value(self.kept.shape(v)), value)
+        if not node.op.startswith("call") or not node.all_input_nodes or isinstance(value, torch.Tensor) or value is None:
+            return value
+        try:
+            return self._evaluate(Spelling.of(node), "meta", {})
+        except Exception:  # it wanted more than shapes before the cut too
+            return value
+
+    def _evaluate(self, spelling: Spelling, device: str, special: dict[str, Any]) -> Any:
+        return evaluate(self.walk.module, self.env, _with_tensors(spelling), device, special)
+
+    def _make(self, call: ops.Call) -> None:
+        """A new tensor whose size is written as a number."""
+        value = self.walk.env[call.node]
+        if not isinstance(value, Value) or not self.kept.touches(value):
+            return
+        wanted = self.kept.shape(value)
+        position = 1 if call.kind == "new" else 0
+        node = call.node
+        given = node.args[position:]
+        spread = not (given and isinstance(given[0], (tuple, list)))
+        sizes = given if spread else given[0]
+        assert isinstance(sizes, (tuple, list))
+        new = tuple(n if isinstance(s, int) else s for s, n in zip(sizes, wanted, strict=False))
+        rest = () if spread else given[1:]
+        spelling = Spelling(
+            node.op, node.target, (*node.args[:position], *(new if spread else (new,)), *rest), dict(node.kwargs)
+        )
+        try:
+            made = self._evaluate(spelling, "meta", {})
+        except (RuntimeError, TypeError) as error:
+            raise UnprovableError(node) from error
+        if tuple(made.shape) != wanted:
+            raise UnprovableError(node)
+        self.found[node] = spelling
+
+    def _move(self, call: ops.Call) -> None:
+        source = self.walk.value(call["input"])
+        results = [v for v in pytree.tree_leaves(self.walk.env[call.node]) if isinstance(v, Value)]
+        if source is None or not (self.kept.touches(source) or any(self.kept.touches(v) for v in results)):
+            return
+        names = operand_names(call.node, call["input"])
+
+        def run_old(tensor: torch.Tensor) -> Any:
+            return self.walk.evaluate(call.node, "cpu", **dict.fromkeys(names, tensor))
+
+        def look(value: Any) -> Any:
+            return run_old(value) if isinstance(value, torch.Tensor) else self.walk.env.get(value)
+
+        move = Move(call, source, results, self.kept, look)
+        for spelling in self._spellings(move):
+
+            def run_new(tensor: torch.Tensor, spelling: Spelling = spelling) -> Any:
+                return self._evaluate(spelling, "cpu", dict.fromkeys(names, tensor))
+
+            if commutes(run_old, run_new, move):
+                if spelling != move.spelling:
+                    self.found[call.node] = spelling
+                return
+        raise UnprovableError(call.node)
+
+    def _spellings(self, move: Move) -> Any:
+        yield move.spelling
+        if move.call.kind in PROPOSALS:
+            yield from PROPOSALS[move.call.kind](move)
+
+
+def _with_tensors(spelling: Spelling) -> Spelling:
+    def look(leaf: Any) -> Any:
+        return leaf.tensor() if isinstance(leaf, Index) else leaf
+
+    given: Any = (spelling.args, spelling.kwargs)
+    args, kwargs = fx.node.map_aggregate(given, look)
+    return Spelling(spelling.op, spelling.target, args, kwargs)
+
+
+def _respell(module: fx.GraphModule, node: fx.Node, spelling: Spelling) -> None:
+    """Write a proven spelling into the graph; index tensors become buffers."""
+
+    def store(leaf: Any) -> Any:
+        if not isinstance(leaf, Index):
+            return leaf
+        name = f"{node.name}_index"
+        edit.set_tensor(module, name, leaf.tensor(), buffer=True)
+        with module.graph.inserting_before(node):
+            made = module.graph.get_attr(name)
+        made.meta["tensor_meta"] = None
+        return made
+
+    given: Any = (spelling.args, spelling.kwargs)
+    args, kwargs = fx.node.map_aggregate(given, store)
+    node.op, node.target, node.args, node.kwargs = spelling.op, spelling.target, args, kwargs
+
+
+def _recount(count: Count, kept: Kept) -> None:
+    """Write a number of channels or groups into a module's attribute or a call's argument."""
+    number = kept.count(count.atoms)
+    if number == count.atoms.size:
+        return
+    name, _, place = count.name.partition(".")
+    if count.node.op == "call_module":
+        module = module_of(count.node)
+        if hasattr(module, name):
+            setattr(module, name, _put(getattr(module, name), place, number))
+        return
+    call = ops.read(count.node)
+    assert call is not None
+    if isinstance(call[name], (int, tuple, list)):
+        edit.set_argument(count.node, name, _put(call[name], place, number))
+
+
+def _put(old: Any, place: str, number: int) -> Any:
+    if not place or isinstance(old, int):
+        return number
+    values = list(old)
+    values[int(place)] = number
+    return tuple(values)
+
+
+def _convolution(part: Any) -> dict[str, int]:
+    return {"out_channels": part.weight.shape[0], "in_channels": part.weight.shape[1] * part.groups}
+
+
+def _transposed(part: Any) -> dict[str, int]:
+    return {"in_channels": part.weight.shape[0], "out_channels": part.weight.shape[1] * part.groups}
+
+
+ATTRIBUTES: dict[str, Callable[[Any], dict[str, int]]] = {
+    **{f"conv{d}d": _convolution for d in (1, 2, 3)},
+    **{f"conv_transpose{d}d": _transposed for d in (1, 2, 3)},
+    "linear": lambda part: {"out_features": part.weight.shape[0], "in_features": part.weight.shape[1]},
+    "bilinear": lambda part: dict(zip(("out_features", "in1_features", "in2_features"), part.weight.shape, strict=True)),
+    "embedding": lambda part: {"embedding_dim": part.weight.shape[1]},
+    "embedding_bag": lambda part: {"embedding_dim": part.weight.shape[1]},
+}
+"""Kind → attributes of its module that its tensors tell."""
+
+
+def _restate(walk: Walk, kept: Kept) -> None:
+    """Attributes that follow from the tensors, and the scale of attention, which stays the dense one."""
+    for node in walk.module.graph.nodes:
+        call = ops.read(node) if node.op.startswith("call") else None
+        if call is None:
+            continue
+        if node.op == "call_module" and call.kind in ATTRIBUTES:
+            part = module_of(node)
+            for name, value in ATTRIBUTES[call.kind](part).items():
+                setattr(part, name, value)
+        elif call.kind == "scaled_dot_product_attention" and call["scale"] is None:
+            query = walk.value(call["query"])
+            if query is not None and kept.shape(query)[-1] != query.shape[-1]:
+                node.update_kwarg("scale", 1 / math.sqrt(query.shape[-1]))
+
+
+def _describe(walk: Walk, kept: Kept) -> None:
+    """Shapes in the metadata."""
+    for node, value in walk.env.items():
+        meta = node.meta.get("tensor_meta")
+        if meta is not None and any(isinstance(v, Value) for v in pytree.tree_leaves(value)):
+            node.meta["tensor_meta"] = _shrunk(meta, value, kept)
+
+
+def _shrunk(meta: Any, value: Any, kept: Kept) -> Any:
+    if isinstance(value, Value):
+        return meta._replace(shape=torch.Size(kept.shape(value))) if meta is not None else None
+    if isinstance(value, dict):
+        return {key: _shrunk(meta[key], item, kept) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(_shrunk(m, item, kept) for m, item in zip(meta, value, strict=True))
+    return meta

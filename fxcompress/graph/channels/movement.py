@@ -1,0 +1,176 @@
+"""One rule for every operator that only moves values: run it on integer coordinates and read off where each index went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from fxcompress.graph.channels.atoms import Atoms, Ints
+from fxcompress.graph.channels.labels import Label, Value
+
+__all__ = ["Sites", "codes", "move", "read_codes"]
+
+Run = Callable[[torch.Tensor], Any]
+
+
+class Sites:
+    """Where a dimension is taken apart, and which part stands for its channels.
+
+    ``offset``  site → how many places left of the finest part (0: the head dimension; 1: the heads; …)
+    ``parts``   site → how many parts there are to choose from
+    ``inputs``  site → the atoms of the dimension taken apart
+    ``blocks``  arrays [blocks, n] of atoms: every block must keep the same number, with the place that wants it
+    """
+
+    def __init__(self, offset: dict[str, int], preferred: int = 0) -> None:
+        self.offset, self.preferred = offset, preferred
+        self.parts: dict[str, int] = {}
+        self.inputs: dict[str, Ints] = {}
+        self.blocks: list[tuple[Ints, str]] = []
+
+    def choose(self, site: str, parts: int, atoms: Ints) -> int:
+        """The part chosen at ``site``, counted from the finest."""
+        self.parts[site], self.inputs[site] = parts, atoms.ravel()
+        return min(self.offset.get(site, self.preferred), parts - 1)
+
+    def equal(self, array: Ints, axis: int, where: str) -> None:
+        """Along ``axis`` every index of the other dimensions must keep the same number."""
+        rows = np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+        if len(rows) > 1:
+            self.blocks.append((rows, where))
+
+
+def codes(label: Ints, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of this shape whose entries number the label's entries from 1."""
+    numbers = torch.arange(1, label.size + 1, dtype=torch.float64 if label.size > 1 << 24 else torch.float32)
+    return numbers.reshape(label.shape).expand(shape).contiguous()
+
+
+def move(atoms: Atoms, sites: Sites, value: Value, run: Run, where: str) -> Any:
+    """The result of a movement operator as values: ``run`` does it on a tensor in the place of the labelled operand."""
+    cache: dict[int, list[torch.Tensor]] = {}
+    spec = None
+    for dim, label in value.labels.items():
+        leaves, spec = pytree.tree_flatten(run(codes(label.array, value.shape)))
+        cache[dim] = leaves
+    if spec is None:
+        leaves, spec = pytree.tree_flatten(run(torch.empty(value.shape, device="meta")))
+        cache[-1] = leaves
+    results = [Value(tuple(leaf.shape)) for leaf in next(iter(cache.values()))]
+    for dim, label in value.labels.items():
+        for index, (result, leaf) in enumerate(zip(results, cache[dim], strict=True)):
+            place = _Place(atoms, sites, where if len(results) == 1 else f"{where}[{index}]")
+            found = place.label(label, dim, leaf)
+            if found is not None:
+                _put(atoms, result, *found, where)
+    return pytree.tree_unflatten(results, spec)
+
+
+def _put(atoms: Atoms, result: Value, dim: int, label: Label, where: str) -> None:
+    """Two dimensions that end in one cannot both lose indices."""
+    if dim in result.labels:
+        atoms.freeze(result.labels.pop(dim).array, f"two dimensions are merged at {where}")
+        atoms.freeze(label.array, f"two dimensions are merged at {where}")
+        result.shape = tuple(result.shape)
+    else:
+        result.labels[dim] = label
+
+
+def read_codes(moved: torch.Tensor) -> Ints:
+    """The codes of a result with every dimension they do not vary along reduced to size one; 0 is a hole, anything goes."""
+    found = moved
+    for dim in sorted(range(found.dim()), key=lambda d: -found.shape[d]):
+        if found.shape[dim] < 2:
+            continue
+        top = found.amax(dim, keepdim=True)
+        if bool(((found == top) | (found == 0)).all()):
+            found = top
+    return found.to(torch.int64).numpy()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One result of one movement operator."""
+
+    atoms: Atoms
+    sites: Sites
+    where: str
+
+    def label(self, label: Label, dim: int, moved: torch.Tensor) -> tuple[int, Label] | None:
+        """The dimension of the result that carries ``label``, and the label there."""
+        found = read_codes(moved)
+        array = label.array
+        table = np.concatenate([np.zeros(1, dtype=np.int64), array.ravel()])
+        own = _coordinate(found, array, dim)
+        varying = [d for d in range(found.ndim) if _varies(own, d)]
+        if not varying:
+            self.atoms.freeze(table[np.unique(found)], f"one index is picked at {self.where}")
+            return None
+        varying.sort(key=lambda d: -_stride(own, d))
+        chosen, arranged, sites = varying[-1], table[found], label.sites
+        if len(varying) > 1:
+            site = f"{self.where}:{dim}"
+            offset = self.sites.choose(site, len(varying), array)
+            chosen, sites = varying[-1 - offset], sites | {site}
+            for finer in varying[len(varying) - offset :]:
+                arranged = self.atoms.tie(arranged, finer)
+            self.sites.equal(arranged, chosen, self.where)
+        elif array.size != max(array.shape):
+            arranged = self._keep_order(array, dim, found, arranged, chosen)
+        arranged = self._fill_holes(found, arranged, chosen)
+        return chosen, Label(arranged, label.zero, sites)
+
+    def _keep_order(self, array: Ints, dim: int, found: Ints, arranged: Ints, chosen: int) -> Ints:
+        """Blocks merged into one dimension must stay in one piece each; otherwise they must keep the same indices."""
+        tied = array
+        for other in range(array.ndim):
+            if other == dim or array.shape[other] == 1:
+                continue
+            block = _coordinate(found, array, other)
+            if _varies(block, chosen) and not _contiguous(block, chosen):
+                first = self.atoms.tie(tied, other)
+                tied = np.ascontiguousarray(np.broadcast_to(first, tied.shape))
+        if tied is array:
+            return arranged
+        return np.concatenate([np.zeros(1, dtype=np.int64), tied.ravel()])[found]
+
+    def _fill_holes(self, found: Ints, arranged: Ints, chosen: int) -> Ints:
+        """Padding along the dimension that carries the label has indices of its own, which may go too."""
+        if found.all():
+            return arranged
+        others = tuple(d for d in range(found.ndim) if d != chosen)
+        holes = np.flatnonzero((found == 0).all(axis=others))
+        if len(holes) and arranged.size == arranged.shape[chosen]:
+            arranged = arranged.copy()
+            arranged.reshape(-1)[holes] = self.atoms.new(len(holes))
+        return arranged
+
+
+def _coordinate(found: Ints, array: Ints, dim: int) -> Ints:
+    """Along ``dim`` of the label, the coordinate of every code; -1 for holes."""
+    inner = int(np.prod(array.shape[dim + 1 :], dtype=np.int64))
+    return np.where(found == 0, -1, (found - 1) // inner % array.shape[dim])
+
+
+def _varies(coordinate: Ints, dim: int) -> bool:
+    if coordinate.shape[dim] < 2:
+        return False
+    top = coordinate.max(axis=dim, keepdims=True)
+    return not bool(((coordinate == top) | (coordinate < 0)).all())
+
+
+def _stride(coordinate: Ints, dim: int) -> int:
+    """By how much the coordinate moves with one step along ``dim``: the larger, the coarser the part."""
+    steps = np.abs(np.diff(coordinate, axis=dim))
+    return int(np.median(steps[steps > 0])) if (steps > 0).any() else 0
+
+
+def _contiguous(block: Ints, dim: int) -> bool:
+    """Whether each block's indices stand side by side along ``dim``."""
+    line = np.moveaxis(block, dim, -1).reshape(-1, block.shape[dim])[0]
+    return int((np.diff(line) != 0).sum()) + 1 == len(np.unique(line))

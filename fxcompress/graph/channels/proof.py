@@ -1,0 +1,275 @@
+"""Two oracles that ask the model itself whether an analysis and a cut are right.
+
+*Permutation*: channels of one kind are interchangeable, so permuting them in every tensor they own must not change what the
+dense model computes. A forgotten reader, a wrong offset or a wrong pairing does.
+
+*Silence*: the smaller model must compute what the dense one does when the removed channels are kept out of every sum and
+every statistic. The dense model is run by an interpreter of its own, which knows the operators' mathematics and nothing of
+the cut.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from fxcompress.graph import ops
+from fxcompress.graph.channels.analysis import Channels
+from fxcompress.graph.channels.atoms import Ints
+from fxcompress.graph.channels.kept import Kept, Mask, select
+from fxcompress.graph.channels.labels import Value
+from fxcompress.graph.channels.walk import Walk
+from fxcompress.graph.inputs import Arguments
+from fxcompress.graph.shapes import Recorder, module_of
+
+__all__ = ["permuted", "prove", "relative_error", "silenced"]
+
+
+def relative_error(expected: Any, found: Any) -> float:
+    """The largest difference between two results over the largest magnitude of the first; inf where shapes differ."""
+    worst = 0.0
+    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True):
+        if not isinstance(a, torch.Tensor) or not a.numel():
+            continue
+        if a.shape != b.shape:
+            return float("inf")
+        gap = (a.to(torch.float64) - b.to(torch.float64)).abs().max().item()
+        size = a.to(torch.float64).abs().max().item()
+        worst = max(worst, gap / size if size else gap) if gap == gap else float("inf")
+    return worst
+
+
+def prove(channels: Channels, removed: Ints, dense: fx.GraphModule, call: Arguments, seed: int = 0) -> dict[str, float]:
+    """The relative errors of both oracles on ``call``: of the dense graph permuted, and of the graph that was cut.
+
+    ``dense`` is a copy of the graph that was made before the cut. Everything runs in eval mode; four forward passes.
+    """
+    small = channels.walk.module
+    flags = [(part, part.training) for module in (dense, small) for part in module.modules()]
+    try:
+        dense.eval()
+        small.eval()
+        plain = Recorder(dense).record(call)
+        exchanged = Recorder(permuted(channels, dense, seed)).record(call)
+        expected, found = silenced(channels, removed, dense, call), Recorder(small).record(call)
+    finally:
+        for part, flag in flags:
+            part.training = flag
+    return {"permutation": relative_error(plain, exchanged), "silence": relative_error(expected, found)}
+
+
+def permuted(channels: Channels, dense: fx.GraphModule, seed: int = 0) -> fx.GraphModule:
+    """A copy of the dense graph with the units of every kind permuted, within their block, in every tensor."""
+    module = copy.deepcopy(dense)
+    exchanged = _exchange(channels, np.random.default_rng(seed))
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with torch.no_grad():
+        for name, value in channels.walk.tensors.items():
+            dims = sorted(value.labels, key=lambda d: -int(value.labels[d].array.size))
+            for dim in dims if name in state else ():
+                roots = channels.root[value.labels[dim].array]
+                for same in (name, *channels.walk.alike.get(name, ())) if (exchanged[roots] != roots).any() else ():
+                    state[same].copy_(_permute(state[same], dim, roots, exchanged))
+    return module
+
+
+def _exchange(channels: Channels, generator: np.random.Generator) -> Ints:
+    """By class: which class takes its place."""
+    exchanged = np.arange(len(channels.root), dtype=np.int64)
+    for group in channels.groups:
+        for row in group.blocks:
+            kinds = channels.signature[row]
+            for kind in np.unique(kinds):
+                units = row[kinds == kind]
+                exchanged[units] = generator.permutation(units)
+    return exchanged
+
+
+def _permute(tensor: torch.Tensor, dim: int, roots: Ints, exchanged: Ints) -> torch.Tensor:
+    """The k-th slice of each unit takes the values of the k-th slice of the unit that replaces it."""
+    lines = np.moveaxis(roots, dim, -1)
+    flat = lines.reshape(-1, lines.shape[-1])
+    index = np.stack([_positions(line, exchanged) for line in np.unique(flat, axis=0)])
+    which = np.unique(flat, axis=0, return_inverse=True)[1].reshape(-1)
+    order = np.moveaxis(index[which].reshape(lines.shape), -1, dim)
+    return tensor.gather(dim, torch.from_numpy(np.ascontiguousarray(order)).to(tensor.device).expand(tensor.shape))
+
+
+def _positions(line: Ints, exchanged: Ints) -> Ints:
+    order = np.argsort(line, kind="stable")
+    ordered = line[order]
+    first = np.searchsorted(ordered, line)
+    rank = np.empty_like(line)
+    rank[order] = np.arange(len(line))
+    rank -= first
+    found: Ints = order[np.searchsorted(ordered, exchanged[line]) + rank]
+    return found
+
+
+def silenced(channels: Channels, removed: Ints, dense: fx.GraphModule, call: Arguments) -> Any:
+    """What ``dense`` computes for ``call`` when the classes ``removed`` take no part.
+
+    ``dense`` is the graph as it was analysed (a copy that was made before the cut).
+    """
+    kept = Kept.without(channels.root, removed)
+    names = {node.name: node for node in channels.walk.module.graph.nodes}
+    return _Silent(dense, channels.walk, kept, names).record(call)
+
+
+class _Silent(Recorder):
+    """Runs the dense graph with removed entries kept out of sums and statistics."""
+
+    def __init__(self, module: fx.GraphModule, walk: Walk, kept: Kept, names: dict[str, fx.Node]) -> None:
+        super().__init__(module)
+        self.walk, self.left, self.names = walk, kept, names
+
+    def run_node(self, n: fx.Node) -> Any:
+        call = ops.read(n) if n.op.startswith("call") else None
+        rule = _SILENT.get(call.kind) or _SILENT.get(call.op.family) if call is not None else None
+        if call is None or rule is None or not self._matters(n):
+            return super().run_node(n)
+        self.current = n
+        return rule(self, call)
+
+    def _matters(self, node: fx.Node) -> bool:
+        values = [v for source in node.all_input_nodes for v in pytree.tree_leaves(self.value(source))]
+        owned = [
+            v for name, v in self.walk.tensors.items() if node.op == "call_module" and name.startswith(f"{node.target}.")
+        ]
+        return any(isinstance(v, Value) and self.left.touches(v) for v in [*values, *owned])
+
+    def value(self, node: fx.Node) -> Any:
+        """The labels of a node of the dense graph, found under its name."""
+        return self.walk.env.get(self.names.get(node.name, node))
+
+    def masks(self, argument: Any) -> dict[int, Mask]:
+        """The masks of an operand."""
+        if isinstance(argument, ops.Attr):
+            value: Any = self.walk.tensors.get(self.walk.canonical.get(argument.name, argument.name))
+        else:
+            value = self.value(argument)
+        return self.left.masks(value) if isinstance(value, Value) else {}
+
+    def tensor(self, argument: Any) -> Any:
+        """An operand's tensor."""
+        if isinstance(argument, ops.Attr):
+            return self.fetch_attr(argument.name)
+        return self.env[argument] if isinstance(argument, fx.Node) else argument
+
+    def again(self, call: ops.Call, **replaced: torch.Tensor) -> Any:
+        """The call, with some node operands' tensors replaced, by node name."""
+        saved = {node: self.env[node] for node in call.node.all_input_nodes if node.name in replaced}
+        for node in saved:
+            self.env[node] = replaced[node.name]
+        try:
+            return super().run_node(call.node)
+        finally:
+            self.env.update(saved)
+
+
+def zeroed(tensor: torch.Tensor, masks: dict[int, Mask]) -> torch.Tensor:
+    """``tensor`` with removed entries zero."""
+    for mask in masks.values():
+        tensor = torch.where(
+            torch.from_numpy(np.ascontiguousarray(mask)).to(tensor.device), tensor, torch.zeros_like(tensor)
+        )
+    return tensor
+
+
+def scattered(small: torch.Tensor, like: tuple[int, ...], masks: dict[int, Mask]) -> torch.Tensor:
+    """The inverse of :func:`select`: the kept part in its places, zeros elsewhere."""
+    numbers = torch.arange(int(np.prod(like))).reshape(like)
+    full = small.new_zeros(int(np.prod(like)))
+    full[select(numbers, masks).reshape(-1)] = small.reshape(-1)
+    return full.reshape(like)
+
+
+def _sum(run: _Silent, call: ops.Call) -> Any:
+    replaced = {}
+    for node in call.node.all_input_nodes:
+        if isinstance(run.env.get(node), torch.Tensor) and run.env[node].is_floating_point():
+            replaced[node.name] = zeroed(run.env[node], run.masks(node))
+    return run.again(call, **replaced)
+
+
+def _statistics(run: _Silent, call: ops.Call) -> Any:
+    """Normalisation over what is left."""
+    masks, x, eps = run.masks(call["input"]), run.tensor(call["input"]), call["eps"]
+
+    def left(name: str) -> Any:
+        return select(run.tensor(call[name]), run.masks(call[name])) if call[name] is not None else None
+
+    small, weight, bias = left("input"), left("weight"), left("bias")
+    if call.kind == "group_norm":
+        groups = _groups_left(call["num_groups"], masks.get(1), x.shape[1])
+        result = F.group_norm(small, groups, weight, bias, eps)
+    else:
+        shape = small.shape[small.dim() - _normalised(call) :]
+        if call.kind == "layer_norm":
+            result = F.layer_norm(small, shape, weight, bias, eps)
+        else:
+            result = F.rms_norm(small, shape, weight, eps)
+    return scattered(result, tuple(x.shape), masks)
+
+
+def _normalised(call: ops.Call) -> int:
+    shape = call["normalized_shape"]
+    return len(shape) if isinstance(shape, (tuple, list)) else 1
+
+
+def _groups_left(groups: int, mask: Mask | None, channels: int) -> int:
+    if mask is None:
+        return groups
+    left = mask.reshape(-1).reshape(groups, channels // groups).any(axis=1)
+    return int(left.sum())
+
+
+def _over_what_is_left(run: _Silent, call: ops.Call) -> Any:
+    """A reduction or a softmax of the kept part, put back in place."""
+    source = call["input"]
+    small = select(run.tensor(source), run.masks(source))
+    result = run.again(call, **{source.name: small})
+    masks = run.masks(call.node)
+    if not isinstance(result, torch.Tensor) or not masks:
+        return result
+    return scattered(result, tuple(masks[d].shape[d] if d in masks else size for d, size in enumerate(result.shape)), masks)
+
+
+def _recurrent(run: _Silent, call: ops.Call) -> Any:
+    """A recurrence whose removed units have zeros in every tensor: they stay at zero."""
+    part = module_of(call.node)
+    saved = {}
+    with torch.no_grad():
+        for name, parameter in part.named_parameters():
+            masks = run.masks(ops.Attr(f"{call.node.target}.{name}"))
+            if masks:
+                saved[name] = parameter.clone()
+                parameter.copy_(zeroed(parameter, masks))
+        try:
+            return _sum(run, call)
+        finally:
+            for name, parameter in part.named_parameters():
+                if name in saved:
+                    parameter.copy_(saved[name])
+
+
+_SILENT: dict[str, Callable[[_Silent, ops.Call], Any]] = {
+    "contraction": _sum,
+    "attention": _sum,
+    "recurrent": _recurrent,
+    "layer_norm": _statistics,
+    "rms_norm": _statistics,
+    "group_norm": _statistics,
+    "softmax": _over_what_is_left,
+    "log_softmax": _over_what_is_left,
+    "normalize": _over_what_is_left,
+    "reduction": _over_what_is_left,
+}
+"""Kind or family → how it runs without the removed entries; everything else runs as it is."""

@@ -1,0 +1,336 @@
+"""One walk over a graph: every value gets labels by the rule of its operator, and what must match is merged.
+
+A rule is a function of the walk and a call that was read through the op table; it returns the call's :class:`Value` (or a
+structure of them). An operator without a rule freezes whatever reaches it, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxcompress.errors import PassError
+from fxcompress.graph import edit, ops
+from fxcompress.graph.channels.atoms import Atoms, Ints
+from fxcompress.graph.channels.labels import Label, Value
+from fxcompress.graph.channels.movement import Sites, move
+from fxcompress.graph.shapes import module_of
+
+__all__ = ["FAMILIES", "RULES", "Count", "Rule", "Walk", "rule"]
+
+
+@dataclass(frozen=True)
+class Count:
+    """An argument or module attribute that states how many channels (or groups) there are: one per atom that is kept."""
+
+    node: fx.Node
+    name: str
+    atoms: Ints
+    per_atom: int = 1
+
+
+@dataclass
+class Walk:
+    """The state of one walk, and what it found.
+
+    ``env``       node → Value, a structure of them, a constant tensor, or a plain value
+    ``tensors``   parameter or buffer → its labels by dimension (a tensor with several names counts under its first)
+    ``roles``     (tensor, dimension) → ``out``, ``in``, ``scale`` (of BatchNorm) or ``norm``, as its layer uses it
+    ``counts``    arguments that state a number of channels
+    ``alike``     tensor → others of its shape that lose what it loses
+    ``refused``   nodes to give up on, with the reason
+    ``attention`` splits that feed a product of two activations: heads and head dimensions
+    """
+
+    module: fx.GraphModule
+    sites: Sites
+    atoms: Atoms = field(default_factory=Atoms)
+    env: dict[fx.Node, Any] = field(default_factory=dict)
+    tensors: dict[str, Value] = field(default_factory=dict)
+    roles: dict[tuple[str, int], str] = field(default_factory=dict)
+    counts: list[Count] = field(default_factory=list)
+    attention: set[str] = field(default_factory=set)
+    opaque: dict[fx.Node, str] = field(default_factory=dict)
+
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        named = [
+            *self.module.named_parameters(remove_duplicate=False),
+            *self.module.named_buffers(remove_duplicate=False),
+        ]
+        self.state = dict(named)
+        first: dict[tuple[Any, ...], str] = {}
+        self.canonical = {name: first.setdefault(_identity(tensor), name) for name, tensor in named}
+        self.alike: dict[str, list[str]] = {}
+        for name in list(self.state):
+            self._see_through(name)
+
+    def _see_through(self, name: str) -> None:
+        """A weight with a mask goes by the dense weight below it, and the mask loses what the weight loses."""
+        held, found, rest = name.partition("parametrizations.")
+        leaf, _, part = rest.partition(".")
+        original = f"{held}parametrizations.{leaf}.original"
+        if not found or original not in self.state:
+            return
+        if part == "original":
+            self.canonical[f"{held}{leaf}"] = self.canonical[name]
+        elif self.state[name].shape == self.state[original].shape:
+            self.alike.setdefault(self.canonical[original], []).append(name)
+
+    def on(self, module: fx.GraphModule) -> Walk:
+        """The same walk over a copy of its module."""
+        nodes = dict(zip(self.module.graph.nodes, module.graph.nodes, strict=True))
+        return replace(
+            self,
+            module=module,
+            env={nodes[node]: value for node, value in self.env.items()},
+            counts=[replace(count, node=nodes[count.node]) for count in self.counts],
+            opaque={nodes[node]: reason for node, reason in self.opaque.items()},
+        )
+
+    def run(self) -> Walk:
+        """Walk the graph; returns self."""
+        for node in self.module.graph.nodes:
+            self.env[node] = self._visit(node)
+        return self
+
+    def _visit(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self.unlabelled(node)
+        if node.op == "get_attr":
+            return self.fetched(node)
+        if node.op == "output":
+            for value in self.inputs(node):
+                self.freeze(value, "it is an output of the model")
+            return None
+        if not self.inputs(node) and node.op != "call_module":
+            return self._made(node)
+        if node.name in self.refused:
+            return self.give_up(node, self.refused[node.name])
+        call = ops.read(node)
+        if call is None:
+            what = type(module_of(node)).__name__ if node.op == "call_module" else str(node.target)
+            return self.give_up(node, f"{what} has no rule")
+        found = RULES.get(call.kind) or FAMILIES.get(call.op.family)
+        if found is None:
+            return self.give_up(node, f"{call.kind} has no rule")
+        return found(self, call)
+
+    def unlabelled(self, node: fx.Node) -> Any:
+        meta = node.meta.get("tensor_meta")
+        if meta is None:
+            return node.args[0] if node.op == "placeholder" and node.args else None
+        return pytree.tree_map(lambda m: Value(tuple(m.shape)) if m is not None else None, meta, is_leaf=_is_meta)
+
+    def inputs(self, node: fx.Node) -> list[Value]:
+        """Every tensor a node reads."""
+        leaves = (leaf for source in node.all_input_nodes for leaf in pytree.tree_leaves(self.env[source]))
+        return [leaf for leaf in leaves if isinstance(leaf, Value)]
+
+    def _made(self, node: fx.Node) -> Any:
+        """A call on nothing but plain values and constant tensors."""
+        call = ops.read(node)
+        found = RULES.get(call.kind) if call is not None and call.kind in ("factory", "new") else None
+        return found(self, call) if found is not None and call is not None else self.constant(node)
+
+    def constant(self, node: fx.Node) -> Any:
+        """What a call gives that no label passes through: a plain value, a constant tensor, or a tensor that stays whole."""
+        found = self.evaluate_or_none(node)
+        if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in pytree.tree_leaves(found)):
+            return self.unlabelled(node)
+        return self.unlabelled(node) if found is None else found
+
+    def evaluate_or_none(self, node: fx.Node, device: str = "meta") -> Any:
+        """:meth:`evaluate`, or None where the call wants more than shapes."""
+        try:
+            return self.evaluate(node, device)
+        except Exception:  # whatever it wants: its result stays whole
+            return None
+
+    def evaluate_containers(self, node: fx.Node) -> Any:
+        """A container of what its items are known as."""
+        target: Any = node.target
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n])
+        return target(*args, **kwargs)
+
+    def evaluate(self, node: fx.Node, device: str = "meta", **special: Any) -> Any:
+        """Make a call on plain values and on empty tensors of the operands' shapes; ``special`` are operands by name."""
+        return evaluate(self.module, self.env, Spelling.of(node), device, special)
+
+    def plain(self, structure: Any, device: str = "meta") -> Any:
+        """Nodes replaced by their plain values, tensors by empty ones of their shape."""
+        return plain(self.env, structure, device, {})
+
+    # what rules use
+
+    def value(self, argument: Any) -> Value | None:
+        """An argument of a call as a value: a node's, or a parameter's; None for anything else."""
+        if isinstance(argument, ops.Attr):
+            return self.tensor(argument.name)
+        found = self.env.get(argument) if isinstance(argument, fx.Node) else None
+        if isinstance(found, torch.Tensor):
+            return Value(tuple(found.shape))
+        return found if isinstance(found, Value) else None
+
+    def operand(self, argument: Any) -> Value:
+        """An argument that must be a tensor, as a value."""
+        found = self.value(argument)
+        if found is None:
+            raise PassError(f"{argument} is not a tensor whose shape is known; trace the model with example inputs.")
+        return found
+
+    def tensor(self, name: str) -> Value:
+        """The labels of a parameter or buffer; made when first asked for. Integers are indices and counts, and stay."""
+        name = self.canonical.get(name, name)
+        if name not in self.tensors:
+            tensor = self.parameter(name)
+            value, shape = Value(tuple(tensor.shape)), tuple(tensor.shape)
+            for dim, size in enumerate(shape):
+                if size > 1 and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+                    value.labels[dim] = Label(self.atoms.new(*(size if d == dim else 1 for d in range(len(shape)))))
+            self.tensors[name] = value
+        return self.tensors[name]
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """The tensor that is learned under ``name``: below a parametrization the one that it starts from."""
+        return self.state[name] if name in self.state else edit.get_tensor(self.module, name)
+
+    def fetched(self, node: fx.Node) -> Any:
+        """What a get_attr node gives: labels for floats, the tensor itself for indices and flags."""
+        tensor = self.state.get(str(node.target))
+        if tensor is None:
+            found = edit.get_tensor(self.module, str(node.target))
+            return found if not found.is_floating_point() else Value(tuple(found.shape))
+        return self.tensor(str(node.target)) if tensor.is_floating_point() or tensor.dtype == torch.bool else tensor
+
+    def role(self, argument: Any, dim: int, role: str) -> None:
+        """Note how a layer uses a dimension of its parameter."""
+        if isinstance(argument, ops.Attr):
+            self.roles.setdefault((self.canonical.get(argument.name, argument.name), dim), role)
+
+    def freeze(self, value: Value | Label | None, reason: str) -> None:
+        """Every index of these dimensions stays."""
+        if isinstance(value, Label):
+            self.atoms.freeze(value.array, reason)
+        elif value is not None:
+            for label in value.labels.values():
+                self.atoms.freeze(label.array, reason)
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """The shape of a node's tensor, from its metadata."""
+        return tuple(node.meta["tensor_meta"].shape)
+
+    def give_up(self, node: fx.Node, reason: str) -> Any:
+        """Freeze all that reaches ``node`` and the parameters of its module; its results stay whole."""
+        where = f"{reason} ({place(node)})"
+        self.opaque[node] = reason
+        for value in self.inputs(node):
+            self.freeze(value, where)
+        if node.op == "call_module":
+            part = self.module.get_submodule(str(node.target))
+            for name in dict([*part.named_parameters(), *part.named_buffers()]):
+                self.freeze(self.tensor(f"{node.target}.{name}"), where)
+        return self.unlabelled(node)
+
+    def move(self, call: ops.Call, source: Any = None) -> Any:
+        """The result of a movement operator applied to ``source``, its first operand unless said otherwise."""
+        source = call["input"] if source is None else source
+        value = self.value(source)
+        if value is None:
+            return self.constant(call.node)
+        names = operand_names(call.node, source)
+
+        def run(tensor: torch.Tensor) -> Any:
+            return self.evaluate(call.node, tensor.device.type, **dict.fromkeys(names, tensor))
+
+        return move(self.atoms, self.sites, value, run, place(call.node))
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A call as a graph writes it."""
+
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Spelling:
+        return cls(node.op, node.target, node.args, dict(node.kwargs))
+
+
+def plain(env: Mapping[fx.Node, Any], structure: Any, device: str, special: Mapping[str, Any]) -> Any:
+    """Nodes replaced by ``special`` values by name, or by what ``env`` holds, values as empty tensors of their shape."""
+
+    def look(node: fx.Node) -> Any:
+        if node.name in special:
+            return special[node.name]
+        return pytree.tree_map_only(Value, lambda v: torch.empty(v.shape, device=device), env[node])
+
+    return fx.node.map_arg(structure, look)
+
+
+def evaluate(
+    module: fx.GraphModule, env: Mapping[fx.Node, Any], call: Spelling, device: str, special: Mapping[str, Any]
+) -> Any:
+    """Make a call on :func:`plain` operands."""
+    args, kwargs = plain(env, (call.args, call.kwargs), device, special)
+    if call.op == "call_module":
+        return module.get_submodule(str(call.target))(*args, **kwargs)
+    target = getattr(torch.Tensor, str(call.target)) if call.op == "call_method" else call.target
+    return target(*args, **kwargs)
+
+
+def operand_names(node: fx.Node, source: Any) -> list[str]:
+    """The names of the nodes that stand for ``source`` among a node's operands."""
+    return [n.name for n in node.all_input_nodes if n is source or _fetches(n, source)]
+
+
+def _fetches(node: fx.Node, source: Any) -> bool:
+    return isinstance(source, ops.Attr) and node.op == "get_attr" and str(node.target) == source.name
+
+
+def _is_meta(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same memory seen in the same way."""
+    if tensor.numel() == 0 or tensor.is_meta:
+        return (id(tensor),)
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def place(node: fx.Node) -> str:
+    """The name people know a node by: its layer, or the node in the layer whose code made it."""
+    if node.op == "call_module":
+        return str(node.target)
+    owner = ops.owner_name(node)
+    return f"{owner}:{node.name}" if owner else node.name
+
+
+Rule = Callable[[Walk, ops.Call], Any]
+
+RULES: dict[str, Rule] = {}
+"""Kind → rule."""
+
+FAMILIES: dict[str, Rule] = {}
+"""Family → the rule of its kinds that have none of their own."""
+
+
+def rule(*names: str, table: dict[str, Rule] = RULES) -> Callable[[Rule], Rule]:
+    """Put a rule into a table under these names."""
+
+    def put(function: Rule) -> Rule:
+        for name in names:
+            table[name] = function
+        return function
+
+    return put

@@ -1,0 +1,272 @@
+"""Which units go: budgets by group, overall, by parameters, by multiply-accumulates, by latency."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxcompress.errors import ConfigError, did_you_mean
+from fxcompress.graph.channels import ChannelGroup, Channels
+from fxcompress.graph.channels.kept import Kept
+from fxcompress.graph.select import Selection
+from fxcompress.pruning import criteria
+from fxcompress.pruning.masks import check_sparsity
+
+__all__ = ["Budget", "choose", "removed_classes", "sparsities"]
+
+Choice = dict[str, list[int]]
+"""Group → positions of the units that go, counted through the group's blocks."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much goes.
+
+    ``sparsity``       share of the units that go, in every group, or over all groups where ``global_pruning``
+    ``layers``         group → a share of its own (names, globs)
+    ``round_to``       what remains of a layer is a multiple of this, where it has more
+    ``min_kept``       units that every group (every block of it) keeps
+    ``max_ratio``      the share that may go from one group
+    ``normalisation``  how scores of groups are made comparable
+    ``uniform``        groups of one shape keep the same number
+    """
+
+    sparsity: float = 0.5
+    layers: Mapping[str, float] = field(default_factory=dict)
+    global_pruning: bool = False
+    round_to: int = 8
+    min_kept: int = 1
+    max_ratio: float = 1.0
+    normalisation: str = "mean"
+    uniform: bool = False
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+        for name, share in self.layers.items():
+            try:
+                check_sparsity(share)
+            except ConfigError as error:
+                raise ConfigError(f"layers[{name!r}]: {error}") from error
+        for name, value in (("round_to", self.round_to), ("min_kept", self.min_kept)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it is a positive integer.")
+        if not 0.0 < self.max_ratio <= 1.0:
+            raise ConfigError(f"max_ratio is {self.max_ratio!r}; it is a number in (0, 1].")
+
+
+def sparsities(channels: Channels, budget: Budget) -> dict[str, float]:
+    """Group → the share asked of it. Raises ConfigError for a name in ``layers`` that no group has."""
+    asked = {}
+    for pattern in budget.layers:
+        selection = Selection((pattern,))
+        if not any(_layer(group) in selection or group.name == pattern for group in channels.groups):
+            names = [group.name for group in channels.groups]
+            raise ConfigError(f"no channel group is called {pattern!r}.{did_you_mean(pattern, names)}")
+    for group in channels.groups:
+        asked[group.name] = budget.sparsity
+        for pattern, share in budget.layers.items():
+            if group.name == pattern or _layer(group) in Selection((pattern,)):
+                asked[group.name] = share
+    return asked
+
+
+def _layer(group: ChannelGroup) -> str:
+    return group.name.partition("#")[0]
+
+
+def choose(
+    channels: Channels,
+    scores: Mapping[str, Tensor],
+    budget: Budget,
+    measure: Callable[[Choice], float] | None = None,
+    target: float | None = None,
+) -> Choice:
+    """The units that go. With ``measure`` (a cost of what is left) and ``target``, as many as bring the cost down to it.
+
+    Units of several blocks go together: one of each, the smallest of its block. Ties go by position. What remains of every
+    tensor is never empty.
+    """
+    ladders = [_Ladder(channels, group, scores[group.name], budget) for group in channels.groups]
+    if measure is not None and target is not None:
+        counts = _bisect(channels, ladders, budget, measure, target)
+    elif budget.global_pruning:
+        counts = _globally(ladders, budget)
+    else:
+        asked = sparsities(channels, budget)
+        counts = [ladder.nearest(ladder.size - asked[ladder.group.name] * ladder.size) for ladder in ladders]
+    if budget.uniform:
+        counts = _alike(channels, ladders, counts)
+    return _take(channels, ladders, counts)
+
+
+class _Ladder:
+    """A group's units in the order they go: rung i takes the i-th smallest of every block."""
+
+    def __init__(self, channels: Channels, group: ChannelGroup, scores: Tensor, budget: Budget) -> None:
+        self.group, self.size = group, group.blocks.shape[1]
+        flat = criteria.normalise(scores.reshape(-1), budget.normalisation).reshape(scores.shape)
+        self.order = torch.argsort(flat, dim=1, stable=True)
+        self.cost = flat.gather(1, self.order).mean(0).tolist()
+        step = budget.round_to // math.gcd(budget.round_to, self._slices(channels))
+        blocks = len(group.blocks)
+        self.step = step if self.size > step or blocks == 1 else step // math.gcd(step, blocks)
+        self.least = min(self.size, max(budget.min_kept, math.ceil(self.size * (1 - budget.max_ratio) - 1e-9), 1))
+        self.layer_size = self.size * blocks * self._slices(channels)
+        self.round_to = budget.round_to
+
+    def _slices(self, channels: Channels) -> int:
+        """How many channels of its layer one unit is."""
+        for key, roots in self.group.slices.items():
+            if channels.walk.roles.get(key) == "out":
+                return max(1, int(np.isin(roots, self.group.blocks).sum()) // self.group.size)
+        return 1
+
+    def nearest(self, kept: float) -> int:
+        """The allowed number nearest to ``kept``, the larger of two."""
+        kept = min(max(kept, self.least), self.size)
+        if kept >= self.size or self.layer_size <= self.round_to:
+            return int(min(self.size, math.floor(kept + 0.5)))
+        rounded = math.floor(kept / self.step + 0.5) * self.step
+        while rounded < self.least:
+            rounded += self.step
+        return int(min(rounded, self.size))
+
+    def steps(self) -> list[int]:
+        """Every allowed number, from all down to the least."""
+        return sorted({self.nearest(kept) for kept in range(self.least, self.size + 1)}, reverse=True)
+
+
+def _globally(ladders: list[_Ladder], budget: Budget) -> list[int]:
+    """The lowest rungs of all ladders, then the nearest allowed numbers, then the total mended step by step."""
+    total = sum(ladder.group.size for ladder in ladders)
+    wanted = round(budget.sparsity * total)
+    kept = [ladder.size for ladder in ladders]
+    gone = 0
+    for _, index in _rungs(ladders):
+        blocks = len(ladders[index].group.blocks)
+        if gone >= wanted:
+            break
+        if kept[index] > ladders[index].least:
+            kept[index] -= 1
+            gone += blocks
+    counts = [ladder.nearest(k) for ladder, k in zip(ladders, kept, strict=True)]
+    return _mend(ladders, counts, kept, total - wanted)
+
+
+def _rungs(ladders: list[_Ladder]) -> list[tuple[float, int]]:
+    """(cost, ladder) of every rung, cheapest first; rungs of one ladder stay in order."""
+    rungs = [(cost, index) for index, ladder in enumerate(ladders) for cost in ladder.cost]
+    return sorted(rungs)
+
+
+def _mend(ladders: list[_Ladder], counts: list[int], wished: list[int], wanted: int) -> list[int]:
+    """Move single ladders by one step while that brings the total nearer to what is wanted."""
+    counts = list(counts)
+    while True:
+        gap = sum(c * len(ladder.group.blocks) for c, ladder in zip(counts, ladders, strict=True)) - wanted
+        best: tuple[int, float, int, int] | None = None
+        for index, ladder in enumerate(ladders):
+            allowed = ladder.steps()
+            place = allowed.index(counts[index]) if counts[index] in allowed else 0
+            other = place + (1 if gap > 0 else -1)
+            if not 0 <= other < len(allowed):
+                continue
+            moved = abs(gap + (allowed[other] - counts[index]) * len(ladder.group.blocks))
+            key = (moved, abs(allowed[other] - wished[index]), index, allowed[other])
+            if moved < abs(gap) and (best is None or key < best):
+                best = key
+        if best is None:
+            return counts
+        counts[best[2]] = best[3]
+
+
+def _bisect(
+    channels: Channels, ladders: list[_Ladder], budget: Budget, measure: Callable[[Choice], float], target: float
+) -> list[int]:
+    """The fewest rungs that bring the cost down to ``target``, or the neighbour that is nearer to it."""
+
+    def counts(rungs: int) -> list[int]:
+        kept = [ladder.size for ladder in ladders]
+        for index in order[:rungs]:
+            kept[index] = max(kept[index] - 1, ladders[index].least)
+        return [ladder.nearest(k) for ladder, k in zip(ladders, kept, strict=True)]
+
+    def cost(rungs: int) -> float:
+        return measure(_take(channels, ladders, counts(rungs)))
+
+    if budget.global_pruning:
+        order = [index for _, index in _rungs(ladders)]
+    else:
+        places = [((i + 1) / ladder.size, index) for index, ladder in enumerate(ladders) for i in range(ladder.size)]
+        order = [index for _, index in sorted(places)]
+    low, high = 0, len(order)
+    if cost(high) > target:
+        return counts(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cost(middle) <= target else (middle, high)
+    nearer = abs(cost(low) - target) < abs(cost(high) - target)
+    return counts(low if nearer else high)
+
+
+def _alike(channels: Channels, ladders: list[_Ladder], counts: list[int]) -> list[int]:
+    """Groups whose layers have one shape keep their mean number."""
+    kinds: dict[object, list[int]] = {}
+    for index, ladder in enumerate(ladders):
+        shapes = tuple(channels.walk.tensors[name].shape for name, _ in ladder.group.slices)
+        kinds.setdefault((ladder.group.blocks.shape, shapes), []).append(index)
+    counts = list(counts)
+    for members in kinds.values():
+        mean = sum(counts[i] for i in members) / len(members)
+        for index in members:
+            counts[index] = ladders[index].nearest(mean)
+    return counts
+
+
+def _take(channels: Channels, ladders: list[_Ladder], counts: list[int]) -> Choice:
+    chosen: Choice = {}
+    for ladder, kept in zip(ladders, counts, strict=True):
+        gone = ladder.order[:, : ladder.size - kept]
+        offsets = torch.arange(len(gone))[:, None] * ladder.size
+        chosen[ladder.group.name] = (gone + offsets).reshape(-1).sort().values.tolist()
+    return _none_empty(channels, ladders, chosen)
+
+
+def _none_empty(channels: Channels, ladders: list[_Ladder], chosen: Choice) -> Choice:
+    """Give back a rung of the groups whose loss would leave some tensor without any index."""
+    while True:
+        empty = _emptied(channels, removed_classes(channels, chosen))
+        if not len(empty):
+            return chosen
+        for ladder in ladders:
+            gone = chosen[ladder.group.name]
+            hit = np.isin(ladder.group.blocks, empty)
+            if not gone or not hit.any():
+                continue
+            back = []
+            for block, order in enumerate(ladder.order.tolist()):
+                out = [u for u in order if u + block * ladder.size in gone]
+                own = [u for u in out if hit[block, u]] or out
+                back.append(own[-1] + block * ladder.size)
+            chosen[ladder.group.name] = [u for u in gone if u not in back]
+            break
+
+
+def _emptied(channels: Channels, removed: np.ndarray) -> np.ndarray:
+    """The classes of the first labelled dimension that would lose every index; empty where there is none."""
+    kept = Kept.without(channels.root, removed)
+    for array in channels.dimensions():
+        if not kept.flags[array].any():
+            return np.unique(channels.root[array])
+    return np.empty(0, dtype=np.int64)
+
+
+def removed_classes(channels: Channels, chosen: Choice) -> np.ndarray:
+    """The classes of the chosen units."""
+    parts = [group.blocks.ravel()[chosen[group.name]] for group in channels.groups if chosen.get(group.name)]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)

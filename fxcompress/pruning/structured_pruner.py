@@ -1,0 +1,216 @@
+"""Structured pruning: whole channels go. Each pruner is a short plan over a traced graph."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcompress.errors import ConfigError
+from fxcompress.graph.channels import ChannelGroup, Channels
+from fxcompress.graph.inputs import Arguments, arguments
+from fxcompress.graph.shapes import tensor_meta
+from fxcompress.graph.trace import is_traced, region_inputs
+from fxcompress.ledger import Ledger
+from fxcompress.manager import PassManager
+from fxcompress.pass_base import Context
+from fxcompress.plan import Plan
+from fxcompress.pruning.pruning_plan import GroupPlan, PruningPlan
+from fxcompress.training import History, Recipe, train
+
+__all__ = ["ChannelPruner", "FilterPruner", "StructuredPruner"]
+
+
+class StructuredPruner:
+    """Removes the least important channels, with everything that depends on them.
+
+    ``sparsity``        share of channels that go, of every group, or over all groups with ``global_pruning``, in [0, 1)
+    ``pruning_dim``     0: groups are named and scored by the layers that make their channels; 1: by those that read them
+    ``criterion``       ``l1_norm``, ``l2_norm``, ``bn_scale``, ``taylor``, ``hrank``, ``fpgm`` or ``random``
+    ``exclude_layers``  names or globs of layers whose channels stay, with everything tied to them
+    ``round_to``        what remains of a layer is a multiple of this, where it has more
+
+    ``target`` asks for a share of ``parameters``, ``macs`` or measured ``latency`` instead; ``layers`` gives single groups a
+    share of their own; ``uniform_across_layers`` keeps like layers alike; ``policy`` is ``exact``, ``approximate`` or
+    ``compensate`` (which also recalibrates BatchNorm where data is given). Shapes come from ``example_inputs`` or data. The
+    caller's model stays as it is. :attr:`ledger` holds the rows of the last call.
+    """
+
+    def __init__(
+        self,
+        sparsity: float = 0.5,
+        pruning_dim: int = 0,
+        criterion: str = "l1_norm",
+        global_pruning: bool = False,
+        exclude_layers: Sequence[str] = (),
+        round_to: int = 8,
+        *,
+        layers: Mapping[str, float] | None = None,
+        target: Mapping[str, float] | None = None,
+        min_kept: int = 1,
+        max_ratio: float = 1.0,
+        normalisation: str = "mean",
+        uniform_across_layers: bool = False,
+        prune_heads: bool = False,
+        prune_head_dim: bool = True,
+        policy: str = "approximate",
+        example_inputs: Any = None,
+        prove: bool = True,
+        strict: bool = False,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> None:
+        if pruning_dim not in (0, 1) or isinstance(pruning_dim, bool):
+            raise ConfigError(f"pruning_dim is {pruning_dim!r}; it is 0 (output channels) or 1 (input channels).")
+        self.sparsity, self.criterion, self.example_inputs = sparsity, criterion, example_inputs
+        self.options: dict[str, Any] = {
+            "sparsity": sparsity,
+            "dimension": ("out", "in")[pruning_dim],
+            "criterion": criterion,
+            "global_pruning": global_pruning,
+            "exclude_layers": list(exclude_layers),
+            "round_to": round_to,
+            "layers": dict(layers or {}),
+            "target": dict(target or {}),
+            "min_kept": min_kept,
+            "max_ratio": max_ratio,
+            "normalisation": normalisation,
+            "uniform": uniform_across_layers,
+            "prune_heads": prune_heads,
+            "prune_head_dim": prune_head_dim,
+            "policy": policy,
+            "prove": prove,
+            "strict": strict,
+            "seed": seed,
+        }
+        self.ledger = Ledger()
+        self._progress = progress
+        self.plan()
+
+    def plan(self, pruning_plan: PruningPlan | None = None, *, recalibrate: bool = False, **options: Any) -> Plan:
+        """What :meth:`prune` runs."""
+        chosen = {**self.options, **options}
+        if pruning_plan is not None:
+            chosen |= {**pruning_plan.options, "plan": {"groups": pruning_plan.as_data()["groups"]}}
+        steps: list[Any] = ["open-attention", {"prune-channels": chosen}]
+        return Plan.parse([*steps, "recalibrate-batchnorm"] if recalibrate else steps)
+
+    def compute_importance(
+        self, model: nn.Module, example_inputs: Any = None, data: Iterable[Any] | None = None
+    ) -> dict[str, Tensor]:
+        """Channel group → the score of every unit, [blocks, units]; the smallest go first."""
+        found: dict[str, Tensor] = {}
+        for step, channels, context in self._analysed(model, example_inputs, data):
+            found |= step.importance(channels, context)
+        return found
+
+    def get_pruning_plan(
+        self,
+        model: nn.Module,
+        sparsity: float | Mapping[str, float] | None = None,
+        example_inputs: Any = None,
+        data: Iterable[Any] | None = None,
+    ) -> PruningPlan:
+        """Which units would go: a table to print, edit, save, and apply to this model or a fresh copy of it.
+
+        ``sparsity`` is a share, or group (or layer, or glob) → share; groups that are not named then stay whole.
+        """
+        options: dict[str, Any] = {}
+        if isinstance(sparsity, Mapping):
+            options = {"sparsity": 0.0, "layers": dict(sparsity), "target": {}}
+        elif sparsity is not None:
+            options = {"sparsity": sparsity, "target": {}}
+        plan = PruningPlan(options={k: self.options[k] for k in _ANALYSIS})
+        for step, channels, context in self._analysed(model, example_inputs, data, **options):
+            chosen = step.choose(channels, context)
+            for group in channels.groups:
+                plan.groups[group.name] = GroupPlan(group.size, chosen[group.name], len(group.blocks))
+        return plan
+
+    def groups(self, model: nn.Module, example_inputs: Any = None) -> list[ChannelGroup]:
+        """The channel groups of a model."""
+        return [group for _, channels, _ in self._analysed(model, example_inputs, None) for group in channels.groups]
+
+    def prune(
+        self,
+        model: nn.Module,
+        pruning_plan: PruningPlan | str | os.PathLike[str] | None = None,
+        example_inputs: Any = None,
+        data: Iterable[Any] | None = None,
+    ) -> fx.GraphModule:
+        """The smaller model; the plan is an object, the path of a saved one, or chosen now."""
+        if isinstance(pruning_plan, (str, os.PathLike)):
+            pruning_plan = PruningPlan.load(pruning_plan)
+        recalibrate = self.options["policy"] == "compensate" and data is not None
+        return self._run(self.plan(pruning_plan, recalibrate=recalibrate), model, example_inputs, data)
+
+    def finetune_after_prune(
+        self, model: nn.Module, dataloader: Iterable[Any], *, loss: Any = "cross_entropy", **options: Any
+    ) -> History:
+        """Train the pruned model in place; returns its history. ``options`` are those of a :class:`Recipe`, or of
+        :func:`fxcompress.training.train`."""
+        names = {f.name for f in fields(Recipe)}
+        recipe = Recipe(**{k: v for k, v in options.items() if k in names})
+        rest = {k: v for k, v in options.items() if k not in names}
+        return train(model, dataloader, recipe, loss=loss, **{"progress": self._progress, **rest})
+
+    def _inputs(self, model: nn.Module, example_inputs: Any) -> Any:
+        given = self.example_inputs if example_inputs is None else example_inputs
+        return _from_metadata(model) if given is None else given
+
+    def _analysed(
+        self, model: nn.Module, example_inputs: Any, data: Iterable[Any] | None, **options: Any
+    ) -> Iterator[tuple[Any, Channels, Context]]:
+        """(pass, channels, context) of every region of a traced copy."""
+        step: Any = Plan.parse([{"prune-channels": {**self.options, **options}}]).steps[0]
+        opened = self._run(Plan.parse(["open-attention"]), model, example_inputs, data)
+        call = arguments(self._inputs(opened, example_inputs))
+        context = Context(inputs=region_inputs(opened, call), data=data, seed=self.options["seed"], progress=self._progress)
+        for region, channels in step.analysed(opened, context).items():
+            with context.in_region(region):
+                yield step, channels, context
+
+    def _run(self, plan: Plan, model: nn.Module, example_inputs: Any, data: Iterable[Any] | None) -> fx.GraphModule:
+        _check_finite(model)
+        manager = PassManager(plan, progress=self._progress)
+        self.ledger = manager.ledger
+        return manager.run(model, self._inputs(model, example_inputs), data)
+
+
+_ANALYSIS = ("exclude_layers", "prune_heads", "prune_head_dim", "policy", "dimension")
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ConfigError(f"{name} holds NaN or infinite values; no criterion ranks them. Mend the weights first.")
+
+
+def _from_metadata(model: nn.Module) -> Any:
+    """Inputs of the shapes that a traced model was traced with; None where it does not tell."""
+    if not is_traced(model):
+        return None
+    assert isinstance(model, fx.GraphModule)
+    metas = {n.target: tensor_meta(n) for n in model.graph.nodes if n.op == "placeholder" and not n.args}
+    if not metas or any(meta is None for meta in metas.values()):
+        return None
+    made = [torch.zeros(meta.shape, dtype=meta.dtype) for meta in metas.values() if meta is not None]
+    return Arguments(tuple(made), {})
+
+
+class FilterPruner(StructuredPruner):
+    """Structured pruning by the filters that make channels: :class:`StructuredPruner` with ``pruning_dim`` 0."""
+
+    def __init__(self, sparsity: float = 0.5, **options: Any) -> None:
+        super().__init__(sparsity, pruning_dim=0, **options)
+
+
+class ChannelPruner(StructuredPruner):
+    """Structured pruning by the weights that read channels: :class:`StructuredPruner` with ``pruning_dim`` 1."""
+
+    def __init__(self, sparsity: float = 0.5, **options: Any) -> None:
+        super().__init__(sparsity, pruning_dim=1, **options)

@@ -1,0 +1,264 @@
+"""prune-channels: whole channels go, with everything that belongs to them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import fx
+
+from fxcompress.errors import ConfigError, PassError, VerificationError
+from fxcompress.graph.channels import Channels, analyse, predict
+from fxcompress.graph.channels.cut import Cut, UnprovableError, cut
+from fxcompress.graph.channels.kept import Kept
+from fxcompress.graph.channels.proof import prove
+from fxcompress.graph.island import regions
+from fxcompress.graph.select import Selection
+from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
+from fxcompress.pruning.compensation import compensation, fold
+from fxcompress.pruning.importance import check_criterion, scores
+from fxcompress.pruning.latency import latency
+from fxcompress.pruning.parametrized import settle
+from fxcompress.pruning.pruning_plan import GroupPlan, PruningPlan
+from fxcompress.pruning.selection import Budget, choose, removed_classes
+
+__all__ = ["PruneChannels"]
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
+"""The relative error that rounding may cause, by the precision of the parameters; anything coarser: 5e-2."""
+
+ANALYSIS = ("exclude_layers", "prune_heads", "prune_head_dim", "policy", "dimension")
+"""The options that decide which groups there are."""
+
+
+@dataclass(frozen=True)
+class PruneChannels(Pass):
+    """Remove the least important channels: parameters, buffers, attributes and the numbers in the graph shrink together.
+
+    Options: ``sparsity``, the share of channels that go from every group, or over all groups with ``global_pruning``;
+    ``layers``, a share for single groups (names, globs); ``target``, instead, the share of ``parameters``, ``macs`` or
+    ``latency`` that stays; ``criterion`` with ``dimension`` (score a channel by the weights that make it, ``out``, or that
+    read it, ``in``), ``reduction`` and ``normalisation``; ``round_to``, ``min_kept``, ``max_ratio``, ``uniform``;
+    ``exclude_layers``, whose channels stay with everything tied to them; ``prune_heads`` and ``prune_head_dim`` for
+    attention; ``policy``: ``exact`` leaves alone what changes remaining values, ``approximate`` allows it, ``compensate``
+    folds the mean of removed channels into biases; ``plan``, a saved pruning plan to apply instead of choosing;
+    ``prove``: hold the analysis and the smaller model against the dense one; ``strict``: an operator nobody knows is an
+    error instead of a frozen channel.
+    """
+
+    name: ClassVar[str] = "prune-channels"
+    needs: ClassVar[tuple[str, ...]] = ("inputs",)
+    promise: ClassVar[Promise] = APPROXIMATE
+
+    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    layers: dict[str, float] = field(default_factory=dict)
+    target: dict[Literal["parameters", "macs", "latency"], float] = field(default_factory=dict)
+    criterion: str = "l1_norm"
+    global_pruning: bool = False
+    dimension: Literal["out", "in"] = "out"
+    reduction: Literal["sum", "mean", "max", "norm"] | None = None
+    normalisation: Literal["mean", "max", "none"] = "mean"
+    round_to: Annotated[int, Field(ge=1)] = 8
+    min_kept: Annotated[int, Field(ge=1)] = 1
+    max_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    uniform: bool = False
+    exclude_layers: tuple[str, ...] = ()
+    prune_heads: bool = False
+    prune_head_dim: bool = True
+    policy: Literal["exact", "approximate", "compensate"] = "approximate"
+    plan: dict[str, Any] | None = None
+    prove: bool = True
+    strict: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_criterion(self.criterion)
+        self._budget()
+        if self.plan is not None:
+            PruningPlan.from_data(self.plan)
+        if len(self.target) > 1 or any(not 0.0 < share <= 1.0 for share in self.target.values()):
+            raise ConfigError(f"target is {self.target!r}; it is one of parameters, macs, latency with a share in (0, 1].")
+
+    def run_model(self, model: fx.GraphModule, context: Context) -> None:
+        found = self.analysed(model, context)
+        groups = [group for channels in found.values() for group in channels.groups]
+        if self.plan is not None:
+            PruningPlan.from_data(self.plan).check(groups)
+        if not groups:
+            reasons = [f"{frozen.layer}: {frozen.reason}" for channels in found.values() for frozen in channels.frozen]
+            raise PassError(
+                "no channel can be removed, every one is frozen:\n  " + "\n  ".join(reasons[:20] or ["no layers"])
+            )
+        for region, channels in found.items():
+            with context.in_region(region):
+                self._prune(channels, context)
+
+    def analysed(self, model: fx.GraphModule, context: Context) -> dict[str, Channels]:
+        """The channel groups of every region of a traced model, whose computed weights are made plain first."""
+        Selection(None, self.exclude_layers).check(model)
+        found: dict[str, Channels] = {}
+        for region, module in regions(model).items():
+            with context.in_region(region):
+                for name, reason in settle(module):
+                    context.note(name, reason)
+                found[region] = self.analyse(module, context)
+                self._report(found[region], context)
+        return found
+
+    def _prune(self, channels: Channels, context: Context) -> None:
+        """Choose, cut and prove in one region."""
+        module = channels.walk.module
+        if not channels.groups:
+            return
+        dense = copy.deepcopy(module) if self.prove and context.example() is not None else None
+        refused: dict[str, str] = {}
+        while True:
+            removed = self._removed(channels, context)
+            folded = compensation(channels, removed, context) if self.policy == "compensate" else {}
+            try:
+                done = cut(channels, removed)
+                break
+            except UnprovableError as error:
+                refused[error.node] = "no form of its numbers is proved right"
+                context.skip(error.node, f"nothing is cut through it: {error}")
+                channels = self.analyse(module, context, refused)
+        fold(channels, removed, folded)
+        module.meta.setdefault("pruning", []).append(self._record(channels, removed, done))
+        self._account(channels, removed, context)
+        if dense is not None and not folded:
+            self._prove(channels, removed, dense, context)
+
+    def analyse(self, module: fx.GraphModule, context: Context, refused: dict[str, str] | None = None) -> Channels:
+        """The channel groups of one region under this pass's options."""
+        frozen = {}
+        prefix = f"{context.region}." if context.region else ""
+        named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        for pattern in self.exclude_layers:
+            excluded = Selection((pattern,))
+            for name, _ in named:
+                if prefix + name in excluded:
+                    frozen[name] = f"layer {pattern!r} is excluded by name"
+        channels = analyse(
+            module,
+            frozen=frozen,
+            exact=self.policy == "exact",
+            heads=self.prune_heads,
+            head_dims=self.prune_head_dim,
+            dimension=self.dimension,
+            refused=refused,
+        )
+        channels.groups = [replace(group, name=prefix + group.name) for group in channels.groups]
+        if self.strict and channels.walk.opaque:
+            node, reason = next(iter(channels.walk.opaque.items()))
+            raise PassError(f"{node.name!r}: {reason}. With strict=True every operator must have a rule.")
+        return channels
+
+    def importance(self, channels: Channels, context: Context) -> dict[str, torch.Tensor]:
+        """Group → the score of every unit."""
+        return scores(
+            channels,
+            self.criterion,
+            data=context.data if self.criterion in ("taylor", "hrank") else None,
+            dimension=self.dimension,
+            reduction=self.reduction,
+            seed=self.seed,
+            skip=context.note,
+        )
+
+    def choose(self, channels: Channels, context: Context) -> dict[str, list[int]]:
+        """The units that go, by group."""
+        found = self.importance(channels, context)
+        if not self.target:
+            return choose(channels, found, self._budget())
+        share, measure = next(iter(self.target.values())), self._measure(channels, context)
+        return choose(channels, found, self._budget(), measure, share * measure({}))
+
+    def _budget(self) -> Budget:
+        return Budget(
+            self.sparsity,
+            self.layers,
+            self.global_pruning,
+            self.round_to,
+            self.min_kept,
+            self.max_ratio,
+            self.normalisation,
+            self.uniform,
+        )
+
+    def _measure(self, channels: Channels, context: Context) -> Callable[[dict[str, list[int]]], float]:
+        what = next(iter(self.target))
+        call = context.example()
+        if what == "latency" and call is not None:
+            return lambda chosen: latency(channels, removed_classes(channels, chosen), call)
+        count = {"parameters": predict.parameters, "macs": predict.macs}[what]
+        return lambda chosen: float(count(channels, Kept.without(channels.root, removed_classes(channels, chosen))))
+
+    def _removed(self, channels: Channels, context: Context) -> np.ndarray:
+        if self.plan is None:
+            return removed_classes(channels, self.choose(channels, context))
+        plan = PruningPlan.from_data(self.plan)
+        return removed_classes(channels, {name: group.remove for name, group in plan.groups.items()})
+
+    def _report(self, channels: Channels, context: Context) -> None:
+        for frozen in channels.frozen:
+            context.skip(frozen.layer, frozen.reason)
+        for node, reason in channels.walk.opaque.items():
+            context.skip(node, f"{reason}: what reaches it stays")
+        inexact = [group for group in channels.groups if group.inexact]
+        units = sum(group.size for group in channels.groups)
+        if units:
+            share = 1 - sum(group.size for group in inexact) / units
+            context.note("", f"{share:.1%} of {units} removable units go without changing what remains ({self.policy})")
+        for group in inexact:
+            context.note(group.name, group.inexact)
+
+    def _record(self, channels: Channels, removed: np.ndarray, done: Cut) -> dict[str, Any]:
+        """What was done, as plain data: enough to do it again to a fresh model, and to know that it was the same."""
+        groups = {
+            group.name: GroupPlan(
+                group.size, np.flatnonzero(np.isin(group.blocks.ravel(), removed)).tolist(), len(group.blocks)
+            )
+            for group in channels.groups
+        }
+        options = {name: getattr(self, name) for name in ANALYSIS if getattr(self, name) != getattr(type(self), name)}
+        kept = {
+            name: {dim: np.flatnonzero(mask).tolist() for dim, mask in masks.items()}
+            for name, (_, _, masks) in done.tensors.items()
+        }
+        return {**PruningPlan(groups, options).as_data(), "kept": kept, "literals": dict(done.calls)}
+
+    def _account(self, channels: Channels, removed: np.ndarray, context: Context) -> None:
+        total = sum(group.size for group in channels.groups)
+        gone = len(removed)
+        context.note("", f"{gone} of {total} units removed ({gone / total if total else 0.0:.2%})")
+        for group in channels.groups:
+            lost = int(np.isin(group.blocks, removed).sum())
+            asked = self.layers.get(group.name, self.sparsity) * group.size
+            if self.plan is None and not self.target and not self.global_pruning and abs(lost - asked) >= len(group.blocks):
+                context.note(
+                    group.name, f"{lost} of {group.size} units removed where {asked:.1f} were asked (round_to, min_kept)"
+                )
+
+    def _prove(self, channels: Channels, removed: np.ndarray, dense: fx.GraphModule, context: Context) -> None:
+        call = context.example()
+        assert call is not None
+        errors = prove(channels, removed, dense, call, self.seed)
+        tolerance = TOLERANCE.get(_precision(dense), 5e-2)
+        for oracle, error in errors.items():
+            if not error <= tolerance:
+                raise VerificationError(
+                    f"the {oracle} oracle finds a relative error of {error:.2g} (rounding explains {tolerance:.0e}): "
+                    "the channel analysis of this model is wrong. Nothing was pruned in your model; please report it."
+                )
+        context.note("", "proved: " + ", ".join(f"{oracle} error {error:.1e}" for oracle, error in errors.items()))
+
+
+def _precision(module: fx.GraphModule) -> torch.dtype:
+    """The coarsest floating-point type among the parameters."""
+    kinds = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    return max(kinds, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)

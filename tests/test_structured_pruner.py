@@ -1,0 +1,126 @@
+"""Structured pruners: importance, plans, budgets, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fxcompress.errors import ConfigError, FxCompressError, PassError
+from fxcompress.pruning import ChannelPruner, PruningPlan, StructuredPruner
+
+X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def network(width: int = 16) -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, 5),
+    ).eval()
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_importance_is_the_norm_of_the_filters() -> None:
+    model = network()
+    found = StructuredPruner().compute_importance(model, X)
+    expected = model[0].weight.detach().double().abs().sum((1, 2, 3))
+    close(found["0"].reshape(-1), expected)
+    squared = StructuredPruner(criterion="l2_norm").compute_importance(model, X)
+    close(squared["3"].reshape(-1), model[3].weight.detach().double().square().sum((1, 2, 3)).sqrt())
+    inputs = ChannelPruner().compute_importance(model, X)
+    close(inputs["3"].reshape(-1), model[3].weight.detach().double().abs().sum((0, 2, 3)))
+    scales = StructuredPruner(criterion="bn_scale").compute_importance(model, X)
+    close(scales["0"].reshape(-1), model[1].weight.detach().double().abs())
+
+
+def test_the_smallest_filters_go_and_the_rest_keep_their_values() -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    small = StructuredPruner(sparsity=0.25, round_to=1).prune(model, example_inputs=X)
+    norms = model[0].weight.detach().abs().sum((1, 2, 3))
+    kept = norms.argsort(descending=True)[:12].sort().values
+    assert torch.equal(small.get_parameter("0.weight"), model[0].weight[kept])
+    assert small.get_submodule("0").out_channels == 12
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_plan_prints_saves_loads_and_applies_to_a_fresh_copy(tmp_path: Path) -> None:
+    model, pruner = network(), StructuredPruner(sparsity=0.5)
+    plan = pruner.get_pruning_plan(model, example_inputs=X)
+    assert "channel group" in str(plan)
+    plan.groups["3"].remove = [0, 5, 7]
+    plan.save(tmp_path / "plan.yaml")
+    again = PruningPlan.load(tmp_path / "plan.yaml")
+    assert again == plan
+    small = pruner.prune(network(), again, example_inputs=X)
+    assert small.get_parameter("3.weight").shape == (29, 8, 3, 3)
+    assert pruner.prune(network(), plan.veto("0"), example_inputs=X).get_parameter("0.weight").shape[0] == 16
+
+
+def test_a_plan_that_does_not_fit_names_every_mismatch() -> None:
+    plan = StructuredPruner().get_pruning_plan(network(), example_inputs=X)
+    with pytest.raises(ConfigError, match=r"(?s)'0' has 12 units.*'3' has 24 units"):
+        StructuredPruner().prune(network(12), plan, example_inputs=X)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.0}, "sparsity"),
+        ({"sparsity": -0.1}, "sparsity"),
+        ({"criterion": "l3_norm"}, "Did you mean 'l"),
+        ({"pruning_dim": 2}, "pruning_dim"),
+        ({"round_to": 0}, "round_to"),
+        ({"target": {"macs": 0.0}}, "target"),
+        ({"layers": {"0": 1.5}}, "layers"),
+    ],
+)
+def test_bad_numbers_are_refused_when_they_enter(options: dict[str, object], message: str) -> None:
+    with pytest.raises(FxCompressError, match=message):
+        StructuredPruner(**options)  # type: ignore[arg-type]
+
+
+def test_what_is_missing_is_said() -> None:
+    with pytest.raises(FxCompressError, match="no layer is called 'hed'"):
+        StructuredPruner(exclude_layers=["hed"]).prune(network(), example_inputs=X)
+    with pytest.raises(FxCompressError, match="taylor needs"):
+        StructuredPruner(criterion="taylor").prune(network(), example_inputs=X)
+    with pytest.raises(FxCompressError, match="hrank needs data"):
+        StructuredPruner(criterion="hrank").prune(network(), example_inputs=X)
+    with pytest.raises(FxCompressError, match="example_inputs"):
+        StructuredPruner().prune(network())
+    broken = network()
+    with torch.no_grad():
+        broken[0].weight[3, 0, 0, 0] = float("nan")
+    with pytest.raises(FxCompressError, match=r"0\.weight"):
+        StructuredPruner().prune(broken, example_inputs=X)
+
+
+def test_a_model_that_is_all_frozen_is_loud_and_says_why() -> None:
+    with pytest.raises(PassError, match="it is an output of the model"):
+        StructuredPruner().prune(nn.Sequential(nn.Conv2d(3, 8, 3)), example_inputs=X)
+
+
+@pytest.mark.parametrize("what", ["parameters", "macs"])
+def test_targets_are_met_to_the_nearest_unit(what: str) -> None:
+    model = network(32)
+    pruner = StructuredPruner(target={what: 0.5}, round_to=1, global_pruning=True)
+    small = pruner.prune(model, example_inputs=X)
+    first, last = pruner.ledger.rows[0], pruner.ledger.rows[-1]
+    share = last.parameters / first.parameters if what == "parameters" else last.macs / first.macs
+    assert abs(share - 0.5) < 0.02
+    assert last.parameters == sum(p.numel() for p in small.parameters())
