@@ -9,6 +9,7 @@ what it left alone and why::
 """
 
 from fxcompress.artifact import load, save
+from fxcompress.builder import build_compression_pipeline, build_distiller, build_pruner, build_quantizer
 from fxcompress.errors import FxCompressError
 from fxcompress.graph import trace
 from fxcompress.graph.coverage import coverage
@@ -34,6 +35,10 @@ __all__ = [
     "QATQuantizer",
     "Recipe",
     "StaticQuantizer",
+    "build_compression_pipeline",
+    "build_distiller",
+    "build_pruner",
+    "build_quantizer",
     "coverage",
     "load",
     "save",

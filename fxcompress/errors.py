@@ -45,7 +45,9 @@ class PlanError(FxCompressError, ValueError):
 
 
 class ConfigError(FxCompressError, ValueError):
-    """An argument or configuration value that cannot be meant."""
+    """An argument or configuration value that cannot be meant; ``path`` leads to its key where there is one."""
+
+    path: tuple[str | int, ...] = ()
 
 
 class TraceError(FxCompressError, RuntimeError):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
+from typing import Any
 
 from fxcompress.errors import PlanError, did_you_mean
 from fxcompress.pass_base import Pass
 
-__all__ = ["GROUP", "find", "passes"]
+__all__ = ["GROUP", "components", "find", "passes"]
 
 GROUP = "fxcompress.passes"
 
@@ -34,9 +36,16 @@ def passes() -> dict[str, type[Pass]]:
     return table
 
 
+def components() -> dict[str, Callable[[Mapping[str, Any]], tuple[Pass, ...]]]:
+    """Every component that can be named in a plan: a function from its options to the passes it stands for."""
+    found: dict[str, Any] = importlib.import_module("fxcompress.components").components()
+    return found
+
+
 def find(name: str) -> type[Pass]:
     """The pass called ``name``, or PlanError with the closest names."""
     table = passes()
     if name not in table:
-        raise PlanError(f"there is no pass {name!r}.{did_you_mean(name, table)} Known: {', '.join(sorted(table))}.")
+        hint = did_you_mean(name, [*table, *components()])
+        raise PlanError(f"there is no pass {name!r}.{hint} Known: {', '.join(sorted(table))}.")
     return table[name]

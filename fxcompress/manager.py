@@ -19,6 +19,7 @@ from fxcompress.ledger import Ledger
 from fxcompress.observe import Diffs, LedgerKeeper, Observer, Promises, Run, Verifier, check_trace
 from fxcompress.pass_base import Context, Pass, Remark
 from fxcompress.plan import Plan
+from fxcompress.stages import Stages
 
 __all__ = ["PassManager"]
 
@@ -62,12 +63,19 @@ class PassManager:
         data: Iterable[Any] | None = None,
         *,
         teacher: nn.Module | None = None,
+        validation: Iterable[Any] | None = None,
+        keep: str | os.PathLike[str] | None = None,
+        resume: bool = False,
     ) -> fx.GraphModule:
         """The compressed model; ``model`` itself is left as it is.
 
         ``example_inputs``  a tensor, a tuple of positional arguments, or a dict by keyword; the first batch of ``data``
                             serves where they are left out
         ``data``            an iterable of batches, for steps that calibrate or train
+        ``teacher``         the model to learn from; the model as it came in serves where it is left out
+        ``validation``      batches to judge the model on while it trains
+        ``keep``            a folder for the model after every step that trains or calibrates; with ``resume`` a run that was
+                            interrupted goes on from what it finds there, to the same result
 
         Raises PlanError before any work where a step needs what was not given; PassError, VerificationError or
         PromiseError where a step fails, with the folder that replays it.
@@ -76,10 +84,12 @@ class PassManager:
         call = _example_call(example_inputs, data)
         self.ledger.rows.clear()
         traced = trace(model, call)
+        stages = Stages(keep, str(self.plan), traced, resume)
         context = Context(
             inputs=region_inputs(traced, call) if call is not None else {},
             data=data,
-            teacher=teacher,
+            validation=validation,
+            teacher=teacher if teacher is not None else model,
             seed=self.seed,
             progress=self.progress,
         )
@@ -91,16 +101,24 @@ class PassManager:
         for watcher in watchers:
             watcher.begin(run)
         check_trace(run, model, call)
-        for step in self.plan:
-            self._step(run, step, watchers, model, call)
+        if stages.done:
+            run.model = stages.load(traced)
+            self.ledger.rows[:] = stages.rows.rows
+            for watcher in watchers:
+                watcher.taken_up(run)
+        for number, step in list(enumerate(self.plan, 1))[stages.done :]:
+            context.folder = stages.scratch(number)
+            self._step(run, number, watchers, model, call)
+            if step.costly:
+                stages.keep(number, run.model, self.ledger)
         for watcher in watchers:
             watcher.end(run)
         entry = {"plan": str(self.plan), "ledger": self.ledger.as_data()}
-        traced.meta["history"] = [*traced.meta.get("history", []), entry]
-        return traced
+        run.model.meta["history"] = [*run.model.meta.get("history", []), entry]
+        return run.model
 
-    def _step(self, run: Run, step: Pass, watchers: Sequence[Observer], model: nn.Module, call: Arguments | None) -> None:
-        run.step = step
+    def _step(self, run: Run, number: int, watchers: Sequence[Observer], model: nn.Module, call: Arguments | None) -> None:
+        run.step = step = self.plan.steps[number - 1]
         try:
             for watcher in watchers:
                 watcher.before(run)
@@ -111,19 +129,19 @@ class PassManager:
             for watcher in watchers:
                 watcher.after(run)
         except VerificationError as error:
-            raise type(error)(f"{error}{self._leave_reproducer(model, step, call)}") from error
+            raise type(error)(f"{error}{self._leave_reproducer(model, number, call)}") from error
         except FxCompressError:
             raise
         except Exception as error:  # a pass is somebody's code: say which, and leave a way to replay it
-            where = f"step {self.plan.steps.index(step) + 1} {step.name!r}"
+            where = f"step {number} {step.name!r}"
             raise PassError(
-                f"{where} failed: {type(error).__name__}: {error}{self._leave_reproducer(model, step, call)}"
+                f"{where} failed: {type(error).__name__}: {error}{self._leave_reproducer(model, number, call)}"
             ) from error
 
-    def _leave_reproducer(self, model: nn.Module, step: Pass, call: Arguments | None) -> str:
+    def _leave_reproducer(self, model: nn.Module, number: int, call: Arguments | None) -> str:
         if self.reproducer is False:
             return ""
-        steps = self.plan.steps[: self.plan.steps.index(step) + 1]
+        steps = self.plan.steps[:number]
         place = self.reproducer if isinstance(self.reproducer, (str, os.PathLike)) else None
         folder = reproducer.leave(model, Plan(steps), call, place)
         return f"\nA reproducer is in {folder}; replay it with: python -m fxcompress replay {folder}"

@@ -50,6 +50,9 @@ class Observer:
     def begin(self, run: Run) -> None:
         """The model is traced; nothing has run."""
 
+    def taken_up(self, run: Run) -> None:
+        """``run.model`` is now what an earlier run had kept."""
+
     def before(self, run: Run) -> None:
         """``run.step`` is about to run."""
 
@@ -67,6 +70,9 @@ class Verifier(Observer):
         for module in regions(run.model).values():
             verify.check(module)
         run.original = run.outputs = self._outputs(run, {})
+
+    def taken_up(self, run: Run) -> None:
+        run.outputs = self._outputs(run, {})
 
     def before(self, run: Run) -> None:
         graphs = regions(run.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -59,6 +60,7 @@ class Pass:
     ``leaves``   the stage it leaves the graph in; None leaves it as it was
     ``needs``    what must be given to the run: ``inputs``, ``data``, ``labels``, ``teacher``
     ``promise``  how far outputs may move
+    ``costly``   a run that keeps its stages saves the model after this pass
     """
 
     name: ClassVar[str]
@@ -66,6 +68,7 @@ class Pass:
     leaves: ClassVar[str | None] = None
     needs: ClassVar[tuple[str, ...]] = ()
     promise: ClassVar[Promise] = EXACT
+    costly: ClassVar[bool] = False
 
     def run(self, module: fx.GraphModule, context: Context) -> None:
         """Rewrite one compiled region in place."""
@@ -88,16 +91,20 @@ class Context:
 
     ``inputs``    arguments of one call of each compiled region; empty where no example inputs were given
     ``data``      an iterable of batches, or None
+    ``validation``  batches to judge the model on while it trains, or None
     ``teacher``   the model to learn from, or None
     ``seed``      for every random choice
     ``progress``  whether to show progress bars; None: on a terminal
+    ``folder``    where a long step may keep its own state, or None
     """
 
     inputs: dict[str, Arguments] = field(default_factory=dict)
     data: Iterable[Any] | None = None
+    validation: Iterable[Any] | None = None
     teacher: nn.Module | None = None
     seed: int = 0
     progress: bool | None = None
+    folder: Path | None = None
     remarks: list[Remark] = field(default_factory=list)
     region: str = ""
     _analyses: dict[tuple[Any, int], Any] = field(default_factory=dict)
@@ -139,6 +146,10 @@ class Context:
     def generator(self) -> torch.Generator:
         """A fresh random generator seeded with ``seed``."""
         return torch.Generator().manual_seed(self.seed)
+
+    def resumable(self, what: str) -> dict[str, Any]:
+        """Options of a training run for a step that goes on where it was interrupted; none where nothing is kept."""
+        return {} if self.folder is None else {"checkpoint": self.folder / f"{what}.pt", "resume": True}
 
     def require_data(self, who: str) -> Iterable[Any]:
         """The data, or DataError naming who needs it."""

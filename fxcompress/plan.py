@@ -17,7 +17,7 @@ import pydantic
 import yaml
 
 from fxcompress import library
-from fxcompress.errors import FxCompressError, PlanError, did_you_mean
+from fxcompress.errors import ConfigError, FxCompressError, PlanError, did_you_mean
 from fxcompress.pass_base import STAGES, Pass
 
 __all__ = ["Plan", "build_pass", "read_yaml"]
@@ -36,7 +36,8 @@ class Plan:
     def parse(cls, plan: Plan | Pass | Sequence[Any] | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
         """A plan from any of its forms.
 
-        A list holds passes, names, or one-entry mappings ``{name: {option: value}}``. A mapping is ``{name: options}`` in
+        A list holds passes, names, or one-entry mappings ``{name: {option: value}}``; a name may be a component's
+        (``PTQQuantizer``), which stands for its passes. A mapping is ``{name: options}`` in
         order, or ``{"steps": [...]}``; either may hold ``require``, checked at the end. A string is YAML of such a list or
         mapping, or the path of a file that holds it.
 
@@ -53,7 +54,8 @@ class Plan:
         if isinstance(plan, Mapping):
             return cls.parse(_steps_of(plan))
         if isinstance(plan, Sequence):
-            return cls(tuple(_parse_step(number, step) for number, step in enumerate(plan, 1)))
+            parsed = [_parse_step(number, step) for number, step in enumerate(plan, 1)]
+            return cls(tuple(step for steps in parsed for step in steps))
         raise PlanError(f"a plan is a Plan, a list, a mapping, YAML text or a path, not a {type(plan).__name__}.")
 
     def __iter__(self) -> Iterator[Pass]:
@@ -126,17 +128,27 @@ def _steps_of(plan: Mapping[str, Any]) -> list[Any]:
     return [*steps, {"require": plan["require"]}] if "require" in plan else list(steps)
 
 
-def _parse_step(number: int, step: Any) -> Pass:
+def _parse_step(number: int, step: Any) -> tuple[Pass, ...]:
     if isinstance(step, Pass):
-        return step
+        return (step,)
     if isinstance(step, str):
-        return build_pass(step, {}, f"step {number} ")
+        return _named(step, {}, f"step {number} ")
     if isinstance(step, Mapping) and len(step) == 1:
         name, options = next(iter(step.items()))
         if options is None or isinstance(options, Mapping):
-            return build_pass(str(name), options or {}, f"step {number} ")
+            return _named(str(name), options or {}, f"step {number} ")
         raise PlanError(f"step {number} {name!r}: its options are a {type(options).__name__}, and must be a mapping.")
     raise PlanError(f"step {number} is {step!r}; write a pass's name, or one name with its options: {{name: {{...}}}}.")
+
+
+def _named(name: str, options: Mapping[str, Any], where: str) -> tuple[Pass, ...]:
+    """A pass, or the passes of a component."""
+    if name in library.passes() or name not in library.components():
+        return (build_pass(name, options, where),)
+    try:
+        return library.components()[name](options)
+    except ConfigError as error:
+        raise PlanError(f"{where}{name!r}: {error}") from error
 
 
 def build_pass(name: str, options: Mapping[str, Any], where: str = "") -> Pass:

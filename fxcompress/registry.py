@@ -28,13 +28,13 @@ class Registry(Mapping[str, Any]):
         self._entries = dict(entries or {})
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._entries:
+        if name not in self:
             known = ", ".join(self._entries) or "none"
             raise ConfigError(f"there is no {self.kind} {name!r}.{did_you_mean(str(name), self._entries)} Known: {known}.")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -21,6 +21,7 @@ from fxcompress.passes.recalibrate_batchnorm import RecalibrateBatchNorm
 from fxcompress.passes.remove_dead import RemoveDead
 from fxcompress.passes.remove_taps import RemoveTaps
 from fxcompress.passes.require import Require
+from fxcompress.passes.train import Train
 
 PASSES = (
     RemoveDead,
@@ -34,6 +35,7 @@ PASSES = (
     RecalibrateBatchNorm,
     InsertTaps,
     RemoveTaps,
+    Train,
     InsertObservers,
     Calibrate,
     InsertFakeQuant,

@@ -19,6 +19,7 @@ class BakeMasks(Pass):
 
     name: ClassVar[str] = "bake-masks"
     promise: ClassVar[Promise] = EXACT
+    costly: ClassVar[bool] = True
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
         if not bake_masks(model):

@@ -30,6 +30,7 @@ class Calibrate(Pass):
     takes: ClassVar[tuple[str, ...]] = ("observed",)
     needs: ClassVar[tuple[str, ...]] = ("data",)
     promise: ClassVar[Promise] = EXACT
+    costly: ClassVar[bool] = True
 
     num_batches: Annotated[int, Field(ge=1)] = 100
 

@@ -30,6 +30,10 @@ PUBLIC = {
     "QATQuantizer",
     "Recipe",
     "StaticQuantizer",
+    "build_compression_pipeline",
+    "build_distiller",
+    "build_pruner",
+    "build_quantizer",
     "coverage",
     "load",
     "save",
@@ -38,13 +42,13 @@ PUBLIC = {
 }
 
 ORDER = [
-    {"errors", "registry"},
-    {"graph"},
+    {"errors", "registry", "distributed"},
+    {"graph", "options"},
     {"backends", "pass_base", "data"},
-    {"plan", "manager", "observe", "library", "ledger", "artifact", "serial", "reproducer"},
+    {"plan", "manager", "observe", "library", "ledger", "artifact", "serial", "reproducer", "stages"},
     {"quantization", "pruning", "distillation", "training"},
     {"passes"},
-    {"bench", "builder", "__main__", "__init__"},
+    {"models", "config", "components", "pipeline", "builder", "bench", "__main__", "__init__"},
 ]
 LAZY = {("graph", "artifact")}
 

@@ -8,8 +8,9 @@ from torch import nn
 
 from fxcompress.errors import ConfigError
 from fxcompress.pruning.masks import check_sparsity
+from fxcompress.registry import Registry
 
-__all__ = ["AGPScheduler", "CubicScheduler", "IterativeScheduler", "OneShotScheduler", "PruningScheduler"]
+__all__ = ["SCHEDULERS", "AGPScheduler", "CubicScheduler", "IterativeScheduler", "OneShotScheduler", "PruningScheduler"]
 
 
 class Prunes(Protocol):
@@ -124,3 +125,10 @@ class CubicScheduler(PruningScheduler):
 
 class AGPScheduler(CubicScheduler):
     """Automated gradual pruning (Zhu & Gupta 2017): s_t = s_f + (s_i − s_f)·(1 − (t − t_0)/(t_n − t_0))³, clamped."""
+
+
+SCHEDULERS = Registry(
+    "pruning scheduler",
+    {cls.__name__: cls for cls in (PruningScheduler, OneShotScheduler, IterativeScheduler, CubicScheduler, AGPScheduler)},
+)
+"""Pruning schedules by name."""

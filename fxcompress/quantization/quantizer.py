@@ -34,6 +34,16 @@ class Quantizer:
         self.ledger = Ledger()
 
     @property
+    def preparation(self) -> Plan:
+        """What :meth:`prepare` runs."""
+        return self._prepare
+
+    @property
+    def conversion(self) -> Plan:
+        """What :meth:`convert` runs."""
+        return self._convert
+
+    @property
     def plan(self) -> Plan:
         """Everything that is run, in order."""
         return self._prepare + self._convert

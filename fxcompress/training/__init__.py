@@ -1,7 +1,7 @@
 """Training: one loop for distillation, quantization-aware training and fine-tuning, on one process or many."""
 
-from fxcompress.training.callbacks import Callback, OnEpoch, TensorBoard
-from fxcompress.training.distributed import gather, is_main, merge, rank, spread, world
+from fxcompress.distributed import gather, is_main, merge, rank, spread, world
+from fxcompress.training.callbacks import Callback, KeepZeros, OnEpoch, TensorBoard
 from fxcompress.training.history import History
 from fxcompress.training.loop import Trainer, train
 from fxcompress.training.metrics import METRICS, evaluate
@@ -15,6 +15,7 @@ __all__ = [
     "Callback",
     "History",
     "Horizon",
+    "KeepZeros",
     "OnEpoch",
     "Recipe",
     "TensorBoard",

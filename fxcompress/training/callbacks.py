@@ -6,13 +6,16 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
+from fxcompress.distributed import is_main
 from fxcompress.errors import ConfigError
-from fxcompress.training.distributed import is_main
 
 if TYPE_CHECKING:
     from fxcompress.training.loop import Trainer
 
-__all__ = ["Callback", "OnEpoch", "TensorBoard"]
+__all__ = ["Callback", "KeepZeros", "OnEpoch", "TensorBoard"]
 
 
 class Callback:
@@ -49,6 +52,20 @@ class OnEpoch(Callback):
 
     def enter_epoch(self, trainer: Trainer, epoch: int) -> None:
         self.function(epoch)
+
+
+class KeepZeros(Callback):
+    """Weights (of two or more dimensions) that are zero when training begins stay zero."""
+
+    def __init__(self, model: nn.Module) -> None:
+        weights = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+        masks = [(p, p.detach() != 0) for p in weights]
+        self._masks = [(p, mask) for p, mask in masks if not bool(mask.all())]
+
+    def after_step(self, trainer: Trainer, step: int) -> None:
+        with torch.no_grad():
+            for parameter, mask in self._masks:
+                parameter.mul_(mask.to(parameter.device))
 
 
 class TensorBoard(Callback):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fxcompress.distributed import rank, world
 from fxcompress.errors import ArtifactError, ConfigError
-from fxcompress.training.distributed import rank, world
 
 if TYPE_CHECKING:
     from fxcompress.training.callbacks import Callback

@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
+from fxcompress.distributed import gather, is_main, local_device, world
 from fxcompress.errors import ConfigError, DataError, TrainingError
 from fxcompress.training import checkpoint as files
 from fxcompress.training.average import Average, Best
 from fxcompress.training.callbacks import Callback, TensorBoard
-from fxcompress.training.distributed import gather, is_main, local_device, world
 from fxcompress.training.history import History
 from fxcompress.training.order import (
     Feed,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.data import check_batch
+from fxcompress.distributed import gather, rank, world
 from fxcompress.errors import DataError
 from fxcompress.registry import Registry
-from fxcompress.training.distributed import gather, rank, world
 from fxcompress.training.order import batch_size
 from fxcompress.training.terms import split_target
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
+from fxcompress.distributed import rank, world
 from fxcompress.errors import ConfigError, DataError
-from fxcompress.training.distributed import rank, world
 
 __all__ = ["Feed", "batch_size", "preserved_randomness", "random_state", "restore_random_state", "seed_everything"]
 

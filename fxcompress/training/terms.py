@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.data import split_batch
+from fxcompress.distributed import gather, world
 from fxcompress.errors import ConfigError, DataError, TrainingError
 from fxcompress.graph.inputs import Arguments
-from fxcompress.training.distributed import gather, world
 
 __all__ = ["TermRecord", "Terms", "gradient_norms", "loss_terms"]
 

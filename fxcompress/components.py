@@ -1,0 +1,183 @@
+"""Components by name, and what each one is: passes of a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from fxcompress.errors import FxCompressError, PlanError
+from fxcompress.options import fault, located, no_such, only, options_of, unknown, validated
+from fxcompress.pass_base import Pass
+from fxcompress.passes.train import Train
+from fxcompress.plan import build_pass
+from fxcompress.pruning import L1UnstructuredPruner, MagnitudePruner, RandomPruner
+from fxcompress.pruning.pruning_scheduler import SCHEDULERS
+from fxcompress.quantization.ptq import PTQQuantizer, StaticQuantizer
+from fxcompress.quantization.quantizer import Quantizer
+from fxcompress.registry import Registry
+
+__all__ = [
+    "DISTILLERS",
+    "ORDER",
+    "PRUNERS",
+    "PRUNING",
+    "QUANTIZERS",
+    "TRAINING",
+    "Where",
+    "component_class",
+    "components",
+    "finetuning",
+    "made",
+    "made_pass",
+    "pruning_schedule",
+    "split",
+    "steps_of",
+]
+
+Where = tuple[str | int, ...]
+
+QUANTIZERS = Registry("quantizer", {cls.__name__: cls for cls in (PTQQuantizer, StaticQuantizer)})
+"""Quantizers by name: classes with a ``plan``."""
+
+PRUNERS = Registry("pruner", {cls.__name__: cls for cls in (MagnitudePruner, L1UnstructuredPruner, RandomPruner)})
+"""Pruners by name: classes with ``plan(sparsity)``."""
+
+DISTILLERS = Registry("distiller")
+"""Distillers by name."""
+
+ORDER = {"prune": PRUNERS, "distill": DISTILLERS, "quantize": QUANTIZERS}
+"""The stages of a mapping, in the order in which they run."""
+
+
+def components() -> dict[str, Callable[[Mapping[str, Any]], tuple[Pass, ...]]]:
+    """Every component by name, as a function from its options to the passes it stands for in a plan."""
+    names = [name for registry in ORDER.values() for name in registry]
+    return {name: functools.partial(_component, name) for name in names}
+
+
+def _component(name: str, options: Mapping[str, Any]) -> tuple[Pass, ...]:
+    return steps_of({"type": name, **options}, ())
+
+
+def steps_of(config: Mapping[str, Any], where: Where) -> tuple[Pass, ...]:
+    for registry, compiled in _COMPILERS:
+        if isinstance(config["type"], str) and config["type"] in registry:
+            return tuple(compiled(config, where))
+    raise no_such("component", config["type"], components(), (*where, "type"))
+
+
+def _quantizer_steps(config: Mapping[str, Any], where: Where) -> Iterable[Pass]:
+    cls = component_class(config, QUANTIZERS, where)
+    own, training = split(cls, config, TRAINING if cls.trains else frozenset(), where)
+    quantizer: Quantizer = made(cls, own, where)
+    if not quantizer.trains:
+        return quantizer.plan
+    if "freeze_bn_epochs" in own:
+        training["freeze_bn_epochs"] = own["freeze_bn_epochs"]
+    return (*quantizer.preparation, made_pass("train", training, where), *quantizer.conversion)
+
+
+def _pruner_steps(config: Mapping[str, Any], where: Where) -> Iterable[Pass]:
+    cls = component_class(config, PRUNERS, where)
+    own, extra = split(cls, config, PRUNING, where)
+    pruner = made(cls, own, where)
+    training = finetuning(extra, where)
+    scheduler = pruning_schedule(extra, own, where)
+    if scheduler is None:
+        yield from pruner.plan()
+        if training:
+            yield made_pass("train", training, where)
+    else:
+        training.setdefault("epochs", scheduler.end_epoch + 1)
+        mask = {key: value for key, value in own.items() if key != "sparsity"} | {"criterion": pruner.criterion}
+        schedule = {"type": type(scheduler).__name__, **extra["scheduler"]}
+        schedule.setdefault("target_sparsity", pruner.sparsity)
+        yield made_pass("train", {**training, "schedule": schedule, "mask": mask}, where)
+    yield made_pass("bake-masks", {}, where)
+
+
+def finetuning(extra: Mapping[str, Any], where: Where) -> dict[str, Any]:
+    """Training options from ``finetune_epochs`` and ``finetune``, checked."""
+    options = extra.get("finetune", {})
+    if not isinstance(options, Mapping):
+        raise fault((*where, "finetune"), f"is {options!r}; it is a mapping of training options.")
+    only(options, TRAINING, (*where, "finetune"))
+    made_pass("train", options, (*where, "finetune"))
+    if "finetune_epochs" not in extra:
+        return dict(options)
+    made_pass("train", {"epochs": extra["finetune_epochs"]}, where, {"epochs": (*where, "finetune_epochs")})
+    return {**options, "epochs": extra["finetune_epochs"]}
+
+
+def pruning_schedule(extra: Mapping[str, Any], own: Mapping[str, Any], where: Where) -> Any:
+    if "scheduler" not in extra:
+        return None
+    place, config = (*where, "scheduler"), extra["scheduler"]
+    cls = component_class(config, SCHEDULERS, place)
+    options = {key: value for key, value in config.items() if key != "type"}
+    if "sparsity" in own:
+        options.setdefault("target_sparsity", own["sparsity"])
+    return made(cls, options, place)
+
+
+def _distiller_steps(config: Mapping[str, Any], where: Where) -> Iterable[Pass]:
+    cls = component_class(config, DISTILLERS, where)
+    own, training = split(cls, config, TRAINING, where)
+    yield made_pass("distill", {"type": config["type"], "options": own, **training}, where)
+
+
+TRAINING = frozenset(f.name for f in dataclasses.fields(Train)) - {"schedule", "mask", "freeze_bn_epochs", "keep_zeros"}
+"""What a stage that trains may say about it."""
+
+PRUNING = frozenset({"finetune_epochs", "finetune", "scheduler"})
+"""What a pruning stage may say beside the options of its pruner."""
+
+_COMPILERS = ((QUANTIZERS, _quantizer_steps), (PRUNERS, _pruner_steps), (DISTILLERS, _distiller_steps))
+
+
+def component_class(config: Any, registry: Registry, where: Where) -> Any:
+    """The class that a configuration's ``type`` names."""
+    if not isinstance(config, Mapping):
+        raise fault(where, f"is {config!r}; it is a mapping with a 'type'.")
+    if "type" not in config:
+        raise fault(where, f"'type' is missing: name a {registry.kind}.")
+    if not isinstance(config["type"], str) or config["type"] not in registry:
+        raise no_such(registry.kind, config["type"], registry, (*where, "type"))
+    return registry[config["type"]]
+
+
+def split(
+    cls: Any, config: Mapping[str, Any], others: frozenset[str], where: Where
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of ``cls`` and the ``others`` in a configuration; anything else is refused."""
+    own, extra = {}, {}
+    known = options_of(cls)
+    for key, value in config.items():
+        if key == "type":
+            continue
+        if key in known:
+            own[key] = value
+        elif key in others:
+            extra[key] = value
+        else:
+            raise unknown(key, dict.fromkeys((*known, *sorted(others))), where)
+    return own, extra
+
+
+def made(cls: Callable[..., Any], options: Mapping[str, Any], where: Where) -> Any:
+    """``cls(**options)``; ConfigError at the option that is wrong."""
+    values = validated(cls, options, where)
+    try:
+        return cls(**values)
+    except FxCompressError as error:
+        raise located(error, where, options) from error
+
+
+def made_pass(name: str, options: Mapping[str, Any], where: Where, places: Mapping[str, Where] | None = None) -> Pass:
+    """The pass ``name`` with ``options``; ConfigError at the option that is wrong, ``places`` saying where some stand."""
+    try:
+        return build_pass(name, options)
+    except PlanError as error:
+        raise located(error, where, options, places) from error

@@ -1,0 +1,176 @@
+"""Models and data by name, as a configuration writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from fxcompress.errors import ConfigError, FxCompressError
+from fxcompress.options import fault, located, no_such, validated
+from fxcompress.registry import Registry
+
+__all__ = ["DATASETS", "MODELS", "build_data", "build_model", "load_weights"]
+
+Path_ = tuple[str | int, ...]
+
+
+def _torchvision(name: str, **options: Any) -> nn.Module:
+    try:
+        from torchvision.models import get_model
+    except ImportError as error:
+        raise ConfigError(f"the model {name!r} comes from torchvision, which is not installed.") from error
+    return get_model(name, weights=None, **options)  # type: ignore[no-any-return]
+
+
+def resnet(depth: int = 50, num_classes: int = 1000) -> nn.Module:
+    """torchvision's ResNet of 18, 34, 50, 101 or 152 layers."""
+    if depth not in (18, 34, 50, 101, 152):
+        raise ConfigError(f"depth is {depth}; a ResNet has 18, 34, 50, 101 or 152 layers.")
+    return _torchvision(f"resnet{depth}", num_classes=num_classes)
+
+
+MODELS = Registry("model", {"ResNet": resnet})
+"""Model builders by name; torchvision's own names (``resnet101``) are known beside them."""
+
+
+def build_model(config: Any, path: Path_ = ()) -> nn.Module:
+    """The model that ``{type: name, pretrained: weights file, …}`` describes; a name alone has no options.
+
+    Raises ConfigError at the key that is wrong.
+    """
+    options = _options(config, path)
+    name, pretrained = options.pop("type"), options.pop("pretrained", None)
+    if name in MODELS:
+        model = _called(MODELS[name], options, path)
+    elif name in _torchvision_names():
+        model = _called(lambda **given: _torchvision(name, **given), options, path, checked=False)
+    else:
+        raise no_such("model", name, [*MODELS, *_torchvision_names()], (*path, "type"))
+    if pretrained is not None:
+        if not isinstance(pretrained, str):
+            raise fault((*path, "pretrained"), f"is {pretrained!r}; it is the path of a weights file.")
+        try:
+            load_weights(model, pretrained)
+        except ConfigError as error:
+            raise fault((*path, "pretrained"), str(error)) from error
+    return model
+
+
+def _torchvision_names() -> list[str]:
+    try:
+        from torchvision.models import list_models
+    except ImportError:
+        return []
+    return [name for name in list_models() if not name.startswith("quantized_")]
+
+
+def _options(config: Any, path: Path_) -> dict[str, Any]:
+    if isinstance(config, str):
+        config = {"type": config}
+    if not isinstance(config, Mapping) or not isinstance(config.get("type"), str):
+        raise fault(path, f"is {config!r}; write a name, or a mapping with its 'type'.")
+    return dict(config)
+
+
+def _called(function: Any, options: dict[str, Any], path: Path_, checked: bool = True) -> Any:
+    try:
+        return function(**(validated(function, options, path) if checked else options))
+    except FxCompressError as error:
+        raise error if getattr(error, "path", ()) else located(error, path, options) from error
+    except (TypeError, ValueError) as error:
+        raise located(error, path, options) from error
+
+
+def load_weights(model: nn.Module, file: str) -> None:
+    """Load a weights file (safetensors, or torch's format with tensors only) into ``model``.
+
+    A mapping that holds the weights under ``state_dict`` or ``model`` is opened, and ``module.`` before names is dropped.
+    Raises ConfigError where the file is missing, is not such a file, or does not fit, naming every key.
+    """
+    place = Path(file)
+    if not place.is_file():
+        raise ConfigError(f"there is no weights file {file!r}.")
+    try:
+        found: Any = load_file(place) if place.suffix == ".safetensors" else torch.load(place, "cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or hostile file breaks means the same
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"the weights file {file!r} cannot be read: {reason}") from error
+    for key in ("state_dict", "model"):
+        found = found[key] if isinstance(found, Mapping) and isinstance(found.get(key), Mapping) else found
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ConfigError(f"the weights file {file!r} holds no tensors by name.")
+    weights = {str(name).removeprefix("module."): value for name, value in found.items()}
+    wrong = _mismatches(model, weights)
+    if wrong:
+        raise ConfigError(f"the weights file {file!r} does not fit: {'; '.join(wrong)}.")
+    model.load_state_dict(weights)
+
+
+def _mismatches(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    wanted = model.state_dict()
+    wrong = [f"{name} is missing" for name in wanted if name not in weights]
+    wrong += [f"{name} is not in the model" for name in weights if name not in wanted]
+    for name in wanted.keys() & weights.keys():
+        if wanted[name].shape != weights[name].shape:
+            wrong.append(f"{name} has shape {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}")
+    return sorted(wrong)
+
+
+def random_data(samples: int = 64, shape: tuple[int, ...] = (3, 224, 224), classes: int = 1000, seed: int = 0) -> Any:
+    """Normal noise with random labels, from a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(samples, *shape, generator=generator)
+    return TensorDataset(images, torch.randint(0, classes, (samples,), generator=generator))
+
+
+def digits(train: bool = True) -> Any:
+    """scikit-learn's handwritten digits, 1×8×8 in [0, 1]; every fifth is for testing."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ConfigError("the data set 'digits' comes from scikit-learn, which is not installed.") from error
+    data = load_digits()
+    images, labels = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
+    chosen = (torch.arange(len(labels)) % 5 == 0) != train
+    return TensorDataset(images[chosen], labels[chosen])
+
+
+def image_folder(root: str, size: int = 224, resize: int = 256) -> Any:
+    """Images in a folder per class, resized, cropped in the middle and normalised as for ImageNet."""
+    try:
+        from torchvision import datasets, transforms
+    except ImportError as error:
+        raise ConfigError("the data set 'image-folder' comes from torchvision, which is not installed.") from error
+    normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    steps = [transforms.Resize(resize), transforms.CenterCrop(size), transforms.ToTensor(), normalise]
+    try:
+        return datasets.ImageFolder(root, transforms.Compose(steps))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"root {root!r} is no folder of images by class: {error}") from error
+
+
+DATASETS = Registry("data set", {"random": random_data, "digits": digits, "image-folder": image_folder})
+"""Data sets by name: a function of options that returns a map-style data set of (input, target)."""
+
+
+def build_data(config: Any, path: Path_ = ()) -> DataLoader[Any]:
+    """The loader that ``{type: name, batch_size: 32, shuffle: false, …}`` describes; ConfigError at a key that is wrong."""
+    options = _options(config, path)
+    name = options.pop("type")
+    if name not in DATASETS:
+        raise no_such("data set", name, DATASETS, (*path, "type"))
+    batch_size, shuffle = options.pop("batch_size", 32), options.pop("shuffle", False)
+    workers = options.pop("workers", 0)
+    for key, value, kind in (("batch_size", batch_size, int), ("shuffle", shuffle, bool), ("workers", workers, int)):
+        if type(value) is not kind or (key == "batch_size" and value < 1) or value < 0:
+            raise fault((*path, key), f"is {value!r}; it is a {'positive ' if key == 'batch_size' else ''}{kind.__name__}.")
+    if isinstance(options.get("shape"), list):
+        options["shape"] = tuple(options["shape"])
+    dataset: Dataset[Any] = _called(DATASETS[name], options, path)
+    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, num_workers=workers)

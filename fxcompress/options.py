@@ -1,0 +1,118 @@
+"""What a class or function may be given: its parameters, their types and defaults, and a check that names what is wrong.
+
+The signature is the one description: values of a configuration are checked against it, and its JSON Schema is made from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+import pydantic
+
+from fxcompress.errors import ConfigError, did_you_mean
+
+__all__ = ["Option", "fault", "located", "no_such", "only", "options_of", "unknown", "validated"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One parameter: its type as a pydantic checker, and its default where it has one."""
+
+    name: str
+    checker: pydantic.TypeAdapter[Any]
+    default: Any = inspect.Parameter.empty
+
+    @property
+    def required(self) -> bool:
+        """Whether there is no default."""
+        return self.default is inspect.Parameter.empty
+
+
+@functools.cache
+def options_of(made: Callable[..., Any]) -> dict[str, Option]:
+    """The options of a class or function that can be written as plain data; parameters that cannot are left out."""
+    hints = get_type_hints(made.__init__ if isinstance(made, type) else made, include_extras=True)
+    found = {}
+    for name, parameter in inspect.signature(made).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or name not in hints:
+            continue
+        try:
+            checker = pydantic.TypeAdapter(hints[name])
+            checker.json_schema()
+        except (pydantic.errors.PydanticUserError, pydantic.errors.PydanticInvalidForJsonSchema):
+            continue  # an object, which a caller can give and a configuration cannot
+        found[name] = Option(name, checker, parameter.default)
+    return found
+
+
+def fault(path: tuple[str | int, ...], message: str) -> ConfigError:
+    """A ConfigError about the value at ``path`` of a configuration."""
+    error = ConfigError(f"{dotted(path)}: {message}" if path else message)
+    error.path = path
+    return error
+
+
+def dotted(path: tuple[str | int, ...]) -> str:
+    """``compression.pipeline[0].type``."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".")
+
+
+def located(
+    error: Exception,
+    path: tuple[str | int, ...],
+    options: Iterable[str],
+    places: Mapping[str, tuple[str | int, ...]] | None = None,
+) -> ConfigError:
+    """``error``, raised for ``options`` at ``path``, at the option that its message names first.
+
+    ``places``: where options stand that do not stand directly at ``path``.
+    """
+    text = str(error)
+    named = {text.find(name): name for name in map(str, options) if name in text}
+    if not named:
+        return fault(path, text)
+    name = named[min(named)]
+    return fault((places or {}).get(name, (*path, name)), text)
+
+
+def validated(made: Callable[..., Any], values: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
+    """``values`` checked against the options of ``made``; ConfigError at the key that is unknown, missing or mistyped."""
+    known = options_of(made)
+    for key, value in values.items():
+        if key not in known:
+            raise unknown(key, known, path)
+        try:
+            known[key].checker.validate_python(value, strict=True)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            raise fault((*path, key, *first["loc"][:0]), f"{value!r} cannot be meant: {first['msg'].lower()}.") from error
+    for name, option in known.items():
+        if option.required and name not in values:
+            raise fault(path, f"{name!r} is missing.")
+    return dict(values)
+
+
+def no_such(kind: str, name: Any, known: Iterable[str], path: tuple[str | int, ...]) -> ConfigError:
+    """The error for a value at ``path`` that names nothing that exists."""
+    names = list(known)
+    hint = did_you_mean(name, names) if isinstance(name, str) else ""
+    shown = ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
+    return fault(path, f"there is no {kind} {name!r}.{hint or f' Known: {shown or None}.'}")
+
+
+def unknown(key: Any, known: Mapping[str, Any], path: tuple[str | int, ...]) -> ConfigError:
+    """The error for a key that does not exist."""
+    hint = did_you_mean(str(key), known) or f" Known: {', '.join(known)}."
+    return fault((*path, key), f"there is no such key.{hint}")
+
+
+def only(section: Mapping[str, Any], known: Iterable[str], path: tuple[str | int, ...]) -> None:
+    """Refuse keys of ``section`` that are not ``known``."""
+    for key in section:
+        if key not in known:
+            raise unknown(key, dict.fromkeys(known), path)

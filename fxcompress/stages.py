@@ -1,0 +1,108 @@
+"""Stages: the model as costly steps left it, kept in a folder, so that an interrupted run goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from fxcompress import artifact
+from fxcompress.distributed import gather, is_main
+from fxcompress.errors import ArtifactError, ConfigError
+from fxcompress.graph.island import TOP, Island
+from fxcompress.ledger import Ledger
+
+__all__ = ["Stages"]
+
+_STATE = "stages.json"
+
+
+class Stages:
+    """The stages of one run: ``plan`` over ``model``, in ``folder``. A folder of None keeps nothing.
+
+    Raises ConfigError where the folder holds a run and ``resume`` is False, or one of another plan or model.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, plan: str, model: nn.Module, resume: bool) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.done, self.rows = 0, Ledger()
+        if self.folder is None:
+            return
+        self._identity = {"plan": plan, "model": _fingerprint(model)}
+        self._path = self.folder / _STATE
+        if gather(self._path.exists())[0]:
+            self._read(resume)
+        else:
+            self._write()
+
+    def _read(self, resume: bool) -> None:
+        if not resume:
+            raise ConfigError(f"{str(self.folder)!r} holds a run: resume it, or choose another folder.")
+        try:
+            state = json.loads(self._path.read_text(encoding="utf-8"))
+            self.done, self.rows = int(state["done"]), Ledger.from_data(state["ledger"])
+            identity = state["identity"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{str(self._path)!r} is damaged: {error}.") from error
+        for what, mine in self._identity.items():
+            if identity.get(what) != mine:
+                raise ConfigError(f"{str(self.folder)!r} holds a run of another {what}; choose another folder.")
+
+    def _write(self) -> None:
+        if not is_main():
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        state = {"identity": self._identity, "done": self.done, "ledger": self.rows.as_data()}
+        temporary = self._path.with_name(_STATE + ".partial")
+        temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        os.replace(temporary, self._path)
+
+    def _model(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"stage-{number}"
+
+    def scratch(self, number: int) -> Path | None:
+        """Where step ``number`` may keep a state of its own."""
+        return None if self.folder is None else self.folder / f"step-{number}"
+
+    def load(self, original: fx.GraphModule) -> fx.GraphModule:
+        """The model after the last step that was kept; ``original`` lends the code of its islands."""
+        islands = {name: module.model for name, module in original.named_modules() if isinstance(module, Island)}
+        modules = {name.removesuffix(TOP).removesuffix("."): module for name, module in islands.items()}
+        loaded = artifact.load(self._model(self.done), modules=modules)
+        loaded.meta["history"] = original.meta.get("history", [])
+        return loaded
+
+    def keep(self, number: int, model: fx.GraphModule, ledger: Ledger) -> None:
+        """Save the model after step ``number``; what earlier steps left is deleted.
+
+        Under masks a model is not saved: what its steps keep of their own brings a resumed run back here.
+        """
+        if self.folder is None or any(parametrize.is_parametrized(module) for module in model.modules()):
+            return
+        if is_main():
+            artifact.save(model, self._model(number))
+        before, self.done, self.rows = self.done, number, Ledger(list(ledger.rows), list(ledger.notes))
+        self._write()
+        if not is_main():
+            return
+        shutil.rmtree(self._model(before), ignore_errors=True)
+        for step in range(before + 1, number + 1):
+            shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A digest of every parameter and buffer."""
+    digest = hashlib.blake2b(digest_size=16)
+    tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
