@@ -15,6 +15,7 @@ from fxcompress.plan import build_pass
 from fxcompress.pruning import L1UnstructuredPruner, MagnitudePruner, RandomPruner
 from fxcompress.pruning.pruning_scheduler import SCHEDULERS
 from fxcompress.quantization.ptq import PTQQuantizer, StaticQuantizer
+from fxcompress.quantization.qat import LSQQuantizer, QATQuantizer
 from fxcompress.quantization.quantizer import Quantizer
 from fxcompress.registry import Registry
 
@@ -38,7 +39,9 @@ __all__ = [
 
 Where = tuple[str | int, ...]
 
-QUANTIZERS = Registry("quantizer", {cls.__name__: cls for cls in (PTQQuantizer, StaticQuantizer)})
+QUANTIZERS = Registry(
+    "quantizer", {cls.__name__: cls for cls in (PTQQuantizer, StaticQuantizer, QATQuantizer, LSQQuantizer)}
+)
 """Quantizers by name: classes with a ``plan``."""
 
 PRUNERS = Registry("pruner", {cls.__name__: cls for cls in (MagnitudePruner, L1UnstructuredPruner, RandomPruner)})

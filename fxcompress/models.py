@@ -47,7 +47,7 @@ def build_model(config: Any, path: Path_ = ()) -> nn.Module:
     options = _options(config, path)
     name, pretrained = options.pop("type"), options.pop("pretrained", None)
     if name in MODELS:
-        model = _called(MODELS[name], options, path)
+        model: nn.Module = _called(MODELS[name], options, path)
     elif name in _torchvision_names():
         model = _called(lambda **given: _torchvision(name, **given), options, path, checked=False)
     else:

@@ -35,7 +35,8 @@ class Option:
 @functools.cache
 def options_of(made: Callable[..., Any]) -> dict[str, Option]:
     """The options of a class or function that can be written as plain data; parameters that cannot are left out."""
-    hints = get_type_hints(made.__init__ if isinstance(made, type) else made, include_extras=True)
+    typed = getattr(made, "__init__") if isinstance(made, type) else made  # noqa: B009 - mypy mistrusts the plain form
+    hints = get_type_hints(typed, include_extras=True)
     found = {}
     for name, parameter in inspect.signature(made).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or name not in hints:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from fxcompress import artifact
 from fxcompress.distributed import gather, is_main
@@ -81,11 +80,8 @@ class Stages:
         return loaded
 
     def keep(self, number: int, model: fx.GraphModule, ledger: Ledger) -> None:
-        """Save the model after step ``number``; what earlier steps left is deleted.
-
-        Under masks a model is not saved: what its steps keep of their own brings a resumed run back here.
-        """
-        if self.folder is None or any(parametrize.is_parametrized(module) for module in model.modules()):
+        """Save the model after step ``number``; what earlier steps left is deleted."""
+        if self.folder is None:
             return
         if is_main():
             artifact.save(model, self._model(number))

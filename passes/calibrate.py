@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -11,6 +12,7 @@ from torch import fx
 from tqdm import tqdm
 
 from fxcompress.data import batches
+from fxcompress.distributed import gather, merge, rank, world
 from fxcompress.errors import DataError
 from fxcompress.pass_base import EXACT, Context, Pass, Promise
 from fxcompress.quantization.observer import observers
@@ -23,7 +25,8 @@ class Calibrate(Pass):
     """Let the observers see up to ``num_batches`` batches, in constant memory.
 
     A batch that is empty, holds NaN or infinite values, or does not fit the model is refused by number.
-    Fewer batches than asked is a remark with both numbers.
+    Fewer batches than asked is a remark with both numbers. Under ``torchrun`` every process sees its share of the batches,
+    and all of them know what was seen.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -43,7 +46,8 @@ class Calibrate(Pass):
         seen = 0
         try:
             with torch.no_grad():
-                feed = batches(context.require_data("'calibrate'"), model, self.num_batches)
+                every = batches(context.require_data("'calibrate'"), model, self.num_batches)
+                feed = itertools.islice(every, rank(), None, world())
                 for call in tqdm(feed, "calibrate", disable=_hidden(context.progress), leave=False, unit="batch"):
                     self._run(model, call, seen)
                     seen += 1
@@ -52,6 +56,8 @@ class Calibrate(Pass):
                 observer.enabled = False
             for module in training:
                 module.training = True
+        merge([observer.calibrator for observer in watching.values()])
+        seen = sum(gather(seen))
         if not seen:
             raise DataError("the dataloader is empty: there is nothing to calibrate with.")
         if seen < self.num_batches:

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import fx, nn
 
 from fxcompress.errors import ConfigError
+from fxcompress.graph.frozen import freeze_statistics
 from fxcompress.options import validated
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.pruning.magnitude_pruner import MagnitudePruner
@@ -74,6 +75,8 @@ class Train(Pass, Recipe):
         found: list[Callback] = []
         if self.schedule:
             found.append(OnEpoch(self._scheduler(model).step))
+        if self.freeze_bn_epochs >= 0:
+            found.append(OnEpoch(lambda epoch: freeze_statistics(model) if epoch >= self.freeze_bn_epochs else None))
         if self.keep_zeros:
             found.append(KeepZeros(model))
         return found

@@ -53,3 +53,9 @@ def test_a_sweep_is_spread_over_the_processes_and_comes_back_in_order(results: A
     one, two = results
     assert one["spread"] == two["spread"] == [0, 1, 4, 9, 16]
     assert (one["ranks"], two["ranks"]) == ([0], [0, 1])
+
+
+def test_a_model_quantized_by_two_processes_is_the_one_that_one_process_quantizes(results: Any) -> None:
+    one, two = results
+    step = max(map(abs, one["quantized"])) / 100  # the float models differ by rounding
+    assert two["quantized"] == pytest.approx(one["quantized"], abs=step)

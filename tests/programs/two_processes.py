@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fxcompress.quantization import build_calibrator
+from fxcompress.quantization import PTQQuantizer, build_calibrator
 from fxcompress.training import Recipe, gather, is_main, merge, rank, spread, train, world
 
 
@@ -45,6 +45,8 @@ def main(folder: Path) -> None:
     for calibrator in calibrators:
         calibrator.collect(images[rank() :: world()])
     merge(calibrators)
+    quantized = PTQQuantizer(num_calibration_batches=5, progress=False).quantize(model.eval(), list(images.split(12)))
+    results["quantized"] = quantized(images).flatten().tolist()
     results["ranges"] = [[float(bound) for bound in c.compute_range()] for c in calibrators]
     results["spread"] = spread(range(5), lambda item: item * item)
     results["ranks"] = sorted(set(spread(range(4), lambda item: rank())))
