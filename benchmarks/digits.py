@@ -1,4 +1,4 @@
-"""A small residual network on scikit-learn's handwritten digits: trained, quantized, compared.
+"""A small residual network on scikit-learn's handwritten digits: trained, quantized after and during training, compared.
 
 python benchmarks/digits.py [--seed S]
 """
@@ -6,6 +6,7 @@ python benchmarks/digits.py [--seed S]
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from sklearn.datasets import load_digits
@@ -13,7 +14,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxcompress import PTQQuantizer, coverage
+from fxcompress import LSQQuantizer, PTQQuantizer, QATQuantizer, coverage
 from fxcompress.quantization import CALIBRATORS
 
 
@@ -79,6 +80,42 @@ def accuracy(model: nn.Module) -> float:
         return float(100 * (model(images).argmax(1) == labels).double().mean())
 
 
+TRAINED: dict[str, Callable[[], QATQuantizer | LSQQuantizer]] = {
+    "QAT 8 bits": lambda: QATQuantizer(freeze_bn_epochs=3),
+    "QAT 4 bits": lambda: QATQuantizer(bits=4, freeze_bn_epochs=3),
+    "LSQ 4 bits": lambda: LSQQuantizer(4, freeze_bn_epochs=3),
+    "QAT 2 bits": lambda: QATQuantizer(bits=2, freeze_bn_epochs=3),
+    "LSQ 2 bits": lambda: LSQQuantizer(2, freeze_bn_epochs=3),
+    "QAT 2 bits, first and last layer too": lambda: QATQuantizer(bits=2, first_last_bits=2, freeze_bn_epochs=3),
+    "LSQ 2 bits, first and last layer too": lambda: LSQQuantizer(2, first_last_bits=2, freeze_bn_epochs=3),
+}
+
+
+def finetuned(quantizer: QATQuantizer | LSQQuantizer, model: nn.Module, epochs: int = 4, seed: int = 0) -> nn.Module:
+    """``model`` trained on by a quantizer for a few epochs, and converted."""
+    images, labels, _, _ = digits()
+    torch.manual_seed(seed)
+    prepared = quantizer.prepare(model, images[:2]).train()
+    named = dict(prepared.named_parameters())
+    scales = [p for name, p in named.items() if name.startswith("fake_quant.")]
+    weights = [p for name, p in named.items() if not name.startswith("fake_quant.")]
+    optimizer = torch.optim.AdamW([{"params": weights}, {"params": scales, "weight_decay": 0.0}], 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * (len(labels) // 64 + 1))
+    for epoch in range(epochs):
+        quantizer.on_epoch(prepared, epoch)
+        for batch in torch.randperm(len(labels)).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(prepared(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+    return quantizer.convert(prepared.eval())
+
+
+def row(name: str, model: nn.Module, quantized: nn.Module) -> tuple[str, ...]:
+    drop = accuracy(model) - accuracy(quantized)
+    return name, f"{accuracy(quantized):.2f}", f"{drop:+.2f}", f"{coverage(quantized).mac_share:.1%}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
@@ -86,12 +123,12 @@ def main() -> None:
     model = trained(options.seed)
     images, _, _, _ = digits()
     batches = list(images.split(64))
-    rows = [("fp32", f"{accuracy(model):.2f}", "", "")]
+    rows: list[tuple[str, ...]] = [("fp32", f"{accuracy(model):.2f}", "", "")]
     for method in CALIBRATORS:
         quantized = PTQQuantizer(calibration_method=method, num_calibration_batches=len(batches)).quantize(model, batches)
-        report = coverage(quantized)
-        drop = accuracy(model) - accuracy(quantized)
-        rows.append((f"int8 {method}", f"{accuracy(quantized):.2f}", f"{drop:+.2f}", f"{report.mac_share:.1%}"))
+        rows.append(row(f"int8 {method}", model, quantized))
+    for name, quantizer in TRAINED.items():
+        rows.append(row(name, model, finetuned(quantizer(), model, seed=options.seed)))
     print(tabulate(rows, ("model", "test accuracy %", "drop", "int8 MACs"), disable_numparse=True))
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fxcompress
-from benchmarks.digits import DigitsNet
+from benchmarks.digits import TRAINED, DigitsNet, accuracy, finetuned, trained
 from fxcompress import LSQQuantizer, PassManager, QATQuantizer, coverage
 from fxcompress.errors import ConfigError, DataError, PlanError
 from fxcompress.graph import qdq
@@ -323,6 +323,15 @@ def test_replicas_agree(tmp_path: Path) -> None:
     for name in ("qat", "lsq"):
         first, second = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in (0, 1))
         assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_real_digits_survive_narrow_grids_and_learned_steps_do_best() -> None:
+    model, everywhere = trained(), "{} 2 bits, first and last layer too"
+    found = {name: accuracy(finetuned(TRAINED[name](), model, epochs=2)) for name in ("QAT 8 bits", "QAT 4 bits")}
+    narrow = [accuracy(finetuned(TRAINED[everywhere.format(name)](), model, epochs=2)) for name in ("QAT", "LSQ")]
+    assert found["QAT 8 bits"] >= accuracy(model) - 0.5
+    assert found["QAT 4 bits"] >= accuracy(model) - 2.0
+    assert narrow[1] > narrow[0] + 2.0
 
 
 @pytest.mark.parametrize(
