@@ -21,6 +21,7 @@ from fxcompress.graph import edit, ops, verify
 from fxcompress.graph.cost import cost
 from fxcompress.graph.inputs import Arguments, frozen_state, tensors_in
 from fxcompress.graph.island import regions
+from fxcompress.graph.verify import output_snr
 from fxcompress.ledger import Ledger, Row
 from fxcompress.pass_base import Context, Pass
 
@@ -205,22 +206,6 @@ def _run_snr(run: Run) -> float | None:
     pairs = [(run.original[name], run.outputs[name]) for name in run.outputs if name in run.original]
     found = [output_snr(before, now) for before, now in pairs]
     return min(found) if found else None
-
-
-def output_snr(reference: Any, result: Any) -> float:
-    """SNR in dB over all tensors of two results together: inf for equal bits, -inf where shapes differ."""
-    signal = noise = 0.0
-    for a, b in zip(pytree.tree_leaves(reference), pytree.tree_leaves(result), strict=False):
-        if not isinstance(a, torch.Tensor) or not a.numel():
-            continue
-        if not isinstance(b, torch.Tensor) or a.shape != b.shape:
-            return -math.inf
-        exact = a.detach().to(torch.float64)
-        signal += exact.square().sum().item()
-        noise += (exact - b.detach().to(torch.float64)).square().sum().item()
-    if noise == 0.0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 def check_trace(run: Run, model: torch.nn.Module, call: Arguments | None) -> None:

@@ -96,6 +96,9 @@ class _Folding:
             elif node in watching and (found := self._observed(watching[node])):
                 self.parameters[node] = found
         for node in list(self.module.graph.nodes):
+            if node.meta.get("integer") and self.backend.rules[ops.kind(node)].output == "shared":
+                self._share(node)
+        for node in list(self.module.graph.nodes):
             if node in self.parameters:
                 self._quantize_value(node)
         for node in list(self.module.graph.nodes):
@@ -143,13 +146,25 @@ class _Folding:
                 found = self._observed(watching[node])
         if found is not None:
             self.parameters[node] = found
-        elif not (known and rule.float_result and not any(user.meta.get("integer") for user in node.users)):
+        elif not (known and rule.float_result and node not in watching):
             self._demote(node)
 
     def _demote(self, node: fx.Node) -> None:
         node.meta["integer"] = False
         node.meta["float"] = "no calibration batch reached it"
         self.context.skip(node, node.meta["float"])
+
+    def _share(self, node: fx.Node) -> None:
+        """Put the operands of ``node`` on the scale of its result, through operators that hand a scale on."""
+        call = ops.read(node)
+        assert call is not None
+        pending = operands(call, self.backend.rules[call.kind])
+        while pending:
+            source = pending.pop()
+            self.parameters[source] = self.parameters[node]
+            rule = self.backend.rules.get(ops.kind(source)) if source.meta.get("integer") else None
+            if rule is not None and rule.output == "input":
+                pending += operands(ops.read(source), rule)  # type: ignore[arg-type]
 
     def _quantize_value(self, node: fx.Node) -> None:
         is_integer = bool(node.meta.get("integer"))

@@ -21,12 +21,17 @@ class Lower(Pass):
     """Lower to the kernels of the backend that the graph was quantized for.
 
     The portable form is kept with the model: it is what is saved, and what a loaded model is lowered from again.
+
+    Options: ``engine``, for backends that can do without (TensorRT): None builds one where that is possible, True makes it an
+    error where it is not, False keeps the quantize/dequantize graph.
     """
 
     name: ClassVar[str] = "lower"
     takes: ClassVar[tuple[str, ...]] = ("qdq",)
     leaves: ClassVar[str | None] = "lowered"
     promise: ClassVar[Promise] = APPROXIMATE
+
+    engine: bool | None = None
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
         for module in regions(model).values():
@@ -39,8 +44,12 @@ class Lower(Pass):
             return
         backend = backends.find(settings["backend"])
         reason = backend.unavailable()
-        if reason:
+        if reason and (self.engine or not backend.optional):
             raise BackendError(f"{backend.name} cannot run here: {reason}. Keep the quantize/dequantize graph instead.")
+        if backend.optional and (reason or self.engine is False):
+            why = reason or "no engine was asked for"
+            context.note("", f"{why}: the quantize/dequantize graph stays, and export_onnx writes what {backend.name} takes")
+            return
         elsewhere = {t.device.type for t in [*module.parameters(), *module.buffers()]} - {backend.device}
         if elsewhere:
             raise BackendError(

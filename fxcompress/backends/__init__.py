@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxcompress.backends import fbgemm, onnxruntime, openvino
+from fxcompress.backends import fbgemm, onnxruntime, openvino, qnnpack, tensorrt
 from fxcompress.backends.base import Backend, Rule
 from fxcompress.errors import BackendError, did_you_mean
 
@@ -14,6 +14,8 @@ BACKENDS: dict[str, Backend] = {
     "onednn": fbgemm.BACKEND,
     "onnxruntime": onnxruntime.BACKEND,
     "openvino": openvino.BACKEND,
+    "qnnpack": qnnpack.BACKEND,
+    "tensorrt": tensorrt.BACKEND,
 }
 
 

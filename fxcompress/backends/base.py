@@ -24,6 +24,7 @@ class Rule:
     ``output``    ``own``: its result gets a range of its own; ``input``: it keeps scale and zero point of its input;
                   ``shared``: operands and result are on one scale
     ``float_result``  its kernel can give a float result: it is quantized only where an integer operator reads it
+    ``demanding`` worth a quantization of its own inputs, though it has no weight
     ``residual``  an operand that a weighted operator computes for this one alone stays in float: the two are one kernel
     ``fixed``     (scale, zero point) the kernel dictates, instead of a range
     ``refuse``    the reason why this very call cannot run in integers, or None
@@ -33,6 +34,7 @@ class Rule:
     weighted: bool = False
     output: Output = "own"
     float_result: bool = False
+    demanding: bool = False
     residual: bool = False
     fixed: tuple[float, int] | None = None
     refuse: Callable[[Call], str | None] = lambda call: None
@@ -51,6 +53,7 @@ class Backend:
     ``saturates``         whether 8-bit activations can overflow the kernels' 16-bit partial sums on this CPU
     ``adjacent``          whether these sums are known to be of neighbours in the reduction; else any two elements may meet
     ``device``            the kind of device its kernels take tensors on
+    ``optional``          without its runtime the quantize/dequantize graph serves as it is
     """
 
     name: str
@@ -64,3 +67,4 @@ class Backend:
     saturates: Callable[[], bool]
     adjacent: bool = False
     device: str = "cpu"
+    optional: bool = False

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.backends.onnx_graph import Flat, flatten, to_onnx
+from fxcompress.backends.onnx_graph import WORST, Flat, flatten, in_half, to_onnx
+from fxcompress.errors import BackendError
 from fxcompress.graph.cost import macs
 from fxcompress.graph.shapes import tensor_meta
+from fxcompress.graph.verify import output_snr
 
 __all__ = ["Engine", "Runtime", "lower_to"]
 
-Session = Callable[[list[Any]], list[Any]]
+Session = Callable[[list[Tensor]], list[Tensor]]
 Runtime = Callable[[bytes, int], Session]
-"""From a model's bytes and a number of threads to a function from arrays to arrays."""
+"""From a model's bytes and a number of threads to a function from tensors to tensors."""
 
 
 class Engine(nn.Module):
@@ -42,10 +44,9 @@ class Engine(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         threads = torch.get_num_threads()
         if self._session is None or threads != self._threads:
-            self._session, self._threads = self.runtime(self.model.numpy().tobytes(), threads), threads
-        results = self._session([tensor.detach().contiguous().numpy() for tensor in inputs])
-        tensors = tuple(torch.from_numpy(result) for result in results)
-        return tensors if self.outputs > 1 else tensors[0]
+            self._session, self._threads = self.runtime(self.model.cpu().numpy().tobytes(), threads), threads
+        results = self._session([tensor.detach().contiguous() for tensor in inputs])
+        return tuple(results) if self.outputs > 1 else results[0]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_session": None}
@@ -54,13 +55,22 @@ class Engine(nn.Module):
         return f"{self.runtime.__name__}, {self.model.numel() / 1e6:.1f} MB"
 
 
-def lower_to(runtime: Runtime) -> Callable[[fx.GraphModule, Callable[[fx.Node, str], None]], None]:
-    """The lowering that hands a whole graph to ``runtime``."""
+def lower_to(
+    runtime: Runtime, *, device: str = "cpu", half: bool = False
+) -> Callable[[fx.GraphModule, Callable[[fx.Node, str], None]], None]:
+    """The lowering that hands a whole graph to ``runtime``; with ``half`` what is float in it becomes float16."""
 
     def lower(module: fx.GraphModule, remark: Callable[[fx.Node, str], None]) -> None:
         flat = flatten(module)
-        engine = Engine(runtime, to_onnx(flat).SerializeToString(), len(flat.outputs))
-        engine(*flat.examples)  # what the runtime refuses, it refuses now
+        expected = flat.module.cpu()(*flat.examples)
+        exported = in_half(flat) if half else flat
+        engine = Engine(runtime, to_onnx(exported).SerializeToString(), len(flat.outputs)).to(device)
+        found = engine(*(example.to(device) for example in flat.examples))  # what the runtime refuses, it refuses now
+        agreement = output_snr(expected, found if isinstance(found, tuple) else (found,))
+        if not agreement > WORST:
+            raise BackendError(
+                f"{runtime.__name__} computes something else than the graph: its results agree to {agreement:.1f} dB only."
+            )
         _install(module, flat, engine)
 
     return lower

@@ -7,6 +7,7 @@ that is narrower than its type is kept by a Clip in float before the Q. The batc
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -22,9 +23,12 @@ from fxcompress.errors import BackendError
 from fxcompress.graph import ops, qdq
 from fxcompress.graph.shapes import tensor_meta
 
-__all__ = ["OPSET", "Flat", "flatten", "missing", "to_onnx"]
+__all__ = ["OPSET", "WORST", "Flat", "flatten", "in_half", "missing", "to_onnx"]
 
 OPSET = 21
+WORST = 10.0
+"""dB: results of the same quantized graph that agree less are not explained by rounding that differs here and there."""
+
 _NEEDED = ("onnx", "onnxscript")
 
 
@@ -127,6 +131,57 @@ def _clamps(node: fx.Node, activation: str) -> bool:
         return False
     scale, zero_point, low, high = (float(level) for level in node.args[1:5])  # type: ignore[arg-type]
     return zero_point == low and (activation == "relu" or round(6.0 / scale) + zero_point >= high)
+
+
+_FRAGILE = ("softmax", "log_softmax", "layer_norm", "group_norm", "instance_norm", "rms_norm", "batch_norm")
+_FRAGILE += ("exp", "pow", "sum", "var", "norm", "mean", "cumsum")
+
+
+def in_half(flat: Flat) -> Flat:
+    """The graph with float16 between its operators: scales, weights in float, activations; inputs and outputs keep their type.
+
+    Softmax, normalisation, exponentials and sums compute in float32 between two casts; nothing is cast between a dequantize
+    and its reader.
+    """
+    module = copy.deepcopy(flat.module).half()
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and _is_float(node):
+            _cast_after(node, torch.float16)
+        elif node.target in (qdq.dequantize, qdq.dequantize_per_channel):
+            node.update_kwarg("dtype", torch.float16)
+        elif node.op == "output":
+            node.args = (tuple(_cast(node, value, torch.float32) if _is_float(value) else value for value in node.args[0]),)
+        elif ops.kind(node) in _FRAGILE and _is_float(node):
+            _compute_in_single(module, node)
+    graph.lint()
+    module.recompile()
+    return Flat(module, flat.inputs, flat.outputs, flat.examples)
+
+
+def _is_float(node: Any) -> bool:
+    meta = tensor_meta(node) if isinstance(node, fx.Node) else None
+    return meta is not None and meta.dtype == torch.float32
+
+
+def _cast(before: fx.Node, value: fx.Node, dtype: torch.dtype) -> fx.Node:
+    with before.graph.inserting_before(before):
+        return before.graph.call_method("to", (value, dtype))
+
+
+def _cast_after(node: fx.Node, dtype: torch.dtype) -> None:
+    with node.graph.inserting_after(node):
+        made = node.graph.call_method("to", (node, dtype))
+    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+
+
+def _compute_in_single(module: fx.GraphModule, node: fx.Node) -> None:
+    for source in node.all_input_nodes:
+        if _is_float(source) or source.op == "get_attr":
+            node.replace_input_with(source, _cast(node, source, torch.float32))
+    if node.op == "call_module":
+        module.get_submodule(str(node.target)).float()
+    _cast_after(node, torch.float16)
 
 
 def to_onnx(flat: Flat, *, dynamic: bool = True) -> Any:

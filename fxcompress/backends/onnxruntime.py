@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fxcompress.backends.base import Backend
 from fxcompress.backends.cpu import has_vnni
 from fxcompress.backends.engine import Session, lower_to
@@ -25,8 +28,9 @@ def onnxruntime(model: bytes, threads: int, *, optimize: bool = True) -> Session
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
 
-    def run(arrays: list[Any]) -> list[Any]:
-        return session.run(None, dict(zip(names, arrays, strict=True)))  # type: ignore[no-any-return]
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        arrays = (tensor.numpy() for tensor in tensors)
+        return [torch.from_numpy(array) for array in session.run(None, dict(zip(names, arrays, strict=True)))]
 
     return run
 

@@ -6,6 +6,7 @@ function in :data:`RULES`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from fxcompress.graph import edit, taps
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.shapes import Recorder
 
-__all__ = ["RULES", "Snapshot", "check", "check_metadata", "fingerprint", "run", "snapshot"]
+__all__ = ["RULES", "Snapshot", "check", "check_metadata", "fingerprint", "output_snr", "run", "snapshot"]
 
 
 @dataclass(frozen=True)
@@ -177,3 +178,19 @@ def largest_difference(before: Any, after: Any) -> float:
         if isinstance(a, torch.Tensor) and a.numel()
     ]
     return max(gaps, default=0.0)
+
+
+def output_snr(reference: Any, result: Any) -> float:
+    """SNR in dB over all tensors of two results together: inf for equal bits, -inf where shapes differ."""
+    signal = noise = 0.0
+    for a, b in zip(pytree.tree_leaves(reference), pytree.tree_leaves(result), strict=False):
+        if not isinstance(a, torch.Tensor) or not a.numel():
+            continue
+        if not isinstance(b, torch.Tensor) or a.shape != b.shape:
+            return -math.inf
+        exact = a.detach().to(torch.float64)
+        signal += exact.square().sum().item()
+        noise += (exact - b.detach().to(torch.float64)).square().sum().item()
+    if noise == 0.0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,14 @@ def operands(call: ops.Call, rule: Rule) -> list[fx.Node]:
     for name in rule.operands:
         value = call[name]
         found += [v for v in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(v, fx.Node)]
-    return found
+    branch = next((source for source in found if _is_branch(source)), None) if rule.residual else None
+    return [source for source in found if source is not branch]
+
+
+def _is_branch(node: fx.Node) -> bool:
+    """Whether a value is a layer's result that one operator alone reads: the two are one kernel."""
+    found = ops.lookup(node) if node.op.startswith("call") else None
+    return found is not None and found.family == "contraction" and len(node.users) == 1
 
 
 def place(module: fx.GraphModule, backend: Backend, selection: Selection, region: str = "") -> Placement:
@@ -98,6 +105,10 @@ def _obstacle(node: fx.Node, call: ops.Call | None, placed: Placement, backend: 
     reason = rule.refuse(call)
     if reason or rule.weighted:
         return reason
+    if rule.residual and len(sources) == len(call.inputs):
+        return "neither operand is the result of a layer for it alone"
+    if rule.demanding or rule.residual:
+        return None
     if not any(s in placed.integers for s in sources):
         return "its inputs are in float"
     lonely = [s for s in sources if s not in placed.integers and s.op != "placeholder"]
@@ -111,16 +122,24 @@ def _observed(module: fx.GraphModule, placed: Placement) -> Iterator[fx.Node]:
         call = ops.read(node)
         assert call is not None
         wanted.update(source for source in operands(call, rule) if source not in placed.integers)
-        unread = rule.float_result and not any(user in placed.integers for user in node.users)
+        unread = rule.float_result and not any(_wants(user, node, placed) for user in node.users)
         if rule.output == "own" and rule.fixed is None and not unread:
             wanted.add(node)
     yield from (node for node in module.graph.nodes if node in wanted)
 
 
+def _wants(user: fx.Node, value: fx.Node, placed: Placement) -> bool:
+    """Whether ``user`` runs in integers and takes ``value`` quantized."""
+    call = ops.read(user) if user in placed.integers else None
+    return call is not None and value in operands(call, placed.integers[user])
+
+
 def activation_grid(backend: Backend, settings: Mapping[str, Any], bits: int = 8) -> Grid:
-    """Where a backend's activations live: int8 is symmetric, uint8 affine."""
+    """Where a backend's activations live: uint8 is affine; int8 symmetric around 0, clamped at the ends of its type."""
     bits = min(bits, 7) if settings.get("reduce_range") else bits
-    return grid(backend.activation, symmetric=backend.activation == "int8", bits=bits)
+    if backend.activation == "int8":
+        return replace(grid("int8", bits=bits), quant_min=-(2 ** (bits - 1)))
+    return grid("uint8", symmetric=False, bits=bits)
 
 
 def weight_axis(call: ops.Call) -> int:

@@ -1,0 +1,157 @@
+"""TensorRT: explicit quantize/dequantize by its placement rules, int8 symmetric, float16 elsewhere; an engine where it runs.
+
+Without TensorRT and an NVIDIA GPU the graph stays what it is: it runs as the reference, and its ONNX is what engines are built
+from. TensorRT 11 takes precision from the graph alone. Placement follows its seven recommendations: all inputs of weighted
+operators are quantized and their outputs only where a quantized operator reads them, residual additions quantize the shortcut
+only, operators that do not commute with rounding quantize on both sides, concatenations share one scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxcompress.backends import fbgemm
+from fxcompress.backends.base import Backend, Rule
+from fxcompress.backends.engine import Session, lower_to
+from fxcompress.backends.onnx_graph import missing
+from fxcompress.errors import BackendError
+from fxcompress.graph.ops import Attr, Call
+from fxcompress.graph.shapes import shape_of
+
+__all__ = ["BACKEND", "RULES", "tensorrt"]
+
+_FEWEST_CHANNELS = 16
+
+
+def _conv(call: Call) -> str | None:
+    return fbgemm.RULES["conv2d"].refuse(call) or _narrow_conv(call)
+
+
+def _narrow_conv(call: Call) -> str | None:
+    """The shapes for which TensorRT has fast int8 convolutions; a first layer with few input channels is one of them."""
+    owner = call.node.graph.owning_module
+    if owner is None or not isinstance(call["weight"], Attr):
+        return None
+    weight = owner.get_parameter(call["weight"].name)
+    groups, outputs = call["groups"] or 1, weight.shape[0]
+    inputs = weight.shape[1] * groups
+    if groups > 1:
+        fits = outputs % 8 == 0 and weight.shape[2] >= 3
+    else:
+        fits = max(inputs, outputs) >= _FEWEST_CHANNELS and (outputs % 8 == 0 or inputs % 8 == 0)
+    return None if fits else f"TensorRT has no fast int8 kernel for {inputs}→{outputs} channels in {groups} group(s)"
+
+
+def _linear(call: Call) -> str | None:
+    reason = fbgemm.RULES["linear"].refuse(call)
+    owner = call.node.graph.owning_module
+    if reason or owner is None or not isinstance(call["weight"], Attr):
+        return reason
+    outputs, inputs = owner.get_parameter(call["weight"].name).shape
+    return f"{inputs}→{outputs} is too narrow to gain" if min(inputs, outputs) < _FEWEST_CHANNELS else None
+
+
+def _matmul(call: Call) -> str | None:
+    if not all(isinstance(call[name], torch.fx.Node) for name in ("input", "other")):
+        return "one operand is a constant"
+    left, right = (shape_of(call[name]) for name in ("input", "other"))
+    if left is None or right is None or len(left) < 2 or len(right) < 2:
+        return "the shapes of its operands are not known"
+    narrow = left[-2] == 1 or right[-1] == 1 or min(left[-1], right[-1]) < _FEWEST_CHANNELS
+    return "one of its operands is a vector, or narrow" if narrow else None
+
+
+_CONV = Rule(weighted=True, float_result=True, refuse=_conv)
+_TRANSPOSED = Rule(weighted=True, float_result=True, refuse=fbgemm.RULES["conv_transpose2d"].refuse)
+_POOL = Rule(refuse=fbgemm.RULES["avg_pool2d"].refuse)
+
+RULES: dict[str, Rule] = {
+    "conv1d": _CONV,
+    "conv2d": _CONV,
+    "conv3d": _CONV,
+    "conv_transpose1d": _TRANSPOSED,
+    "conv_transpose2d": _TRANSPOSED,
+    "linear": Rule(weighted=True, float_result=True, refuse=_linear),
+    "matmul": Rule(operands=("input", "other"), float_result=True, demanding=True, refuse=_matmul),
+    "add": Rule(operands=("input", "other"), float_result=True, residual=True, refuse=fbgemm.RULES["add"].refuse),
+    "cat": Rule(operands=("tensors",), output="shared", refuse=fbgemm.RULES["cat"].refuse),
+    "max_pool2d": Rule(output="input", refuse=fbgemm.RULES["max_pool2d"].refuse),
+    "avg_pool2d": _POOL,
+    "adaptive_avg_pool2d": _POOL,
+}
+
+
+def tensorrt(model: bytes, threads: int) -> Session:
+    """An engine built from ONNX for the shapes it is first called with, and built again where others come."""
+    reason = _unavailable()
+    if reason:
+        raise BackendError(f"a TensorRT engine cannot be built here: {reason}.")
+    import tensorrt as trt
+
+    log = trt.Logger(trt.Logger.ERROR)
+    contexts: dict[tuple[tuple[int, ...], ...], Any] = {}
+    stream = torch.cuda.Stream()
+
+    def context_for(shapes: tuple[tuple[int, ...], ...]) -> Any:
+        if shapes not in contexts:
+            contexts[shapes] = _build(trt, log, model, shapes)
+        return contexts[shapes]
+
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        engine, context = context_for(tuple(tuple(tensor.shape) for tensor in tensors))
+        names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
+        inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        for name, tensor in zip(inputs, tensors, strict=True):
+            context.set_input_shape(name, tuple(tensor.shape))
+            context.set_tensor_address(name, tensor.data_ptr())
+        results = []
+        for name in (name for name in names if name not in inputs):
+            dtype = getattr(torch, str(trt.nptype(engine.get_tensor_dtype(name)).__name__))
+            results.append(torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device="cuda"))
+            context.set_tensor_address(name, results[-1].data_ptr())
+        stream.wait_stream(torch.cuda.current_stream())
+        context.execute_async_v3(stream.cuda_stream)
+        stream.synchronize()
+        return results
+
+    return run
+
+
+def _build(trt: Any, log: Any, model: bytes, shapes: tuple[tuple[int, ...], ...]) -> tuple[Any, Any]:
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse(model):
+        raise BackendError(f"TensorRT does not take the graph: {parser.get_error(0)}")
+    settings, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    for number, shape in enumerate(shapes):
+        profile.set_shape(network.get_input(number).name, shape, shape, shape)
+    settings.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, settings)
+    if plan is None:
+        raise BackendError("TensorRT could not build an engine; its log says why.")
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    return engine, engine.create_execution_context()
+
+
+def _unavailable() -> str | None:
+    reasons = [missing("tensorrt", "onnx", "onnxscript"), None if torch.cuda.is_available() else "torch sees no NVIDIA GPU"]
+    return ", and ".join(reason for reason in reasons if reason) or None
+
+
+BACKEND = Backend(
+    name="tensorrt",
+    runs_on="NVIDIA GPUs",
+    activation="int8",
+    per_channel=True,
+    affine_weights=False,
+    rules=RULES,
+    lower=lower_to(tensorrt, device="cuda", half=True),
+    unavailable=_unavailable,
+    saturates=lambda: False,
+    device="cuda",
+    optional=True,
+)
