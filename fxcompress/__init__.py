@@ -11,6 +11,7 @@ what it left alone and why::
 from fxcompress.artifact import load, save
 from fxcompress.builder import build_compression_pipeline, build_distiller, build_pruner, build_quantizer
 from fxcompress.errors import FxCompressError
+from fxcompress.export import export_onnx
 from fxcompress.graph import trace
 from fxcompress.graph.coverage import coverage
 from fxcompress.ledger import Ledger
@@ -40,6 +41,7 @@ __all__ = [
     "build_pruner",
     "build_quantizer",
     "coverage",
+    "export_onnx",
     "load",
     "save",
     "trace",

@@ -6,7 +6,6 @@ An observer sees the run before and after every pass. The manager knows none of 
 from __future__ import annotations
 
 import difflib
-import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 
 from fxcompress.errors import PromiseError, VerificationError
 from fxcompress.graph import edit, ops, verify

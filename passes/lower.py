@@ -22,8 +22,8 @@ class Lower(Pass):
 
     The portable form is kept with the model: it is what is saved, and what a loaded model is lowered from again.
 
-    Options: ``engine``, for backends that can do without (TensorRT): None builds one where that is possible, True makes it an
-    error where it is not, False keeps the quantize/dequantize graph.
+    Options: ``engine``, for backends that can do without (TensorRT): None builds one where that is possible, True makes it
+    an error where it is not, False keeps the quantize/dequantize graph.
     """
 
     name: ClassVar[str] = "lower"

@@ -72,6 +72,7 @@ def flatten(module: fx.GraphModule) -> Flat:
             names.append(node.name)
             examples.append(example)
             values[node] = graph.placeholder(node.name)
+            values[node].meta["tensor_meta"] = node.meta["tensor_meta"]
         elif node.op == "output":
             outputs = _results(node)
             graph.output(tuple(values[result] for result in outputs))
@@ -133,12 +134,12 @@ def _clamps(node: fx.Node, activation: str) -> bool:
     return zero_point == low and (activation == "relu" or round(6.0 / scale) + zero_point >= high)
 
 
-_FRAGILE = ("softmax", "log_softmax", "layer_norm", "group_norm", "instance_norm", "rms_norm", "batch_norm")
-_FRAGILE += ("exp", "pow", "sum", "var", "norm", "mean", "cumsum")
+_NORMS = ("layer_norm", "group_norm", "instance_norm", "rms_norm", "batch_norm")
+_FRAGILE = (*_NORMS, "softmax", "log_softmax", "exp", "pow", "sum", "var", "norm", "mean", "cumsum")
 
 
 def in_half(flat: Flat) -> Flat:
-    """The graph with float16 between its operators: scales, weights in float, activations; inputs and outputs keep their type.
+    """The graph with float16 between its operators: scales, biases, activations; inputs and outputs keep their type.
 
     Softmax, normalisation, exponentials and sums compute in float32 between two casts; nothing is cast between a dequantize
     and its reader.
@@ -172,7 +173,9 @@ def _cast(before: fx.Node, value: fx.Node, dtype: torch.dtype) -> fx.Node:
 def _cast_after(node: fx.Node, dtype: torch.dtype) -> None:
     with node.graph.inserting_after(node):
         made = node.graph.call_method("to", (node, dtype))
-    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made and user.target is not qdq.quantize)
+    if not made.users:
+        node.graph.erase_node(made)
 
 
 def _compute_in_single(module: fx.GraphModule, node: fx.Node) -> None:
@@ -218,6 +221,18 @@ def _free_batch(examples: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple
     single = all(t.dim() and t.shape[0] == 1 for t in examples)
     widened = tuple(torch.cat([t, t]) for t in examples) if single else examples
     return widened, tuple({0: torch.export.Dim.AUTO} if t.dim() else None for t in examples)
+
+
+def _name_batch(model: Any) -> None:
+    """Call the free leading dimension ``batch`` wherever a value's shape shows it."""
+    import onnx_ir as ir
+
+    leading = next((v.shape[0] for v in model.graph.inputs if v.shape and isinstance(v.shape[0], ir.SymbolicDim)), None)
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for value in values if leading is not None else ():
+        if value.shape is not None:
+            named = [ir.SymbolicDim("batch") if size == leading else size for size in value.shape]
+            value.shape = ir.Shape(named)
 
 
 @contextlib.contextmanager
@@ -293,6 +308,7 @@ def _tidied(model: Any) -> Any:
             _fold_squeeze(node)
         elif node.op_type == "Transpose":
             _fold_transpose(node)
+    _name_batch(model)
     common.DeduplicateInitializersPass()(model)
     common.RemoveUnusedNodesPass()(model)
     return ir.to_proto(model)

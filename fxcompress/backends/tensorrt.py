@@ -1,9 +1,9 @@
-"""TensorRT: explicit quantize/dequantize by its placement rules, int8 symmetric, float16 elsewhere; an engine where it runs.
+"""TensorRT: explicit quantize/dequantize by its rules, int8 symmetric, float16 elsewhere; an engine where it runs.
 
-Without TensorRT and an NVIDIA GPU the graph stays what it is: it runs as the reference, and its ONNX is what engines are built
-from. TensorRT 11 takes precision from the graph alone. Placement follows its seven recommendations: all inputs of weighted
-operators are quantized and their outputs only where a quantized operator reads them, residual additions quantize the shortcut
-only, operators that do not commute with rounding quantize on both sides, concatenations share one scale.
+Without TensorRT and an NVIDIA GPU the graph stays what it is: it runs as the reference, and its ONNX is what engines are
+built from. TensorRT 11 takes precision from the graph alone. Placement follows its recommendations: all inputs of weighted
+operators are quantized and their outputs only where a quantized operator reads them, residual additions quantize the
+shortcut only, operators that do not commute with rounding quantize on both sides, concatenations share one scale.
 """
 
 from __future__ import annotations

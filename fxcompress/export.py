@@ -1,0 +1,105 @@
+"""ONNX files: any graph, float or quantized, written by our own mapping and checked by running what was written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcompress.backends.onnx_graph import WORST, Flat, flatten, in_half, missing, to_onnx
+from fxcompress.backends.onnxruntime import onnxruntime
+from fxcompress.errors import BackendError, ConfigError, VerificationError
+from fxcompress.graph import trace
+from fxcompress.graph.inputs import arguments, tensors_in
+from fxcompress.graph.island import TOP
+from fxcompress.graph.qdq import dequantize, quantize
+from fxcompress.graph.shapes import propagate
+from fxcompress.graph.verify import output_snr
+
+__all__ = ["export_onnx"]
+
+_FLOAT_WORST, _HALF_WORST = 60.0, 30.0
+"""dB: what float32 kernels, and float16 ones, of two libraries agree to."""
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    dynamic_batch: bool = True,
+    half: bool | None = None,
+) -> Path:
+    """Write ``model`` as an ONNX file at ``path``, run the file in ONNX Runtime, and compare; returns the path.
+
+    Quantize and dequantize operators become QuantizeLinear and DequantizeLinear; int8 weights stay int8 initialisers behind
+    a DequantizeLinear; a lowered model is written in its portable form.
+
+    ``example_inputs``  a tensor, a tuple of positional arguments or a dict by keyword; a model that was traced with some
+                        needs none
+    ``dynamic_batch``   leave the first dimension of every input free where the model allows it
+    ``half``            float16 between the operators; None: as the backend that the model was quantized for wants it
+
+    Raises BackendError where a package is missing or an operator has no ONNX form, VerificationError where the file computes
+    something else than the model (nothing is left at ``path`` then).
+    """
+    reason = missing("onnx", "onnxscript", "onnxruntime")
+    if reason:
+        raise BackendError(f"export_onnx needs more than is here: {reason}. pip install 'fxcompress[onnx]'.")
+    target = Path(path)
+    if target.is_dir():
+        raise ConfigError(f"{str(target)!r} is a folder; give the name of a file.")
+    graph = _portable(model, example_inputs)
+    flat = _with_examples(flatten(graph), example_inputs)
+    if half is None:
+        half = graph.meta.get("quantization", {}).get("backend") == "tensorrt"
+    proto = to_onnx(in_half(flat) if half else flat, dynamic=dynamic_batch)
+    data: bytes = proto.SerializeToString()
+    _check(flat, data, half)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    os.replace(partial, target)
+    return target
+
+
+def _portable(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
+    graph = trace(model, example_inputs)
+    if "portable" in graph.meta:
+        graph = trace(graph.meta["portable"])
+    if TOP in graph._modules:
+        raise BackendError(
+            f"the graph of {type(model).__name__} is an island: its own Python code runs, which has no ONNX form. "
+            "Export the parts that were compiled, or torch.onnx.export the model itself."
+        )
+    if example_inputs is not None:
+        propagate(graph, arguments(example_inputs))
+    return graph.cpu().eval()
+
+
+def _with_examples(flat: Flat, example_inputs: Any) -> Flat:
+    """The caller's tensors in place of made-up ones, where they were given one by one in order."""
+    given = tensors_in(tuple(arguments(example_inputs))) if example_inputs is not None else []
+    fits = [t.shape for t in given] == [t.shape for t in flat.examples]
+    return Flat(flat.module, flat.inputs, flat.outputs, tuple(t.cpu() for t in given)) if fits else flat
+
+
+def _check(flat: Flat, data: bytes, half: bool) -> None:
+    """Run the model operator by operator, as it is written, against the graph."""
+    session = onnxruntime(data, torch.get_num_threads(), optimize=False)
+    with torch.no_grad():
+        expected: tuple[Tensor, ...] = flat.module(*flat.examples)
+    found = session([example.contiguous() for example in flat.examples])
+    rounds = any(node.target in (quantize, dequantize) for node in flat.module.graph.nodes)
+    least = WORST if rounds else _HALF_WORST if half else _FLOAT_WORST
+    agreement = output_snr(expected, tuple(found))
+    if not agreement >= least:
+        raise VerificationError(
+            f"the exported model computes something else than the graph: results agree to {agreement:.1f} dB, "
+            f"at least {least:.0f} dB were expected. Nothing was written."
+        )

@@ -1,0 +1,190 @@
+"""ONNX files: what is in them, that they compute what the graph computes, and what is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+pytest.importorskip("onnxscript")
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+
+from fxcompress import PTQQuantizer, export_onnx, trace
+from fxcompress.errors import BackendError, ConfigError, DataError, VerificationError
+from fxcompress.graph import qdq
+
+
+class Net(nn.Module):
+    """Convolutions, a gate, attention in matmuls, a head: enough to meet every rule of the mapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Hardswish(), nn.Conv2d(16, 16, 1))
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(self.block(x) + x)
+        x = F.max_pool2d(x, 2)
+        x = torch.cat([x, F.avg_pool2d(x, 1)], 1)[:, :16]
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return self.head(self.norm(tokens))  # type: ignore[no-any-return]
+
+
+def images(batch: int = 2) -> Tensor:
+    torch.manual_seed(batch)
+    return torch.randn(batch, 3, 8, 8)
+
+
+def quantized(**options: Any) -> Any:
+    torch.manual_seed(0)
+    options = {"calibration_method": "minmax", "num_calibration_batches": 2, "progress": False, **options}
+    return PTQQuantizer(**options).quantize(Net().eval(), [images(2), images(3)])
+
+
+def run(path: Path, x: Tensor, optimize: bool = True) -> np.ndarray:
+    options = ort.SessionOptions()
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def cpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
+    model, path = quantized(), tmp_path_factory.mktemp("onnx") / "model.onnx"
+    assert export_onnx(model, path) == path
+    return model, path, onnx.load(path)
+
+
+def producers(graph: Any) -> dict[str, Any]:
+    return {name: node for node in graph.node for name in node.output}
+
+
+def test_onnx_runtime_computes_what_the_graph_computes_at_any_batch(cpu: tuple[Any, Path, Any]) -> None:
+    model, path, _ = cpu
+    portable = model.meta["portable"]
+    step = max(float(node.args[1]) for node in portable.graph.nodes if node.target is qdq.quantize)
+    for batch in (1, 2, 5):
+        expected = portable(images(batch)).detach().numpy()
+        for optimize in (False, True):
+            gap = np.abs(run(path, images(batch), optimize) - expected)
+            assert (gap <= 2 * step).mean() >= 0.999
+
+
+def test_weights_are_int8_initialisers_behind_a_dequantize(cpu: tuple[Any, Path, Any]) -> None:
+    model, _, written = cpu
+    stored = {i.name: onnx.numpy_helper.to_array(i) for i in written.graph.initializer}
+    made = producers(written.graph)
+    weighted = [node for node in written.graph.node if node.op_type in ("Conv", "MatMul", "Gemm") and node.input[1] in made]
+    dequantized = [made[node.input[1]] for node in weighted if made[node.input[1]].input[0] in stored]
+    assert len(dequantized) == 6
+    for node in dequantized:
+        assert node.op_type == "DequantizeLinear"
+        assert stored[node.input[0]].dtype == np.int8
+        assert not stored[node.input[2]].any()
+    kept = model.meta["portable"].get_buffer("stem.weight").numpy()
+    assert any(np.array_equal(kept, levels) for levels in stored.values())
+
+
+def test_nothing_stands_between_quantize_and_dequantize(cpu: tuple[Any, Path, Any]) -> None:
+    graph = cpu[2].graph
+    made = producers(graph)
+    quantizes = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert quantizes
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in made:
+            assert made[node.input[0]].op_type == "QuantizeLinear"
+    assert not [node for node in graph.node if node.op_type == "Clip"]
+    casts = {name for node in graph.node if node.op_type == "Cast" for name in node.output}
+    assert not casts & {
+        name for node in graph.node if node.op_type in ("Conv", "MatMul", "QuantizeLinear") for name in node.input
+    }
+
+
+def test_a_range_that_is_narrower_than_its_type_is_kept(tmp_path: Path) -> None:
+    model = quantized(reduce_range=True)
+    path = export_onnx(model, tmp_path / "seven.onnx")
+    graph = onnx.load(path).graph
+    made = producers(graph)
+    quantizes = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert all(made[node.input[0]].op_type == "Clip" for node in quantizes)
+    far = images() * 100
+    step = max(float(node.args[1]) for node in model.meta["portable"].graph.nodes if node.target is qdq.quantize)
+    gap = np.abs(run(path, far, optimize=False) - model.meta["portable"](far).detach().numpy())
+    assert (gap <= 2 * step).mean() >= 0.99
+
+
+def test_tensorrt_gets_symmetric_int8_float16_and_a_quantized_shortcut(tmp_path: Path) -> None:
+    model = quantized(backend="tensorrt")
+    graph = onnx.load(export_onnx(model, tmp_path / "model.onnx")).graph
+    stored = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    made = producers(graph)
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert stored[node.input[2]].dtype == np.int8 and not stored[node.input[2]].any()
+            assert (stored[node.input[1]] > 0).all()
+        if node.op_type == "DequantizeLinear":
+            assert stored[node.input[1]].dtype == np.float16
+        if node.op_type in ("Conv", "Gemm"):
+            assert all(made[name].op_type == "DequantizeLinear" for name in node.input[:2])
+    shortcut = [
+        node for node in graph.node if node.op_type == "Add" and "Conv" in {made[i].op_type for i in node.input if i in made}
+    ]
+    assert Counter(made[name].op_type for name in shortcut[0].input) == {"Conv": 1, "DequantizeLinear": 1}
+    assert graph.input[0].type.tensor_type.elem_type == graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+def test_float_models_export_too_traced_or_not(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Net().eval()
+    for name, subject in {"plain": model, "traced": trace(model, images())}.items():
+        path = export_onnx(subject, tmp_path / f"{name}.onnx", images())
+        for batch in (1, 4):
+            np.testing.assert_allclose(run(path, images(batch)), model(images(batch)).detach().numpy(), atol=1e-4)
+    fixed = export_onnx(model, tmp_path / "fixed.onnx", images(2), dynamic_batch=False)
+    assert onnx.load(fixed).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
+
+
+def test_what_cannot_be_written_is_refused_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match=r"shape of input '\w+' is not known: give example_inputs"):
+        export_onnx(nn.Linear(3, 3), tmp_path / "no.onnx")
+    with pytest.raises(ConfigError, match="is a folder"):
+        export_onnx(nn.Linear(3, 3), tmp_path, torch.randn(1, 3))
+    with pytest.raises(DataError, match="do not fit"):
+        export_onnx(nn.Linear(3, 3), tmp_path / "no.onnx", (torch.randn(1, 3), 1, 2))
+    import fxcompress.export as subject
+
+    monkeypatch.setattr(subject, "onnxruntime", lambda *_, **__: lambda tensors: [tensors[0] * 0])
+    with pytest.raises(VerificationError, match="computes something else"):
+        export_onnx(nn.Linear(3, 3), tmp_path / "no.onnx", torch.randn(1, 3))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_absent_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fxcompress.export as subject
+
+    monkeypatch.setattr(subject, "missing", lambda *_: "onnxscript is not installed")
+    with pytest.raises(BackendError, match=r"onnxscript is not installed.*fxcompress\[onnx\]"):
+        export_onnx(nn.Linear(3, 3), tmp_path / "no.onnx", torch.randn(1, 3))
+
+
+def test_asking_for_an_engine_says_what_is_missing() -> None:
+    from fxcompress import PassManager
+    from fxcompress.backends import tensorrt
+
+    if tensorrt.BACKEND.unavailable() is None:
+        pytest.skip("TensorRT and a GPU are here")
+    model = quantized(backend="tensorrt")
+    with pytest.raises(BackendError, match=r"tensorrt cannot run here: .*(not installed|no NVIDIA GPU)"):
+        PassManager([{"lower": {"engine": True}}], reproducer=False).run(model.meta["portable"], images())
