@@ -12,7 +12,15 @@ from fxcompress.options import fault, located, no_such, only, options_of, unknow
 from fxcompress.pass_base import Pass
 from fxcompress.passes.train import Train
 from fxcompress.plan import build_pass
-from fxcompress.pruning import L1UnstructuredPruner, MagnitudePruner, RandomPruner
+from fxcompress.pruning import (
+    ChannelPruner,
+    FilterPruner,
+    L1UnstructuredPruner,
+    MagnitudePruner,
+    PruningScheduler,
+    RandomPruner,
+    StructuredPruner,
+)
 from fxcompress.pruning.pruning_scheduler import SCHEDULERS
 from fxcompress.quantization.ptq import PTQQuantizer, StaticQuantizer
 from fxcompress.quantization.qat import LSQQuantizer, QATQuantizer
@@ -44,7 +52,8 @@ QUANTIZERS = Registry(
 )
 """Quantizers by name: classes with a ``plan``."""
 
-PRUNERS = Registry("pruner", {cls.__name__: cls for cls in (MagnitudePruner, L1UnstructuredPruner, RandomPruner)})
+_PRUNERS = (MagnitudePruner, L1UnstructuredPruner, RandomPruner, StructuredPruner, FilterPruner, ChannelPruner)
+PRUNERS = Registry("pruner", {cls.__name__: cls for cls in _PRUNERS})
 """Pruners by name: classes with ``plan(sparsity)``."""
 
 DISTILLERS = Registry("distiller")
@@ -88,6 +97,9 @@ def _pruner_steps(config: Mapping[str, Any], where: Where) -> Iterable[Pass]:
     pruner = made(cls, own, where)
     training = finetuning(extra, where)
     scheduler = pruning_schedule(extra, own, where)
+    if isinstance(pruner, StructuredPruner):
+        yield from _channels(pruner, scheduler, training, where)
+        return
     if scheduler is None:
         yield from pruner.plan()
         if training:
@@ -99,6 +111,40 @@ def _pruner_steps(config: Mapping[str, Any], where: Where) -> Iterable[Pass]:
         schedule.setdefault("target_sparsity", pruner.sparsity)
         yield made_pass("train", {**training, "schedule": schedule, "mask": mask}, where)
     yield made_pass("bake-masks", {}, where)
+
+
+_MOST_EVENTS = 1000
+
+
+def _channels(
+    pruner: StructuredPruner, scheduler: PruningScheduler | None, training: dict[str, Any], where: Where
+) -> Iterable[Pass]:
+    """Channels go at once, or at the epochs of a schedule with training between them.
+
+    What a step takes is a share of what is left then. Until the last one, what remains is not rounded, so that small steps
+    are not lost.
+    """
+    recalibrate = pruner.options["policy"] == "compensate"
+    if scheduler is None:
+        yield from pruner.plan(recalibrate=recalibrate)
+        if training:
+            yield build_pass("train", training)
+        return
+    last = max(int(training.get("epochs", 0)), scheduler.end_epoch + 1)
+    if (scheduler.end_epoch - scheduler.start_epoch) / scheduler.frequency > _MOST_EVENTS or last > 100 * _MOST_EVENTS:
+        raise fault((*where, "scheduler"), f"prunes channels more than {_MOST_EVENTS} times; raise its frequency.")
+    events = [epoch for epoch in range(last) if scheduler.should_prune(epoch) and scheduler.sparsity_at(epoch) > 0]
+    before = 0.0
+    if not events or events[0] > 0:
+        yield build_pass("train", {**training, "epochs": events[0] if events else last})
+    for epoch, following in zip(events, [*events[1:], last], strict=True):
+        share = 1 - (1 - scheduler.sparsity_at(epoch)) / (1 - before)
+        before = scheduler.sparsity_at(epoch)
+        options: dict[str, Any] = {"sparsity": max(share, 0.0)}
+        if epoch != events[-1]:
+            options["round_to"] = 1
+        yield from pruner.plan(recalibrate=recalibrate, **options)
+        yield build_pass("train", {**training, "epochs": following - epoch})
 
 
 def finetuning(extra: Mapping[str, Any], where: Where) -> dict[str, Any]:
@@ -174,7 +220,7 @@ def made(cls: Callable[..., Any], options: Mapping[str, Any], where: Where) -> A
     values = validated(cls, options, where)
     try:
         return cls(**values)
-    except FxCompressError as error:
+    except (FxCompressError, TypeError) as error:
         raise located(error, where, options) from error
 
 

@@ -34,20 +34,33 @@ class Option:
 
 @functools.cache
 def options_of(made: Callable[..., Any]) -> dict[str, Option]:
-    """The options of a class or function that can be written as plain data; parameters that cannot are left out."""
+    """The options of a class or function that can be written as plain data; parameters that cannot are left out.
+
+    A class that hands keywords on (``**options``) has the options of its base as well.
+    """
     typed = getattr(made, "__init__") if isinstance(made, type) else made  # noqa: B009 - mypy mistrusts the plain form
     hints = get_type_hints(typed, include_extras=True)
-    found = {}
+    found: dict[str, Option] = {}
     for name, parameter in inspect.signature(made).parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or name not in hints:
-            continue
-        try:
-            checker = pydantic.TypeAdapter(hints[name])
-            checker.json_schema()
-        except (pydantic.errors.PydanticUserError, pydantic.errors.PydanticInvalidForJsonSchema):
-            continue  # an object, which a caller can give and a configuration cannot
-        found[name] = Option(name, checker, parameter.default)
+        if parameter.kind is parameter.VAR_KEYWORD and isinstance(made, type):
+            found = {**options_of(made.__mro__[1]), **found}
+        elif parameter.kind is not parameter.VAR_POSITIONAL and name in hints:
+            checker = _checker(hints[name])
+            if checker is not None:
+                found[name] = Option(name, checker, parameter.default)
     return found
+
+
+def _checker(hint: Any) -> pydantic.TypeAdapter[Any] | None:
+    """A checker for values of a type; None where they cannot be written as plain data."""
+    if hint is Any:
+        return None
+    try:
+        checker: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(hint)
+        checker.json_schema()
+    except (pydantic.errors.PydanticUserError, pydantic.errors.PydanticInvalidForJsonSchema):
+        return None
+    return checker
 
 
 def fault(path: tuple[str | int, ...], message: str) -> ConfigError:

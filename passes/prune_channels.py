@@ -54,6 +54,7 @@ class PruneChannels(Pass):
     name: ClassVar[str] = "prune-channels"
     needs: ClassVar[tuple[str, ...]] = ("inputs",)
     promise: ClassVar[Promise] = APPROXIMATE
+    costly: ClassVar[bool] = True
 
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     layers: dict[str, float] = field(default_factory=dict)
