@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx, nn
 
 from fxcompress import backends
+from fxcompress.backends.base import Backend
+from fxcompress.backends.onnx_graph import examples
 from fxcompress.errors import BackendError
 from fxcompress.graph.island import regions
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
+from fxcompress.timing import interleaved
 
-__all__ = ["Lower"]
+__all__ = ["Lower", "become", "portable"]
 
 
 @dataclass(frozen=True)
 class Lower(Pass):
     """Lower to the kernels of the backend that the graph was quantized for.
 
-    The portable form is kept with the model: it is what is saved, and what a loaded model is lowered from again.
+    The portable form is kept with the model: it is what is saved, and what a loaded model is lowered from again. For the
+    backend ``auto`` the model is lowered to each one that is installed, they take turns on the example inputs with torch's
+    number of threads, and the fastest is kept.
 
     Options: ``engine``, for backends that can do without (TensorRT): None builds one where that is possible, True makes it
     an error where it is not, False keeps the quantize/dequantize graph.
@@ -43,6 +49,9 @@ class Lower(Pass):
         if settings is None:
             return
         backend = backends.find(settings["backend"])
+        if backend is backends.AUTO:
+            self._lower_to_fastest(module, context)
+            return
         reason = backend.unavailable()
         if reason and (self.engine or not backend.optional):
             raise BackendError(f"{backend.name} cannot run here: {reason}. Keep the quantize/dequantize graph instead.")
@@ -50,18 +59,60 @@ class Lower(Pass):
             why = reason or "no engine was asked for"
             context.note("", f"{why}: the quantize/dequantize graph stays, and export_onnx writes what {backend.name} takes")
             return
-        elsewhere = {t.device.type for t in [*module.parameters(), *module.buffers()]} - {backend.device}
-        if elsewhere:
-            raise BackendError(
-                f"{backend.name} runs on {backend.runs_on} and the model is on {elsewhere.pop()}: "
-                f"move it with .to({backend.device!r}) first."
-            )
+        _check_device(module, backend)
         if backend.saturates() and not settings["bound_pairs"] and not settings["reduce_range"]:
             context.note("", "weights are not bounded for this CPU: partial sums may saturate; quantize again here")
         backend.lower(module, context.skip)
 
+    def _lower_to_fastest(self, module: fx.GraphModule, context: Context) -> None:
+        _check_device(module, backends.AUTO)
+        known = module.meta["quantization"].get("fastest")
+        trials: dict[str, fx.GraphModule] = {}
+        for name in backends.CANDIDATES:
+            reason = backends.find(name).unavailable()
+            if reason is None and (known in (None, name) or backends.find(known).unavailable()):
+                try:
+                    trial = portable(module)
+                    backends.find(name).lower(trial, context.skip)
+                    trial.recompile()
+                    trials[name] = trial
+                except BackendError as error:
+                    reason = str(error)
+            if reason:
+                context.note("", f"auto leaves {name} out: {reason}")
+        if not trials:
+            raise BackendError("no backend can run the graph here; the ledger's remarks say why, one by one.")
+        fastest = next(iter(trials)) if len(trials) == 1 else _fastest(trials, module, context)
+        for graph in (module, module.meta["portable"]):
+            graph.meta["quantization"] = {**module.meta["quantization"], "fastest": fastest}
+        become(module, trials[fastest])
 
-def portable(module: nn.Module) -> nn.Module:
+
+def _fastest(trials: dict[str, fx.GraphModule], module: fx.GraphModule, context: Context) -> str:
+    call = context.example() or examples(module)
+    timed = interleaved({name: functools.partial(call, trial) for name, trial in trials.items()}, runs=15, seconds=20.0)
+    order = sorted(timed, key=lambda name: timed[name].median)
+    context.note("", "auto measured " + ", ".join(f"{name} {1e3 * timed[name].median:.2f} ms" for name in order))
+    return order[0]
+
+
+def _check_device(module: nn.Module, backend: Backend) -> None:
+    elsewhere = {t.device.type for t in [*module.parameters(), *module.buffers()]} - {backend.device}
+    if elsewhere:
+        raise BackendError(
+            f"{backend.name} runs on {backend.runs_on} and the model is on {elsewhere.pop()}: "
+            f"move it with .to({backend.device!r}) first."
+        )
+
+
+def become(module: fx.GraphModule, other: fx.GraphModule) -> None:
+    """Give ``module`` the graph, layers and tensors of ``other``; what holds ``module`` keeps holding it."""
+    for kept in ("_modules", "_parameters", "_buffers"):
+        setattr(module, kept, getattr(other, kept))
+    module.graph = other.graph
+
+
+def portable(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph that shares the tensors."""
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxcompress
-from fxcompress import PassManager, PTQQuantizer, coverage
+from fxcompress import PassManager, PTQQuantizer, backends, coverage
+from fxcompress.backends import onnxruntime
+from fxcompress.backends.engine import lower_to
+from fxcompress.errors import BackendError
 from fxcompress.graph import qdq
 from fxcompress.observe import output_snr
+from fxcompress.timing import Timing
 
 pytest.importorskip("onnxscript")
 
@@ -41,6 +47,7 @@ def call(batch: int) -> dict[str, Tensor]:
     return {"x": torch.randn(batch, 3, 8, 8), "gain": torch.rand(batch, 1, 1, 1)}
 
 
+@functools.cache
 def converted(backend: str) -> tuple[nn.Module, Any]:
     pytest.importorskip(backend)
     torch.manual_seed(0)
@@ -89,3 +96,50 @@ def test_relu6_that_the_quantize_does_anyway_goes_and_any_other_stays() -> None:
         nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU6()).eval(), torch.rand(1, 3, 4, 4)
     )
     assert flatten(wide).module(torch.full((1, 3, 4, 4), 1e6))[0].max() <= 6
+
+
+def test_auto_keeps_the_fastest_of_those_installed_and_remembers_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxcompress.passes import lower
+
+    pytest.importorskip("openvino")
+    seen: list[set[str]] = []
+
+    def timed(candidates: Any, **options: Any) -> Any:
+        seen.append(set(candidates))
+        for candidate in candidates.values():
+            candidate()
+        return {name: Timing({"openvino": 1.0}.get(name, 2.0), 0, 0, 1) for name in candidates}
+
+    monkeypatch.setattr(lower, "interleaved", timed)
+    torch.manual_seed(0)
+    model = Residual().eval()
+    quantizer = PTQQuantizer(backend="auto", num_calibration_batches=2, progress=False)
+    result = quantizer.quantize(model, [call(2), call(3)])
+    assert seen == [{"fbgemm", "onnxruntime", "openvino"}]
+    assert "openvino" in str(result.engine)
+    assert any("auto measured openvino" in remark.reason for remark in quantizer.ledger.rows[-1].remarks)
+    fxcompress.save(result, tmp_path / "model")
+    again = fxcompress.load(tmp_path / "model")
+    assert len(seen) == 1
+    assert torch.equal(again(**call(2))["scores"], result(**call(2))["scores"])
+
+
+def test_auto_goes_on_without_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in RUNTIMES:
+        monkeypatch.setitem(backends.BACKENDS, name, replace(backends.find(name), unavailable=lambda: "it is not here"))
+    quantizer = PTQQuantizer(backend="auto", num_calibration_batches=2, progress=False)
+    result = quantizer.quantize(Residual().eval(), [call(2), call(3)])
+    assert coverage(result).mac_share == 1.0
+    left_out = [remark.reason for remark in quantizer.ledger.rows[-1].remarks if "leaves" in remark.reason]
+    assert left_out == [f"auto leaves {name} out: it is not here" for name in RUNTIMES]
+
+
+def test_a_runtime_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(model: bytes, threads: int) -> Any:
+        session = onnxruntime.onnxruntime(model, threads)
+        return lambda tensors: [result.flip(0) + 1 for result in session(tensors)]
+
+    broken = replace(backends.find("onnxruntime"), lower=lower_to(wrong))
+    monkeypatch.setitem(backends.BACKENDS, "onnxruntime", broken)
+    with pytest.raises(BackendError, match="wrong computes something else than the graph"):
+        converted.__wrapped__("onnxruntime")

@@ -45,7 +45,7 @@ PUBLIC = {
 ORDER = [
     {"errors", "registry", "distributed"},
     {"graph", "options"},
-    {"backends", "pass_base", "data"},
+    {"backends", "pass_base", "data", "timing"},
     {"plan", "manager", "observe", "library", "ledger", "artifact", "export", "serial", "reproducer", "stages"},
     {"quantization", "pruning", "distillation", "training"},
     {"passes"},

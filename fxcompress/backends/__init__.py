@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import fx
+
 from fxcompress.backends import fbgemm, onnxruntime, openvino, qnnpack, tensorrt
 from fxcompress.backends.base import Backend, Rule
 from fxcompress.errors import BackendError, did_you_mean
 
-__all__ = ["BACKENDS", "Backend", "Rule", "find"]
+__all__ = ["AUTO", "BACKENDS", "CANDIDATES", "Backend", "Rule", "find"]
+
+CANDIDATES = ("fbgemm", "onnxruntime", "openvino")
+"""The backends among which ``auto`` chooses: one and the same quantize/dequantize graph fits them all."""
+
+
+def _undecided(module: fx.GraphModule, remark: Callable[[fx.Node, str], None]) -> None:
+    raise BackendError(f"'auto' is decided among {', '.join(CANDIDATES)} by the pass 'lower'.")
+
+
+AUTO = Backend(
+    name="auto",
+    runs_on="CPUs",
+    activation="uint8",
+    per_channel=True,
+    affine_weights=False,
+    rules=fbgemm.RULES,
+    lower=_undecided,
+    unavailable=lambda: None,
+    saturates=fbgemm.BACKEND.saturates,
+)
 
 BACKENDS: dict[str, Backend] = {
     "fbgemm": fbgemm.BACKEND,
+    "auto": AUTO,
     "x86": fbgemm.BACKEND,
     "onednn": fbgemm.BACKEND,
     "onnxruntime": onnxruntime.BACKEND,

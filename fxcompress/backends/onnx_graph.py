@@ -21,9 +21,10 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import BackendError
 from fxcompress.graph import ops, qdq
+from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.shapes import tensor_meta
 
-__all__ = ["OPSET", "WORST", "Flat", "flatten", "in_half", "missing", "to_onnx"]
+__all__ = ["OPSET", "WORST", "Flat", "examples", "flatten", "in_half", "missing", "to_onnx"]
 
 OPSET = 21
 WORST = 10.0
@@ -83,6 +84,18 @@ def flatten(module: fx.GraphModule) -> Flat:
         raise BackendError("the graph gives no tensor; there is nothing to export.")
     flat = fx.GraphModule(module, _drop_redundant_activations(graph))
     return Flat(flat.eval(), tuple(names), tuple(outputs), tuple(examples))
+
+
+def examples(module: fx.GraphModule) -> Arguments:
+    """Arguments of one call, made up from the shapes in the metadata; a graph takes its placeholders' values in order."""
+    values = [_example(node) for node in module.graph.nodes if node.op == "placeholder"]
+    codegen = module.graph._codegen
+    if isinstance(codegen, fx.graph._PyTreeCodeGen):
+        spec = codegen.pytree_info.in_spec
+        args, kwargs = pytree.tree_unflatten(values, spec)
+        return Arguments(tuple(args), kwargs)
+    names = [str(node.target).lstrip("*") for node in module.graph.nodes if node.op == "placeholder"]
+    return Arguments((), {name: value for name, value in zip(names, values, strict=True) if value is not None})
 
 
 def _example(node: fx.Node) -> Tensor | None:

@@ -1,5 +1,5 @@
 """Measuring compressed models: ``python -m fxcompress.bench``."""
 
-from fxcompress.bench.timing import Timing, interleaved
+from fxcompress.timing import Timing, interleaved
 
 __all__ = ["Timing", "interleaved"]

@@ -22,7 +22,8 @@ __all__ = ["PTQQuantizer", "StaticQuantizer"]
 class PTQQuantizer(Quantizer):
     """Quantizes a trained model with ranges found on a few batches.
 
-    ``backend``                  where the converted model runs: ``fbgemm`` (also ``x86``, ``onednn``)
+    ``backend``                  where the converted model runs: ``fbgemm`` (also ``x86``, ``onednn``), ``qnnpack``,
+                                 ``onnxruntime``, ``openvino``, ``tensorrt``; ``auto``: the fastest of those installed
     ``dtype``                    ``int8``, or ``uint8``: both name 8-bit integers; the backend's table says which of its
                                  tensors are signed
     ``per_channel``              a weight scale per output channel, where the backend has it
