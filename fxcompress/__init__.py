@@ -18,7 +18,7 @@ from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
 from fxcompress.pass_base import Context, Pass
 from fxcompress.plan import Plan
-from fxcompress.quantization.ptq import PTQQuantizer, StaticQuantizer
+from fxcompress.quantization.ptq import DynamicQuantizer, PTQQuantizer, StaticQuantizer
 from fxcompress.quantization.qat import LSQQuantizer, QATQuantizer
 from fxcompress.training import Recipe, train
 
@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Context",
+    "DynamicQuantizer",
     "FxCompressError",
     "LSQQuantizer",
     "Ledger",

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import ArtifactError
-from fxcompress.graph import ops
+from fxcompress.graph import ops, recurrent
 from fxcompress.graph.island import TOP, Island
 from fxcompress.graph.module import TracedModule
 from fxcompress.graph.trace import around_island
@@ -395,7 +395,10 @@ def _classes() -> dict[str, type[nn.Module]]:
     observer = importlib.import_module("fxcompress.quantization.observer").ActivationObserver
     fake = importlib.import_module("fxcompress.quantization.fake_quant")
     layers = [cls for cls in vars(nn).values() if isinstance(cls, type) and issubclass(cls, nn.Module)]
-    named = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in [*layers, observer, *fake.CLASSES]}
+    named = {
+        f"{cls.__module__}.{cls.__qualname__}": cls
+        for cls in [*layers, observer, *fake.CLASSES, *recurrent.CLASSES.values()]
+    }
     return {**named, **ops.known_classes()}
 
 

@@ -6,6 +6,7 @@ A new pass is a file here, a line in :data:`PASSES`, and a page of tests.
 from fxcompress.passes.accelerate_sparsity import AccelerateSparsity
 from fxcompress.passes.bake_masks import BakeMasks
 from fxcompress.passes.calibrate import Calibrate
+from fxcompress.passes.cast_half import CastHalf
 from fxcompress.passes.fold_batchnorm import FoldBatchNorm
 from fxcompress.passes.fold_quantization import FoldQuantization
 from fxcompress.passes.freeze_scales import FreezeScales
@@ -18,6 +19,7 @@ from fxcompress.passes.mask_weights import MaskWeights
 from fxcompress.passes.open_attention import OpenAttention
 from fxcompress.passes.prune_channels import PruneChannels
 from fxcompress.passes.recalibrate_batchnorm import RecalibrateBatchNorm
+from fxcompress.passes.quantize_dynamic import QuantizeDynamic
 from fxcompress.passes.remove_dead import RemoveDead
 from fxcompress.passes.remove_taps import RemoveTaps
 from fxcompress.passes.require import Require
@@ -41,6 +43,8 @@ PASSES = (
     InsertFakeQuant,
     FreezeScales,
     FoldQuantization,
+    QuantizeDynamic,
+    CastHalf,
     Lower,
     Require,
 )

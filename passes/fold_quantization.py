@@ -11,15 +11,15 @@ from torch import fx
 from fxcompress import backends
 from fxcompress.backends.base import Backend
 from fxcompress.errors import DataError
-from fxcompress.graph import edit, fused, ops, qdq
+from fxcompress.graph import edit, ops, qdq
 from fxcompress.graph.island import regions
-from fxcompress.graph.shapes import describe, module_of, tensor_meta
+from fxcompress.graph.shapes import module_of, tensor_meta
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.quantization.fake_quant import FakeQuantize, fake_quantizers
 from fxcompress.quantization.grid import Grid
 from fxcompress.quantization.observer import ActivationObserver, observers
-from fxcompress.quantization.placement import activation_grid, operands, weight_axis, weight_options
-from fxcompress.quantization.weights import quantize_weight
+from fxcompress.quantization.placement import activation_grid, operands
+from fxcompress.quantization.weight_folder import WeightFolder
 
 __all__ = ["FoldQuantization"]
 
@@ -84,12 +84,11 @@ class _Folding:
         self.settings: dict[str, Any] = module.meta["quantization"]
         self.backend: Backend = backends.find(self.settings["backend"])
         self.parameters: dict[fx.Node, _Parameters] = {}
-        self.stored: set[str] = set()
-        self.affine: set[str] = set()
         self.weights: dict[str, FakeQuantize] = {}
 
     def run(self) -> None:
         watching = self._remove_observers()
+        folder = WeightFolder(self.module, self.backend, self.settings, self.weights)
         for node in list(self.module.graph.nodes):
             if node.meta.get("integer"):
                 self._settle(node, watching)
@@ -104,7 +103,7 @@ class _Folding:
         for node in list(self.module.graph.nodes):
             call = ops.read(node) if node.meta.get("integer") else None
             if call is not None and self.backend.rules[call.kind].weighted:
-                self._fold_weight(call)
+                folder.fold(call)
 
     def _remove_observers(self) -> dict[fx.Node, ActivationObserver | FakeQuantize]:
         """Take observers and fake-quantizers out; those of weights go to ``self.weights``, the others are returned."""
@@ -179,38 +178,3 @@ class _Folding:
         value = self.parameters[node].dequantize(quantized)
         for reader in readers:
             reader.replace_input_with(node, value)
-
-    def _fold_weight(self, call: ops.Call) -> None:
-        """Store the weight as int8 and let the operator read it through a dequantize, in functional form."""
-        node, stored = call.node, call["weight"].name
-        if stored not in self.stored:
-            self._store(stored, call)
-        with self.module.graph.inserting_before(node):
-            weight, scale = self._fetch(stored), self._fetch(f"{stored}_scale")
-            zero_points = (self._fetch(f"{stored}_zero_point"),) if stored in self.affine else ()
-            value = self.module.graph.call_function(
-                qdq.dequantize_per_channel, (weight, scale, weight_axis(call), *zero_points)
-            )
-            bias = self._fetch(call["bias"].name) if call["bias"] is not None else None
-        _describe(value, weight, torch.float32)
-        fused.make_functional(call, value, bias)
-
-    def _fetch(self, name: str) -> fx.Node:
-        """A node that fetches a tensor, at the graph's insertion point."""
-        made = self.module.graph.get_attr(name)
-        made.meta["tensor_meta"] = describe(edit.get_tensor(self.module, name))
-        return made
-
-    def _store(self, stored: str, call: ops.Call) -> None:
-        weight = edit.get_tensor(self.module, stored)
-        if stored in self.weights:
-            levels, scale, zero_point = self.weights[stored].levels(weight)
-        else:
-            options = weight_options(call, self.backend, self.settings)
-            levels, scale, zero_point = quantize_weight(weight, weight_axis(call), **options)
-        edit.set_tensor(self.module, stored, levels, buffer=True)
-        edit.set_tensor(self.module, f"{stored}_scale", scale, buffer=True)
-        if zero_point is not None:
-            edit.set_tensor(self.module, f"{stored}_zero_point", zero_point, buffer=True)
-            self.affine.add(stored)
-        self.stored.add(stored)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import fx
 
@@ -14,8 +14,8 @@ from fxcompress.graph import edit, ops
 from fxcompress.graph.select import Selection
 from fxcompress.pass_base import EXACT, Context, Pass, Promise
 from fxcompress.quantization.observer import ActivationObserver
-from fxcompress.quantization.overrides import LayerOptions, Overrides
-from fxcompress.quantization.placement import Placement, operands, place
+from fxcompress.quantization.overrides import LayerOptions, Overrides, weight_grid_of
+from fxcompress.quantization.placement import Placement, layer_name, operands, place
 
 __all__ = ["InsertObservers"]
 
@@ -26,8 +26,9 @@ class InsertObservers(Pass):
 
     One observer serves all readers of a value. Operators that keep their input's range (pooling, reshaping) get none.
 
-    Options: ``backend``; ``calibrator`` and its ``calibrator_options``; ``per_channel``, a scale per output channel of
-    weights, and ``symmetric`` weights, where the backend has them; ``include_layers``/``exclude_layers``, names or globs;
+    Options: ``backend``; ``dtype``, ``int8`` or ``uint8``: 8 bits, signed as the backend has them; ``calibrator`` and its
+    ``calibrator_options``; ``per_channel``, a scale per output channel of weights, and ``symmetric`` weights, where the
+    backend has them; ``include_layers``/``exclude_layers``, names or globs;
     ``overrides``, ``{name or glob: {bits, weight_bits, activation_bits, calibrator, calibrator_options, per_channel,
     symmetric, float}}``; ``reduce_range``: None bounds weights so that partial sums cannot saturate where the CPU needs it,
     True gives activations 7 bits, False does neither.
@@ -38,6 +39,7 @@ class InsertObservers(Pass):
     promise: ClassVar[Promise] = EXACT
 
     backend: str = "fbgemm"
+    dtype: Literal["int8", "uint8"] = "int8"
     calibrator: str = "histogram"
     calibrator_options: dict[str, Any] = field(default_factory=dict)
     per_channel: bool = True
@@ -67,6 +69,8 @@ class InsertObservers(Pass):
         ):
             if asked and not offered:
                 context.note("", f"{backend.name} has no kernels for {what}")
+        if self.dtype == "uint8":
+            context.note("", f"{backend.name} holds activations in {backend.activation} and weights in int8")
 
     def run(self, module: fx.GraphModule, context: Context) -> None:
         backend = backends.find(self.backend)
@@ -78,10 +82,10 @@ class InsertObservers(Pass):
             node.meta["float"] = reason
             if ops.kind(node) not in ("getattr", "shape", "assert", "getitem", "tap"):
                 context.skip(node, reason)
-        asked = {node: overrides[_layer(node, context.region)] for node in placed.integers}
+        asked = {node: overrides[layer_name(node, context.region)] for node in placed.integers}
         for node, rule in placed.integers.items():
             node.meta["integer"] = True
-            if rule.weighted and (grid := _weight_grid(asked[node])):
+            if rule.weighted and (grid := weight_grid_of(asked[node])):
                 node.meta["weight_grid"] = grid
         for node in placed.observed:
             self._observe(module, node, [asked[reader] for reader in _readers(node, placed)], context)
@@ -108,17 +112,6 @@ class InsertObservers(Pass):
             "reduce_range": bool(self.reduce_range),
             "bound_pairs": self.reduce_range is None and backend.saturates(),
         }
-
-
-def _layer(node: fx.Node, region: str) -> str:
-    owner = ops.owner_name(node)
-    return f"{region}.{owner}" if region and owner else owner or region
-
-
-def _weight_grid(asked: LayerOptions) -> dict[str, Any]:
-    """What a layer's weight grid has of its own."""
-    wanted = {"bits": asked.weight_bits or asked.bits, "per_channel": asked.per_channel, "symmetric": asked.symmetric}
-    return {key: value for key, value in wanted.items() if value is not None}
 
 
 def _readers(value: fx.Node, placed: Placement) -> Iterator[fx.Node]:

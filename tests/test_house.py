@@ -20,6 +20,7 @@ PACKAGE = ROOT / "fxcompress"
 
 PUBLIC = {
     "Context",
+    "DynamicQuantizer",
     "FxCompressError",
     "LSQQuantizer",
     "Ledger",

@@ -52,6 +52,7 @@ class Backend:
     ``unavailable``       the reason why it cannot run on this machine, or None
     ``saturates``         whether 8-bit activations can overflow the kernels' 16-bit partial sums on this CPU
     ``adjacent``          whether these sums are known to be of neighbours in the reduction; else any two elements may meet
+    ``dynamic``           operator kinds it can quantize at run time, without ranges
     ``device``            the kind of device its kernels take tensors on
     ``optional``          without its runtime the quantize/dequantize graph serves as it is
     """
@@ -66,5 +67,6 @@ class Backend:
     unavailable: Callable[[], str | None]
     saturates: Callable[[], bool]
     adjacent: bool = False
+    dynamic: tuple[str, ...] = ()
     device: str = "cpu"
     optional: bool = False

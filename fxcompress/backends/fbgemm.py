@@ -185,4 +185,5 @@ BACKEND = Backend(
     unavailable=_unavailable,
     saturates=lambda: not has_vnni(),
     adjacent=True,
+    dynamic=("linear", "lstm", "gru"),
 )

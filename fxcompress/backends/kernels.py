@@ -7,7 +7,8 @@ form is made from them when the layer is built, copied or unpickled.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from fxcompress.backends.cpu import has_vnni
 
-__all__ = ["FLOAT_RESULT", "LAYERS", "QuantizedLayer", "quantize_input", "quantized_weight", "x86_engine"]
+__all__ = ["FLOAT_RESULT", "LAYERS", "QuantizedLayer", "engine_of", "quantize_input", "quantized_weight", "x86_engine"]
 
 
 def _hear_deprecation_once() -> None:
@@ -35,6 +36,17 @@ def x86_engine() -> str:
     """The engine whose kernels are fastest on this x86 CPU: oneDNN's where it has VNNI, FBGEMM's elsewhere."""
     supported = torch.backends.quantized.supported_engines
     return "x86" if has_vnni() and "x86" in supported else "fbgemm"
+
+
+@contextmanager
+def engine_of(name: str) -> Iterator[None]:
+    """Pack weights for this engine inside a ``with``."""
+    previous = torch.backends.quantized.engine
+    torch.backends.quantized.engine = name
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = previous
 
 
 class QuantizedLayer(nn.Module):
@@ -79,13 +91,9 @@ class QuantizedLayer(nn.Module):
 
     def _pack(self) -> None:
         prepack, kernels = LAYERS[self.kind]
-        previous = torch.backends.quantized.engine
-        torch.backends.quantized.engine = self.engine
-        try:
+        with engine_of(self.engine):
             weight = quantized_weight(self.weight, self.weight_scale, self.weight_zero_point, self.axis)
             self.packed = prepack(weight, self.bias, self.geometry)
-        finally:
-            torch.backends.quantized.engine = previous
         self.kernel = kernels[self.activation] if self.scale is not None else FLOAT_RESULT[self.kind][self.activation]
 
     def forward(self, input: Tensor) -> Tensor:

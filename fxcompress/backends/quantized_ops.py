@@ -13,17 +13,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
+from fxcompress.backends.dynamic import DynamicLinear, DynamicRecurrent
 from fxcompress.backends.kernels import FLOAT_RESULT, LAYERS, QuantizedLayer, quantize_input
 from fxcompress.graph import edit, ops, qdq
 from fxcompress.graph.cost import macs
-from fxcompress.graph.shapes import shape_of, tensor_meta
+from fxcompress.graph.recurrent import QuantizedRecurrent
+from fxcompress.graph.shapes import module_of, shape_of, tensor_meta
 
 __all__ = ["lower_to"]
 
 Lower = Callable[[fx.GraphModule, Callable[[fx.Node, str], None]], None]
 
 _QUANTIZE, _DEQUANTIZE = qdq.quantize, qdq.dequantize
-_WEIGHT_DEQUANTIZE = (qdq.dequantize, qdq.dequantize_per_channel)
+_LATER = (qdq.dequantize, qdq.dequantize_per_channel, qdq.fake_quantize_dynamic)
 _q = torch.ops.quantized
 
 
@@ -62,7 +64,10 @@ class _Lowering:
     def visit(self, node: fx.Node) -> None:
         if node.target is _QUANTIZE:
             self.integers[node] = self._quantize(node)
-        elif node.target in _WEIGHT_DEQUANTIZE or _is_integer(node):
+        elif node.op == "call_module" and isinstance(layer := module_of(node), QuantizedRecurrent):
+            self.floats[node] = self._copy(node)
+            self.layers.setdefault(str(node.target), DynamicRecurrent(layer, self.engine))
+        elif node.target in _LATER or _is_integer(node):
             if _is_tuple(node):
                 self.integers[node] = self._keep_on_integers(node)
             elif _gives_float(node):
@@ -160,11 +165,21 @@ class _Lowering:
         weight = self._int8_weight(call["weight"])
         bias = edit.get_tensor(self.module, call["bias"].name) if call["bias"] is not None else None
         activation = "relu" if call["activation"] in ("relu", "relu6") else None
+        if call["input"].target is qdq.fake_quantize_dynamic:
+            return self._dynamic_layer(call, weight, bias, activation)
         source, taken = (self.operand(call["input"]), None) if scale is not None else self._float_operand(call["input"])
         layer = QuantizedLayer(call.kind, *weight, bias, _geometry(call), activation, scale, zero_point, taken, self.engine)
         name = self._layer_name(call)
         self.layers[name] = layer
         return self.graph.call_module(name, (source,))
+
+    def _dynamic_layer(self, call: ops.Call, weight: Any, bias: Tensor | None, activation: str | None) -> fx.Node:
+        source, quant_max = call["input"].args
+        name = self._layer_name(call)
+        fixed: tuple[Any, ...] = (bias, {}, activation, None, None, None, self.engine)
+        options = {"reduce_range": quant_max < 255, "ceiling": 6.0 if call["activation"] == "relu6" else None}
+        self.layers[name] = DynamicLinear(call.kind, *weight, *fixed, **options)
+        return self.graph.call_module(name, (self._float(source),))
 
     def _float_operand(self, node: fx.Node) -> tuple[fx.Node, tuple[float, int] | None]:
         """The operand of a kernel with a float result, in float where it was so before it was quantized to 8 full bits.

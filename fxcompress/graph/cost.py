@@ -85,8 +85,14 @@ def _tensors_of(node: fx.Node) -> list[torch.Tensor]:
 
 def parameter_count(module: nn.Module) -> int:
     """Elements of parameters, and of what replaced parameters (integer weights, scales do not count)."""
-    weights = [b for name, b in module.named_buffers() if name.endswith(("weight", "bias"))]
-    return sum(p.numel() for p in module.parameters()) + sum(b.numel() for b in weights)
+    stand_ins = [b for name, b in module.named_buffers() if _stands_for_parameter(name.rpartition(".")[2], b)]
+    return sum(p.numel() for p in module.parameters()) + sum(b.numel() for b in stand_ins)
+
+
+def _stands_for_parameter(leaf: str, buffer: torch.Tensor) -> bool:
+    if leaf.endswith(("_scale", "_zero_point")):
+        return False
+    return leaf.endswith(("weight", "bias")) or leaf.startswith("bias_") or buffer.dtype == torch.int8
 
 
 def stored_bytes(module: nn.Module) -> int:

@@ -3,7 +3,7 @@
 They work on plain uint8 and int8 tensors, have Meta kernels, run anywhere torch runs, and are the reference semantics that
 lowered kernels are held against. ``quantize`` divides by the scale, rounds half to even, adds the zero point and clamps to
 ``[quant_min, quant_max]``, as ONNX QuantizeLinear does; ``dequantize`` is ``(q - zero_point) * scale``. Per channel, no zero
-point means 0.
+point means 0. ``fake_quantize_dynamic`` puts a tensor on the grid ``[0, quant_max]`` of its own range, which holds 0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["dequantize", "dequantize_per_channel", "quantize", "quantize_per_channel"]
+__all__ = ["dequantize", "dequantize_per_channel", "fake_quantize_dynamic", "quantize", "quantize_per_channel"]
 
 _library = torch.library.Library("fxcompress", "DEF")
 _library.define(
@@ -24,6 +24,7 @@ _library.define("dequantize(Tensor input, float scale, int zero_point, ScalarTyp
 _library.define(
     "dequantize_per_channel(Tensor input, Tensor scale, int axis, Tensor? zero_point=None, ScalarType dtype=float) -> Tensor"
 )
+_library.define("fake_quantize_dynamic(Tensor input, int quant_max=255) -> Tensor")
 
 
 def _along(scale: Tensor, dims: int, axis: int) -> Tensor:
@@ -57,6 +58,18 @@ def _dequantize_per_channel(
     return (levels * _along(scale, input.dim(), axis)).to(dtype)
 
 
+def _fake_quantize_dynamic(input: Tensor, quant_max: int = 255) -> Tensor:
+    if not input.numel():
+        return input.clone()
+    low, high = (bound.to(torch.float32) for bound in torch.aminmax(input))
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = (high - low) / quant_max
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero_point = torch.round(-low / scale)
+    levels = torch.round(input.to(torch.float32) / scale) + zero_point
+    return ((levels.clamp_(0, quant_max) - zero_point) * scale).to(input.dtype)
+
+
 def _empty_like(input: Tensor, *args: object, dtype: torch.dtype = torch.float32) -> Tensor:
     kinds = [arg for arg in args if isinstance(arg, torch.dtype)]
     return torch.empty_like(input, dtype=kinds[0] if kinds else dtype)
@@ -70,8 +83,11 @@ for _name, _kernel in {
 }.items():
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     _library.impl(_name, _empty_like, "Meta")
+_library.impl("fake_quantize_dynamic", _fake_quantize_dynamic, "CompositeExplicitAutograd")
+_library.impl("fake_quantize_dynamic", lambda input, quant_max=255: torch.empty_like(input), "Meta")
 
 quantize = torch.ops.fxcompress.quantize.default
 quantize_per_channel = torch.ops.fxcompress.quantize_per_channel.default
 dequantize = torch.ops.fxcompress.dequantize.default
 dequantize_per_channel = torch.ops.fxcompress.dequantize_per_channel.default
+fake_quantize_dynamic = torch.ops.fxcompress.fake_quantize_dynamic.default

@@ -181,7 +181,7 @@ def largest_difference(before: Any, after: Any) -> float:
 
 
 def output_snr(reference: Any, result: Any) -> float:
-    """SNR in dB over all tensors of two results together: inf for equal bits, -inf where shapes differ."""
+    """SNR in dB over all tensors of two results together: inf for equal bits, -inf where shapes or finiteness differ."""
     signal = noise = 0.0
     for a, b in zip(pytree.tree_leaves(reference), pytree.tree_leaves(result), strict=False):
         if not isinstance(a, torch.Tensor) or not a.numel():
@@ -193,4 +193,6 @@ def output_snr(reference: Any, result: Any) -> float:
         noise += (exact - b.detach().to(torch.float64)).square().sum().item()
     if noise == 0.0:
         return math.inf
+    if not math.isfinite(noise):
+        return -math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf

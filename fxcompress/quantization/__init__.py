@@ -10,12 +10,13 @@ from fxcompress.quantization.calibrator import (
     PercentileCalibrator,
     build_calibrator,
 )
-from fxcompress.quantization.ptq import PTQQuantizer, StaticQuantizer
+from fxcompress.quantization.ptq import DynamicQuantizer, PTQQuantizer, StaticQuantizer
 from fxcompress.quantization.qat import LSQQuantizer, QATQuantizer
 
 __all__ = [
     "CALIBRATORS",
     "Calibrator",
+    "DynamicQuantizer",
     "EntropyCalibrator",
     "HistogramCalibrator",
     "LSQQuantizer",

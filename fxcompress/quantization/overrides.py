@@ -17,7 +17,7 @@ from fxcompress.graph.select import Selection, matches
 from fxcompress.quantization.calibrator import build_calibrator
 from fxcompress.quantization.grid import check_bits
 
-__all__ = ["LayerOptions", "Overrides"]
+__all__ = ["LayerOptions", "Overrides", "weight_grid_of"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,12 @@ class LayerOptions:
             build_calibrator(self.calibrator, **self.calibrator_options)
         elif self.calibrator_options:
             raise ConfigError("calibrator_options without a calibrator: name the calibrator they are for.")
+
+
+def weight_grid_of(asked: LayerOptions) -> dict[str, Any]:
+    """What a layer's weight grid has of its own."""
+    wanted = {"bits": asked.weight_bits or asked.bits, "per_channel": asked.per_channel, "symmetric": asked.symmetric}
+    return {key: value for key, value in wanted.items() if value is not None}
 
 
 _KNOWN = {f.name: f for f in fields(LayerOptions)}

@@ -15,7 +15,7 @@ from fxcompress.graph.select import Selection
 from fxcompress.graph.shapes import dtype_of
 from fxcompress.quantization.grid import Grid, grid
 
-__all__ = ["Placement", "activation_grid", "operands", "place", "weight_axis", "weight_options"]
+__all__ = ["Placement", "activation_grid", "layer_name", "operands", "place", "weight_axis", "weight_options"]
 
 
 @dataclass
@@ -132,6 +132,12 @@ def _wants(user: fx.Node, value: fx.Node, placed: Placement) -> bool:
     """Whether ``user`` runs in integers and takes ``value`` quantized."""
     call = ops.read(user) if user in placed.integers else None
     return call is not None and value in operands(call, placed.integers[user])
+
+
+def layer_name(node: fx.Node, region: str) -> str:
+    """The layer a node belongs to, in the whole model; ``region`` is where its graph lives."""
+    owner = ops.owner_name(node)
+    return f"{region}.{owner}" if region and owner else owner or region
 
 
 def activation_grid(backend: Backend, settings: Mapping[str, Any], bits: int = 8) -> Grid:

@@ -12,11 +12,10 @@ from fxcompress.errors import ConfigError, did_you_mean
 from fxcompress.pass_base import Context
 from fxcompress.plan import Plan
 from fxcompress.quantization.calibrator import CALIBRATORS, build_calibrator
-from fxcompress.quantization.grid import grid
 from fxcompress.quantization.overrides import Overrides
 from fxcompress.quantization.quantizer import Quantizer, check_stage, in_eval_mode
 
-__all__ = ["PTQQuantizer", "StaticQuantizer"]
+__all__ = ["DynamicQuantizer", "PTQQuantizer", "StaticQuantizer"]
 
 
 class PTQQuantizer(Quantizer):
@@ -25,7 +24,8 @@ class PTQQuantizer(Quantizer):
     ``backend``                  where the converted model runs: ``fbgemm`` (also ``x86``, ``onednn``), ``qnnpack``,
                                  ``onnxruntime``, ``openvino``, ``tensorrt``; ``auto``: the fastest of those installed
     ``dtype``                    ``int8``, or ``uint8``: both name 8-bit integers; the backend's table says which of its
-                                 tensors are signed
+                                 tensors are signed. ``fp16``: weights and activations in half precision, fragile operators
+                                 in fp32, no calibration
     ``per_channel``              a weight scale per output channel, where the backend has it
     ``symmetric``                symmetric weights; False: affine ones, where the backend has them (activations are as the
                                  backend wants them)
@@ -60,7 +60,7 @@ class PTQQuantizer(Quantizer):
         progress: bool | None = None,
     ) -> None:
         backends.find(backend)
-        grid(dtype)
+        _check_dtype(dtype)
         if calibration_method not in CALIBRATORS:
             hint = did_you_mean(calibration_method, CALIBRATORS)
             raise ConfigError(
@@ -69,35 +69,26 @@ class PTQQuantizer(Quantizer):
         if not isinstance(num_calibration_batches, int) or num_calibration_batches < 1:
             raise ConfigError(f"num_calibration_batches is {num_calibration_batches!r}; it is a positive integer.")
         build_calibrator(calibration_method, **(calibrator_options or {}))
-        Overrides(overrides or {})
         self.backend, self.dtype, self.per_channel, self.symmetric = backend, dtype, per_channel, symmetric
         self.calibration_method, self.num_calibration_batches = calibration_method, num_calibration_batches
-        observe = {
+        chosen = _chosen(include_layers, exclude_layers, overrides)
+        observe = chosen | {
             "backend": backend,
+            "dtype": dtype,
             "calibrator": calibration_method,
             "calibrator_options": dict(calibrator_options or {}),
             "per_channel": per_channel,
             "symmetric": symmetric,
-            "include_layers": None if include_layers is None else list(include_layers),
-            "exclude_layers": list(exclude_layers),
-            "overrides": {pattern: dict(options) for pattern, options in (overrides or {}).items()},
             "reduce_range": reduce_range,
         }
-        super().__init__(
-            Plan.parse(
-                [
-                    {"remove-dead": {"dropout": True}},
-                    "open-attention",
-                    "fold-batchnorm",
-                    "fuse-activations",
-                    {"insert-observers": observe},
-                ]
-            ),
-            Plan.parse(["fold-quantization", "lower"]),
-            verify=verify,
-            progress=progress,
-        )
-        self._calibrate = Plan.parse([{"calibrate": {"num_batches": num_calibration_batches}}])
+        if dtype == "fp16":
+            prepare, convert = _half(chosen)
+            self.converts, self._calibrate = "float", Plan()
+        else:
+            prepare = Plan.parse([*_FOLD, "fuse-activations", {"insert-observers": observe}])
+            convert = Plan.parse(["fold-quantization", "lower"])
+            self._calibrate = Plan.parse([{"calibrate": {"num_batches": num_calibration_batches}}])
+        super().__init__(prepare, convert, verify=verify, progress=progress)
 
     @property
     def plan(self) -> Plan:
@@ -107,9 +98,9 @@ class PTQQuantizer(Quantizer):
     def calibrate(self, model: nn.Module, dataloader: Iterable[Any]) -> fx.GraphModule:
         """Let the observers of a prepared model see the data; returns the same prepared model, calibrated.
 
-        The observers belong to the prepared model, so it is changed in place.
+        The observers belong to the prepared model, so it is changed in place. With ``dtype="fp16"`` there is nothing to see.
         """
-        check_stage(model, "observed", "prepare(model)")
+        check_stage(model, self.converts, "prepare(model)")
         assert isinstance(model, fx.GraphModule)
         context = Context(data=dataloader, progress=self._progress)
         for step in self._calibrate:
@@ -123,3 +114,82 @@ class PTQQuantizer(Quantizer):
 
 class StaticQuantizer(PTQQuantizer):
     """Static quantization: activation ranges are calibrated ahead. What :class:`PTQQuantizer` does for 8-bit integers."""
+
+
+class DynamicQuantizer(Quantizer):
+    """Quantizes weights ahead and activations when they come: linear, LSTM and GRU layers and attention's projections.
+
+    It needs no data; ``example_inputs`` let attention layers be opened. The parameters are those of :class:`PTQQuantizer`;
+    ``overrides`` set ``bits``, ``per_channel`` and ``symmetric`` of weights, or ``float``. ``dtype="fp16"`` casts instead.
+    """
+
+    converts = "float"
+
+    def __init__(
+        self,
+        backend: str = "fbgemm",
+        dtype: str = "int8",
+        per_channel: bool = True,
+        symmetric: bool = True,
+        *,
+        include_layers: Sequence[str] | None = None,
+        exclude_layers: Sequence[str] = (),
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        reduce_range: bool | None = None,
+        verify: bool = True,
+        progress: bool | None = None,
+    ) -> None:
+        backends.find(backend)
+        _check_dtype(dtype)
+        self.backend, self.dtype, self.per_channel, self.symmetric = backend, dtype, per_channel, symmetric
+        chosen = _chosen(include_layers, exclude_layers, overrides)
+        weights = {"backend": backend, "per_channel": per_channel, "symmetric": symmetric, "reduce_range": reduce_range}
+        if dtype == "fp16":
+            prepare, convert = _half(chosen)
+        else:
+            prepare = Plan.parse([*_FOLD, "fuse-activations"])
+            convert = Plan.parse([{"quantize-dynamic": weights | chosen}, "lower"])
+        super().__init__(prepare, convert, verify=verify, progress=progress)
+
+    def calibrate(self, model: nn.Module, dataloader: Iterable[Any] | None = None) -> nn.Module:
+        """Nothing to do: ranges are found at run time. Returns the model."""
+        return model
+
+    def quantize(
+        self, model: nn.Module, dataloader: Iterable[Any] | None = None, example_inputs: Any = None
+    ) -> fx.GraphModule:
+        """Prepare and convert in one run; a ``dataloader``'s first batch serves as example inputs."""
+        return self._run(self.plan, in_eval_mode(model), example_inputs, dataloader)
+
+
+_FOLD: list[Any] = [{"remove-dead": {"dropout": True}}, "open-attention", "fold-batchnorm"]
+
+
+def _half(chosen: Mapping[str, Any]) -> tuple[Plan, Plan]:
+    """The plan parts of fp16; overrides can only keep a layer in float."""
+    in_float = []
+    for pattern, options in chosen["overrides"].items():
+        if set(options) != {"float"}:
+            raise ConfigError(
+                f"the override for {pattern!r} sets {', '.join(options)}; with dtype 'fp16' it can set float only."
+            )
+        in_float += [pattern] if options["float"] else []
+    layers = {"include_layers": chosen["include_layers"], "exclude_layers": [*chosen["exclude_layers"], *in_float]}
+    return Plan.parse(_FOLD), Plan.parse([{"cast-half": layers}])
+
+
+def _chosen(
+    include: Sequence[str] | None, exclude: Sequence[str], overrides: Mapping[str, Mapping[str, Any]] | None
+) -> dict[str, Any]:
+    Overrides(overrides or {})
+    return {
+        "include_layers": None if include is None else list(include),
+        "exclude_layers": list(exclude),
+        "overrides": {pattern: dict(options) for pattern, options in (overrides or {}).items()},
+    }
+
+
+def _check_dtype(dtype: str) -> None:
+    known = ("int8", "uint8", "fp16")
+    if dtype not in known:
+        raise ConfigError(f"there is no dtype {dtype!r}.{did_you_mean(str(dtype), known)} Known: {', '.join(known)}.")

@@ -25,7 +25,7 @@ class Quantizer:
     """
 
     trains: ClassVar[bool] = False
-    converts: ClassVar[str] = "observed"
+    converts: str = "observed"
     how: ClassVar[str] = "prepare(model)"
 
     def __init__(self, prepare: Plan, convert: Plan, *, verify: bool = True, progress: bool | None = None) -> None:

@@ -1,0 +1,73 @@
+"""Weights of a graph become int8, stored under the names they had and read through a dequantize."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcompress.backends.base import Backend
+from fxcompress.graph import edit, fused, ops, qdq
+from fxcompress.graph.shapes import describe
+from fxcompress.quantization.fake_quant import FakeQuantize
+from fxcompress.quantization.placement import weight_axis, weight_options
+from fxcompress.quantization.weights import quantize_weight
+
+__all__ = ["WeightFolder"]
+
+
+class WeightFolder:
+    """Folds the weights of one graph; a weight that several operators read is stored once.
+
+    ``learned``  fake-quantizers of weights by name, whose grids are taken; others are quantized by their extremes
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        backend: Backend,
+        settings: Mapping[str, Any],
+        learned: Mapping[str, FakeQuantize] | None = None,
+    ) -> None:
+        self.module, self.backend, self.settings = module, backend, settings
+        self.learned = learned or {}
+        self.stored: set[str] = set()
+        self.affine: set[str] = set()
+
+    def fold(self, call: ops.Call) -> None:
+        """Store the weight as int8 and let the operator read it through a dequantize, in functional form."""
+        node, stored = call.node, call["weight"].name
+        if stored not in self.stored:
+            self._store(stored, call)
+        with self.module.graph.inserting_before(node):
+            weight, scale = self._fetch(stored), self._fetch(f"{stored}_scale")
+            zero_points = (self._fetch(f"{stored}_zero_point"),) if stored in self.affine else ()
+            value = self.module.graph.call_function(
+                qdq.dequantize_per_channel, (weight, scale, weight_axis(call), *zero_points)
+            )
+            bias = self._fetch(call["bias"].name) if call["bias"] is not None else None
+        meta = weight.meta["tensor_meta"]
+        value.meta["tensor_meta"] = meta._replace(dtype=torch.float32, requires_grad=False)
+        fused.make_functional(call, value, bias)
+
+    def _fetch(self, name: str) -> fx.Node:
+        """A node that fetches a tensor, at the graph's insertion point."""
+        made = self.module.graph.get_attr(name)
+        made.meta["tensor_meta"] = describe(edit.get_tensor(self.module, name))
+        return made
+
+    def _store(self, stored: str, call: ops.Call) -> None:
+        weight = edit.get_tensor(self.module, stored)
+        if stored in self.learned:
+            levels, scale, zero_point = self.learned[stored].levels(weight)
+        else:
+            options = weight_options(call, self.backend, self.settings)
+            levels, scale, zero_point = quantize_weight(weight, weight_axis(call), **options)
+        edit.set_tensor(self.module, stored, levels, buffer=True)
+        edit.set_tensor(self.module, f"{stored}_scale", scale, buffer=True)
+        if zero_point is not None:
+            edit.set_tensor(self.module, f"{stored}_zero_point", zero_point, buffer=True)
+            self.affine.add(stored)
+        self.stored.add(stored)
