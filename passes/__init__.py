@@ -18,8 +18,8 @@ from fxcompress.passes.lower import Lower
 from fxcompress.passes.mask_weights import MaskWeights
 from fxcompress.passes.open_attention import OpenAttention
 from fxcompress.passes.prune_channels import PruneChannels
-from fxcompress.passes.recalibrate_batchnorm import RecalibrateBatchNorm
 from fxcompress.passes.quantize_dynamic import QuantizeDynamic
+from fxcompress.passes.recalibrate_batchnorm import RecalibrateBatchNorm
 from fxcompress.passes.remove_dead import RemoveDead
 from fxcompress.passes.remove_taps import RemoveTaps
 from fxcompress.passes.require import Require
