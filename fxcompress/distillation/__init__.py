@@ -1,0 +1,49 @@
+"""Knowledge distillation: losses, distillers, what they remember."""
+
+from fxcompress.distillation import losses
+from fxcompress.distillation.base_distiller import BaseDistiller
+from fxcompress.distillation.feature_distiller import (
+    ATDistiller,
+    FeatureDistiller,
+    FitNetDistiller,
+    FSPDistiller,
+    OFDDistiller,
+    ReviewKDDistiller,
+)
+from fxcompress.distillation.indexed import IndexedDataset
+from fxcompress.distillation.logit_distiller import DISTDistiller, DKDDistiller, LogitDistiller
+from fxcompress.distillation.named import DISTILLERS, make_distiller
+from fxcompress.distillation.projectors import PROJECTORS
+from fxcompress.distillation.relation_distiller import (
+    CCDistiller,
+    CRDDistiller,
+    PKTDistiller,
+    RelationDistiller,
+    RKDDistiller,
+)
+from fxcompress.distillation.teacher import TeacherCache, load_weights
+
+__all__ = [
+    "DISTILLERS",
+    "PROJECTORS",
+    "ATDistiller",
+    "BaseDistiller",
+    "CCDistiller",
+    "CRDDistiller",
+    "DISTDistiller",
+    "DKDDistiller",
+    "FSPDistiller",
+    "FeatureDistiller",
+    "FitNetDistiller",
+    "IndexedDataset",
+    "LogitDistiller",
+    "OFDDistiller",
+    "PKTDistiller",
+    "RKDDistiller",
+    "RelationDistiller",
+    "ReviewKDDistiller",
+    "TeacherCache",
+    "load_weights",
+    "losses",
+    "make_distiller",
+]

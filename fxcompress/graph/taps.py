@@ -61,12 +61,14 @@ def insert(module: fx.GraphModule, addresses: Iterable[str]) -> None:
     module.recompile()
 
 
-def remove(module: fx.GraphModule) -> None:
-    """Take every tap out, and the copies that were made for them."""
+def remove(module: fx.GraphModule, names: Iterable[str] | None = None) -> None:
+    """Take taps out (None: all), and the copies that were made for them."""
+    gone = set(taps(module) if names is None else names)
     for node in reversed(module.graph.nodes):
-        if node.target is tap or (node.meta.get("kind") == "tapped copy" and not node.users):
+        is_one = node.target is tap and node.args[1] in gone
+        if is_one or (node.meta.get("kind") == "tapped copy" and not node.users):
             module.graph.erase_node(node)
-    module.meta.pop("taps", None)
+    module.meta["taps"] = tuple(name for name in module.meta.get("taps", ()) if name not in gone)
     module.recompile()
 
 

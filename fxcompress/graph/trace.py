@@ -44,11 +44,12 @@ def is_traced(model: nn.Module) -> bool:
     return isinstance(model, fx.GraphModule) and "rungs" in model.meta
 
 
-def trace(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
+def trace(model: nn.Module, example_inputs: Any = None, *, copied: bool = False) -> fx.GraphModule:
     """Capture ``model`` as a graph module with the same signature, names, parameters and outputs.
 
     The caller's model is copied, never changed. ``example_inputs`` (a tensor, a tuple of positionals, a dict by keyword)
     let the second rung work and give every node its shape; optional arguments left out of them keep their defaults.
+    ``copied`` says that ``model`` is a copy that nobody else uses, and may be taken apart.
 
     Raises TraceError where the model cannot be copied, DataError where example inputs do not fit its signature.
     """
@@ -57,7 +58,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     call = arguments(example_inputs) if example_inputs is not None else None
     if call is not None:
         bind(model, call)
-    model = _copy(model)
+    model = model if copied else _copy(model)
     if is_traced(model):
         assert isinstance(model, fx.GraphModule)
         return model
