@@ -16,6 +16,7 @@ from fxcompress.pruning import (
     ChannelPruner,
     FilterPruner,
     L1UnstructuredPruner,
+    LayerPruner,
     MagnitudePruner,
     PruningScheduler,
     RandomPruner,
@@ -52,7 +53,7 @@ QUANTIZERS = Registry(
 )
 """Quantizers by name: classes with a ``plan``."""
 
-_PRUNERS = (MagnitudePruner, L1UnstructuredPruner, RandomPruner, StructuredPruner, FilterPruner, ChannelPruner)
+_PRUNERS = (MagnitudePruner, L1UnstructuredPruner, RandomPruner, StructuredPruner, FilterPruner, ChannelPruner, LayerPruner)
 PRUNERS = Registry("pruner", {cls.__name__: cls for cls in _PRUNERS})
 """Pruners by name: classes with ``plan(sparsity)``."""
 
@@ -99,6 +100,13 @@ def _pruner_steps(config: Mapping[str, Any], where: Where) -> Iterable[Pass]:
     scheduler = pruning_schedule(extra, own, where)
     if isinstance(pruner, StructuredPruner):
         yield from _channels(pruner, scheduler, training, where)
+        return
+    if isinstance(pruner, LayerPruner):
+        if scheduler is not None:
+            raise fault((*where, "scheduler"), "does not fit: layers go at once.")
+        yield from pruner.plan()
+        if training:
+            yield made_pass("train", training, where)
         return
     if scheduler is None:
         yield from pruner.plan()

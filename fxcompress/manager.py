@@ -21,7 +21,7 @@ from fxcompress.pass_base import Context, Pass, Remark
 from fxcompress.plan import Plan
 from fxcompress.stages import Stages
 
-__all__ = ["PassManager"]
+__all__ = ["PassManager", "example_call"]
 
 
 class PassManager:
@@ -81,7 +81,7 @@ class PassManager:
         PromiseError where a step fails, with the folder that replays it.
         """
         self._check_needs(example_inputs, data, teacher)
-        call = _example_call(example_inputs, data)
+        call = example_call(example_inputs, data)
         self.ledger.rows.clear()
         traced = trace(model, call)
         stages = Stages(keep, str(self.plan), traced, resume)
@@ -165,7 +165,8 @@ class PassManager:
             raise PlanError(f"the model is {stage}, and step 1 {first.name!r} takes a {' or '.join(first.takes)} graph.")
 
 
-def _example_call(example_inputs: Any, data: Iterable[Any] | None) -> Arguments | None:
+def example_call(example_inputs: Any, data: Iterable[Any] | None) -> Arguments | None:
+    """One call of a model: the example inputs, or the first batch of data that can be read again; None where neither is."""
     if example_inputs is not None:
         return arguments(example_inputs)
     if data is None or iter(data) is data:  # an iterator's first batch is not ours to take

@@ -18,6 +18,7 @@ from fxcompress.passes.lower import Lower
 from fxcompress.passes.mask_weights import MaskWeights
 from fxcompress.passes.open_attention import OpenAttention
 from fxcompress.passes.prune_channels import PruneChannels
+from fxcompress.passes.prune_layers import PruneLayers
 from fxcompress.passes.quantize_dynamic import QuantizeDynamic
 from fxcompress.passes.recalibrate_batchnorm import RecalibrateBatchNorm
 from fxcompress.passes.remove_dead import RemoveDead
@@ -35,6 +36,7 @@ PASSES = (
     BakeMasks,
     AccelerateSparsity,
     RecalibrateBatchNorm,
+    PruneLayers,
     InsertTaps,
     RemoveTaps,
     Train,

@@ -1,5 +1,7 @@
-"""Pruning: channels that go, masks over weights, and schedules for both."""
+"""Pruning: channels and layers that go, masks over weights, and schedules."""
 
+from fxcompress.pruning.layer_plan import LayerPlan
+from fxcompress.pruning.layer_pruner import LayerPruner
 from fxcompress.pruning.magnitude_pruner import L1UnstructuredPruner, MagnitudePruner, RandomPruner
 from fxcompress.pruning.pruning_plan import PruningPlan
 from fxcompress.pruning.pruning_scheduler import (
@@ -18,6 +20,8 @@ __all__ = [
     "FilterPruner",
     "IterativeScheduler",
     "L1UnstructuredPruner",
+    "LayerPlan",
+    "LayerPruner",
     "MagnitudePruner",
     "OneShotScheduler",
     "PruningPlan",

@@ -9,19 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 from fxcompress.data import split_batch
 from fxcompress.errors import ConfigError, DataError, did_you_mean
 from fxcompress.graph import ops
 from fxcompress.graph.channels import ChannelGroup, Channels
-from fxcompress.graph.inputs import tensors_in
 from fxcompress.graph.shapes import Recorder
 from fxcompress.pruning import criteria
+from fxcompress.pruning.gradients import Loss, gradients
 
 __all__ = ["Loss", "check_criterion", "scores"]
 
-Loss = Callable[[Any, Any], Tensor]
 Skip = Callable[[str, str], None]
 
 
@@ -142,37 +140,12 @@ def _need_gradients(module: fx.GraphModule, data: Iterable[Any] | None, loss: Lo
         if any(p.grad is None for p in module.parameters() if p.requires_grad):
             raise ConfigError("taylor needs gradients: give data with targets, or call backward() on the model first.")
         return
-    count = 0
-    flags = [part.training for part in module.modules()]
-    trainable = [p.requires_grad for p in module.parameters()]
-    for parameter in module.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-        parameter.grad = None
-    module.eval()
-    try:
-        for batch in data:
-            call, target = split_batch(batch)
-            output = call.to(_device(module))(module)
-            (loss or _cross_entropy)(output, target).backward()
-            count += 1
-    finally:
-        for part, flag in zip(module.modules(), flags, strict=True):
-            part.training = flag
-        for parameter, flag in zip(module.parameters(), trainable, strict=True):
-            parameter.requires_grad_(flag)
-    if not count:
-        raise DataError("the dataloader is empty: taylor needs at least one batch with targets.")
+    for name, gradient in gradients(module, data, loss).items():
+        module.get_parameter(name).grad = gradient
 
 
 def _device(module: fx.GraphModule) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
-
-
-def _cross_entropy(output: Any, target: Any) -> Tensor:
-    if target is None:
-        raise DataError("taylor needs targets: give batches (input, target), or a loss of your own.")
-    logits = output if isinstance(output, Tensor) else tensors_in(output)[0]
-    return F.cross_entropy(logits, target.to(logits.device))
 
 
 def _ranks(channels: Channels, data: Iterable[Any] | None) -> dict[str, Tensor]:

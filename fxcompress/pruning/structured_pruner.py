@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
 from fxcompress.pass_base import Context
 from fxcompress.plan import Plan
+from fxcompress.pruning.finetuning import finetune
 from fxcompress.pruning.pruning_plan import GroupPlan, PruningPlan
-from fxcompress.training import History, Recipe, train
+from fxcompress.training import History
 
 __all__ = ["ChannelPruner", "FilterPruner", "StructuredPruner"]
 
@@ -153,10 +153,7 @@ class StructuredPruner:
     ) -> History:
         """Train the pruned model in place; returns its history. ``options`` are those of a :class:`Recipe`, or of
         :func:`fxcompress.training.train`."""
-        names = {f.name for f in fields(Recipe)}
-        recipe = Recipe(**{k: v for k, v in options.items() if k in names})
-        rest = {k: v for k, v in options.items() if k not in names}
-        return train(model, dataloader, recipe, loss=loss, **{"progress": self._progress, **rest})
+        return finetune(model, dataloader, loss=loss, **{"progress": self._progress, **options})
 
     def _inputs(self, model: nn.Module, example_inputs: Any) -> Any:
         given = self.example_inputs if example_inputs is None else example_inputs

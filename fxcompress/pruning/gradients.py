@@ -1,0 +1,61 @@
+"""Gradients of a loss over data, for criteria that ask how much the loss would move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fxcompress.data import check_batch, split_batch
+from fxcompress.errors import DataError
+from fxcompress.graph.inputs import tensors_in
+
+__all__ = ["Loss", "gradients"]
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def gradients(model: nn.Module, data: Iterable[Any], loss: Loss | None = None) -> dict[str, Tensor]:
+    """Parameter → the gradient of the loss, summed over the batches, in eval mode; the model is left as it was.
+
+    ``loss(output, target)`` is cross entropy unless given. Raises DataError for no batch, or one without a target.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    flags = {module: module.training for module in model.modules()}
+    trainable = {name: p.requires_grad for name, p in parameters.items()}
+    totals = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
+    seen = 0
+    model.eval()
+    try:
+        for p in parameters.values():
+            p.requires_grad_()
+        for position, batch in enumerate(data):
+            call, target = split_batch(batch)
+            check_batch(call, position)
+            value = _loss(call.to(device)(model), target, loss, position)
+            found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            for total, gradient in zip(totals.values(), found, strict=True):
+                if gradient is not None:
+                    total += gradient
+            seen += 1
+    finally:
+        for name, p in parameters.items():
+            p.requires_grad_(trainable[name])
+        for module, training in flags.items():
+            module.training = training
+    if not seen:
+        raise DataError("the dataloader is empty: there are no gradients to take.")
+    return totals
+
+
+def _loss(output: Any, target: Any, loss: Loss | None, position: int) -> Tensor:
+    if loss is not None:
+        return loss(output, target)
+    if target is None:
+        raise DataError(f"batch {position} has no target: give batches of (input, target), or a loss of your own.")
+    logits = output if isinstance(output, Tensor) else tensors_in(output)[0]
+    return F.cross_entropy(logits, target.to(logits.device))

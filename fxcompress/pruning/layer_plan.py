@@ -1,0 +1,76 @@
+"""A plan of layers to leave out. It prints, is edited, saved, and applied to a fresh model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tabulate import tabulate
+
+from fxcompress.errors import ConfigError, did_you_mean
+
+__all__ = ["LayerPlan", "PartPlan"]
+
+
+@dataclass
+class PartPlan:
+    """One removable part: its score, and whether it goes."""
+
+    score: float
+    remove: bool
+
+
+@dataclass
+class LayerPlan:
+    """Part → whether it goes. ``str(plan)`` is a table; edit ``parts[name].remove``, or :meth:`veto` parts."""
+
+    parts: dict[str, PartPlan] = field(default_factory=dict)
+    units: str = "auto"
+
+    @property
+    def removed(self) -> list[str]:
+        """The parts that go, in graph order."""
+        return [name for name, part in self.parts.items() if part.remove]
+
+    def veto(self, *names: str) -> LayerPlan:
+        """Keep these parts; returns the plan. Raises ConfigError for a name it does not have."""
+        for name in names:
+            if name not in self.parts:
+                raise ConfigError(f"the plan has no part {name!r}.{did_you_mean(name, self.parts)}")
+            self.parts[name].remove = False
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as YAML; the file appears whole or not at all."""
+        target = Path(path)
+        temporary = target.with_name(target.name + ".partial")
+        parts = {name: {"score": part.score, "remove": part.remove} for name, part in self.parts.items()}
+        temporary.write_text(yaml.safe_dump({"units": self.units, "parts": parts}, sort_keys=False), encoding="utf-8")
+        os.replace(temporary, target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LayerPlan:
+        """Read a plan that :meth:`save` wrote; ConfigError where the file is missing or damaged."""
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"{os.fspath(path)!r} is not a plan of layers: {error}") from error
+        if not isinstance(data, Mapping) or not isinstance(data.get("parts"), Mapping):
+            raise ConfigError(f"{os.fspath(path)!r} is not a plan of layers: it has no 'parts'.")
+        return cls(
+            {str(name): _part(str(name), entry) for name, entry in data["parts"].items()}, str(data.get("units", "auto"))
+        )
+
+    def __str__(self) -> str:
+        rows = [(name, f"{part.score:.4g}", "goes" if part.remove else "stays") for name, part in self.parts.items()]
+        return tabulate(rows, ("part", "score", ""), disable_numparse=True)
+
+
+def _part(name: str, entry: Any) -> PartPlan:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("remove"), bool):
+        raise ConfigError(f"part {name!r} of a plan of layers needs remove: true or false.")
+    return PartPlan(float(entry.get("score", 0.0)), entry["remove"])
