@@ -90,7 +90,8 @@ class Lower(Pass):
 
 def _fastest(trials: dict[str, fx.GraphModule], module: fx.GraphModule, context: Context) -> str:
     call = context.example() or examples(module)
-    timed = interleaved({name: functools.partial(call, trial) for name, trial in trials.items()}, runs=15, seconds=20.0)
+    turns = {name: functools.partial(trial, *call.args, **call.kwargs) for name, trial in trials.items()}
+    timed = interleaved(turns, runs=15, seconds=20.0)
     order = sorted(timed, key=lambda name: timed[name].median)
     context.note("", "auto measured " + ", ".join(f"{name} {1e3 * timed[name].median:.2f} ms" for name in order))
     return order[0]
