@@ -26,11 +26,15 @@ class FoldBatchNorm(Pass):
     Left alone, with the reason: normalisation in training mode or without running statistics, one that does not directly
     follow a convolution or linear layer, and weights that other calls use with another normalisation. A weight that is
     fake-quantized keeps its levels; its scale takes up the factor.
+
+    Options: ``layers``, the names of the layers to fold into; all where it is left out.
     """
 
     name: ClassVar[str] = "fold-batchnorm"
     takes: ClassVar[tuple[str, ...]] = ("float", "observed")
     promise: ClassVar[Promise] = close(rtol=1e-4)
+
+    layers: tuple[str, ...] | None = None
 
     def run(self, module: fx.GraphModule, context: Context) -> None:
         reading, tied = context.analysis(edit.readers, module), context.analysis(edit.tied, module)
@@ -40,6 +44,8 @@ class FoldBatchNorm(Pass):
             if norm is None or norm.kind != "batch_norm" or not norm.inputs:
                 continue
             layer, reason = ops.read(norm.inputs[0]), _obstacle(module, norm, reading, tied)
+            if self.layers is not None and ops.owner_name(norm.inputs[0]) not in self.layers:
+                continue
             if reason or layer is None:
                 context.skip(node, reason or "nothing stands before it")
             else:

@@ -21,7 +21,7 @@ class FuseActivations(Pass):
     The arithmetic stays what it was; what changes is that one node stands for both, so that one range is observed (the one
     after the activation) and one kernel runs.
 
-    Options: ``activations``, which ones to fuse.
+    Options: ``activations``, which ones to fuse; ``layers``, the names of the layers to fuse into, all where it is left out.
     """
 
     name: ClassVar[str] = "fuse-activations"
@@ -29,6 +29,7 @@ class FuseActivations(Pass):
     promise: ClassVar[Promise] = EXACT
 
     activations: tuple[Literal["relu", "relu6"], ...] = ("relu", "relu6")
+    layers: tuple[str, ...] | None = None
 
     def run(self, module: fx.GraphModule, context: Context) -> None:
         calls = _calls_by_module(module)
@@ -38,6 +39,8 @@ class FuseActivations(Pass):
             if activation not in self.activations:
                 continue
             producer = node.all_input_nodes[0]
+            if self.layers is not None and ops.owner_name(producer) not in self.layers:
+                continue
             reason = "it has hooks, which fusing would drop" if edit.has_hooks(node) else None
             reason = reason or _obstacle(producer, activation, calls)
             if reason:

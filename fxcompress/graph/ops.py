@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-__all__ = ["Attr", "Call", "Op", "argument_order", "call_arguments", "kind", "lookup", "owner_name", "read"]
+__all__ = ["Attr", "Call", "Op", "argument_order", "call_arguments", "kind", "lookup", "module_kind", "owner_name", "read"]
 
 
 @dataclass(frozen=True)
@@ -211,6 +211,12 @@ def is_named_tuple(cls: Any) -> bool:
 def is_known_module(module: nn.Module) -> bool:
     """Whether the op table has a row for this module's class."""
     return _table().module(type(module)) is not None
+
+
+def module_kind(module: nn.Module) -> str:
+    """The kind of operator a module is, or "" where the op table has no row for its class."""
+    found = _table().module(type(module))
+    return found.kind if found else ""
 
 
 def lookup(node: fx.Node) -> Op | None:

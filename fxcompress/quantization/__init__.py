@@ -12,10 +12,28 @@ from fxcompress.quantization.calibrator import (
 )
 from fxcompress.quantization.ptq import DynamicQuantizer, PTQQuantizer, StaticQuantizer
 from fxcompress.quantization.qat import LSQQuantizer, QATQuantizer
+from fxcompress.quantization.quant_utils import (
+    ActivationRow,
+    Comparison,
+    WeightRow,
+    auto_fuse,
+    benchmark_latency,
+    compare_activations,
+    compare_weights,
+    compute_scale_zp,
+    compute_snr,
+    dequantize_tensor,
+    fuse_modules,
+    get_model_size,
+    get_quantizable_modules,
+    quantize_tensor,
+)
 
 __all__ = [
     "CALIBRATORS",
+    "ActivationRow",
     "Calibrator",
+    "Comparison",
     "DynamicQuantizer",
     "EntropyCalibrator",
     "HistogramCalibrator",
@@ -26,5 +44,17 @@ __all__ = [
     "PercentileCalibrator",
     "QATQuantizer",
     "StaticQuantizer",
+    "WeightRow",
+    "auto_fuse",
+    "benchmark_latency",
     "build_calibrator",
+    "compare_activations",
+    "compare_weights",
+    "compute_scale_zp",
+    "compute_snr",
+    "dequantize_tensor",
+    "fuse_modules",
+    "get_model_size",
+    "get_quantizable_modules",
+    "quantize_tensor",
 ]

@@ -1,0 +1,333 @@
+"""Where a quantized model loses accuracy: weights and activations against the float model's, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+
+from fxcompress.data import batches
+from fxcompress.errors import ConfigError, DataError
+from fxcompress.graph import ops, qdq
+from fxcompress.graph.inputs import Arguments
+from fxcompress.graph.island import regions
+from fxcompress.graph.shapes import Recorder, module_of
+from fxcompress.graph.trace import is_traced, region_inputs
+from fxcompress.manager import PassManager
+from fxcompress.pass_base import Pass
+from fxcompress.plan import Plan
+from fxcompress.quantization.quantizer import in_eval_mode
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["ActivationRow", "Comparison", "WeightRow", "compare_activations", "compare_weights"]
+
+_USUAL = ("fold-batchnorm", "fuse-activations")
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """One layer's weight, int8 against float."""
+
+    name: str
+    snr_db: float
+    max_error: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class ActivationRow:
+    """One layer's result, as its readers see it, over all data.
+
+    ``snr_db``        of the quantized model against the float one: the layer's own error and all before it
+    ``local_snr_db``  with the float model's values as its inputs: the layer's own error alone
+    ``range_use``     share of the quantization range that the float values span; NaN where it has none
+    ``clip_rate``     share of float values outside the range
+    """
+
+    name: str
+    kind: str
+    snr_db: float
+    max_error: float
+    cosine: float
+    local_snr_db: float
+    range_use: float
+    clip_rate: float
+
+
+R = TypeVar("R", WeightRow, ActivationRow)
+
+
+class Comparison(list[R], Generic[R]):
+    """A row per layer, worst first; prints as a table."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no layer is in both models"
+        return tabulate([astuple(row) for row in self], [f.name for f in fields(self[0])], floatfmt=".4g")
+
+    def plot(self, path: str | None = None) -> Figure:
+        """A bar per layer, in dB: the whole error, and the layer's own where it is known. Written to ``path`` if given."""
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ConfigError("plot() needs matplotlib: pip install 'fxcompress[plot]'.") from error
+        figure = Figure(figsize=(8, 1 + 0.3 * len(self)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        places = range(len(self))
+        local = [getattr(row, "local_snr_db", math.nan) for row in self]
+        axes.barh([p - 0.2 for p in places], [_drawn(row.snr_db) for row in self], 0.4, label="whole error")
+        if any(map(math.isfinite, local)):
+            axes.barh([p + 0.2 for p in places], [_drawn(value) for value in local], 0.4, label="the layer's own")
+        axes.set_yticks(list(places), [row.name for row in self])
+        axes.invert_yaxis()
+        axes.set_xlabel("signal to noise, dB")
+        axes.legend()
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+
+def _drawn(decibels: float) -> float:
+    return decibels if math.isfinite(decibels) else 0.0
+
+
+@dataclass
+class _Sums:
+    """Running sums over pairs of tensors, in float64."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    dot: float = 0.0
+    other: float = 0.0
+    largest: float = 0.0
+
+    def add(self, reference: Tensor, found: Tensor) -> None:
+        a, b = reference.detach().to(torch.float64), found.detach().to(torch.float64)
+        gap = a - b
+        self.signal += float(a.square().sum())
+        self.noise += float(gap.square().sum())
+        self.dot += float((a * b).sum())
+        self.other += float(b.square().sum())
+        self.largest = max(self.largest, float(gap.abs().max()) if gap.numel() else 0.0)
+
+    @property
+    def snr_db(self) -> float:
+        if not self.noise:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+    @property
+    def cosine(self) -> float:
+        length = math.sqrt(self.signal) * math.sqrt(self.other)
+        return self.dot / length if length else float(self.signal == self.other)
+
+
+def compare_weights(fp_model: nn.Module, quant_model: nn.Module, example_inputs: Any = None) -> Comparison[WeightRow]:
+    """A row per layer whose weight is int8 in ``quant_model``: name, SNR in dB, largest error, cosine; worst first.
+
+    The float model is brought into the form it was quantized in first (batch normalisation folded, ...), in a copy.
+    """
+    reference = _in_same_form(fp_model, quant_model, example_inputs)
+    exact = dict([*reference.named_parameters(), *reference.named_buffers()])
+    rows = []
+    for name, value in _float_weights(_portable(quant_model)):
+        if name in exact and exact[name].shape == value.shape:
+            sums = _Sums()
+            sums.add(exact[name], value)
+            rows.append(WeightRow(_layer_of(name), sums.snr_db, sums.largest, sums.cosine))
+    return Comparison(sorted(rows, key=lambda row: row.snr_db))
+
+
+def _layer_of(tensor: str) -> str:
+    owner, _, leaf = tensor.rpartition(".")
+    return owner if leaf == "weight" and owner else tensor
+
+
+def _float_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What the int8 weights of a model stand for, under their names."""
+    buffers = dict(model.named_buffers())
+    axes = {
+        str(node.args[0].target): int(node.args[2])
+        for graph in regions(model).values()
+        for node in graph.graph.nodes
+        if node.target is qdq.dequantize_per_channel
+    }
+    for name, levels in buffers.items():
+        if f"{name}_scale" in buffers:
+            zero_point = buffers.get(f"{name}_zero_point")
+            axis = axes.get(name, 0)
+            yield name, qdq.dequantize_per_channel(levels, buffers[f"{name}_scale"], axis, zero_point)
+
+
+def _portable(model: nn.Module) -> nn.Module:
+    """The quantize/dequantize graph of a lowered model, or the model itself."""
+    if not is_traced(model):
+        raise ConfigError(f"the quantized model is a {type(model).__name__}; give what a quantizer or PassManager returned.")
+    assert isinstance(model, fx.GraphModule)
+    portable: nn.Module = model.meta.get("portable", model)
+    return portable
+
+
+def _in_same_form(fp_model: nn.Module, quant_model: nn.Module, example_inputs: Any) -> fx.GraphModule:
+    """A copy of the float model, rewritten by the same float-to-float steps as the quantized one."""
+    history = getattr(quant_model, "meta", {}).get("history", [])
+    steps = [step for entry in history for step in Plan.parse(entry["plan"]) if _keeps_float(step)]
+    plan = Plan(tuple(steps)) if history else Plan.parse(list(_USUAL))
+    manager = PassManager(plan, verify=False, reproducer=False, progress=False)
+    return manager.run(in_eval_mode(fp_model), example_inputs)
+
+
+def _keeps_float(step: Pass) -> bool:
+    return "float" in step.takes and step.leaves is None and not step.needs and step.name not in ("require", "cast-half")
+
+
+def compare_activations(
+    fp_model: nn.Module, quant_model: nn.Module, data: Iterable[Any], *, num_batches: int | None = None
+) -> Comparison[ActivationRow]:
+    """A row per quantized value, worst first: the whole error, the layer's own, range use and clip rate (ActivationRow).
+
+    ``data`` is an iterable of batches (or one tensor), of which up to ``num_batches`` are used. The quantized model is run
+    in its portable form. Raises DataError where there is no data.
+    """
+    feed = [data] if isinstance(data, Tensor) else data
+    portable = _portable(quant_model)
+    reference: fx.GraphModule | None = None
+    found: dict[tuple[str, str], _Watched] = {}
+    for call in batches(feed, fp_model, num_batches):
+        if reference is None:
+            reference = _in_same_form(fp_model, quant_model, call)
+        for region, graph in regions(reference).items():
+            other = regions(portable).get(region)
+            if other is not None:
+                _watch(region, graph, other, region_inputs(reference, call)[region], found)
+    if reference is None:
+        raise DataError("the dataloader is empty: there is nothing to compare on.")
+    rows = [watched.row() for watched in found.values()]
+    return Comparison(sorted(rows, key=lambda row: row.snr_db))
+
+
+def _watch(
+    region: str,
+    graph: fx.GraphModule,
+    other: fx.GraphModule,
+    call: Arguments,
+    found: dict[tuple[str, str], _Watched],
+) -> None:
+    """Run one batch through both graphs, the quantized one twice: on its own values, and on the float model's."""
+    names = {node.name for node in graph.graph.nodes}
+    wanted = {node.name: node for node in other.graph.nodes if node.name in names and _is_quantized(node)}
+    exact = _Values(graph, set(wanted), {}, lambda node, value: value)
+    exact.record(call)
+    kept = {name: value for name, value in exact.values.items() if isinstance(value, Tensor)}
+    whole = _Values(other, set(kept), {}, _as_read)
+    whole.record(call)
+    local = _Values(other, set(kept), kept, _as_read)
+    local.record(call)
+    for name, value in kept.items():
+        node = wanted[name]
+        if whole.values[name].shape != value.shape:
+            continue
+        if (region, name) not in found:
+            found[region, name] = _Watched(_title(region, node), ops.kind(node))
+        found[region, name].add(node, value, whole.values[name], local.values[name])
+
+
+def _title(region: str, node: fx.Node) -> str:
+    """A layer's own name for a layer, the node's for anything else."""
+    call = ops.read(node) if node.op.startswith("call") else None
+    is_layer = node.op == "call_module" or (call is not None and call["weight"] is not None)
+    label = (ops.owner_name(node) if is_layer else "") or node.name
+    return f"{region}.{label}" if region else label
+
+
+def _is_quantized(node: fx.Node) -> bool:
+    """Whether an operator runs in integers or its value is put on a grid."""
+    return bool(node.meta.get("integer")) or _grid_reader(node) is not None
+
+
+def _grid_reader(node: fx.Node) -> fx.Node | None:
+    """The node that puts a value on a grid: a quantize, or a fake-quantizer."""
+    for user in node.users:
+        if user.target is qdq.quantize or (user.op == "call_module" and user.meta.get("observer")):
+            return user
+    return None
+
+
+def _as_read(node: fx.Node, value: Any) -> Any:
+    """A value as its readers get it: through the grid it is put on."""
+    reader = _grid_reader(node)
+    if reader is None or not isinstance(value, Tensor):
+        return value
+    if reader.op == "call_module":
+        return module_of(reader)(value)
+    _, scale, zero_point, *levels = reader.args
+    return qdq.dequantize(qdq.quantize(value, scale, zero_point, *levels), scale, zero_point)
+
+
+class _Values(Recorder):
+    """Runs a graph and keeps what ``seen`` makes of the wanted values; ``given`` values replace computed ones."""
+
+    def __init__(self, module: fx.GraphModule, wanted: set[str], given: dict[str, Tensor], seen: Any) -> None:
+        super().__init__(module)
+        self.wanted, self.given, self.seen = wanted, given, seen
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        with torch.no_grad():
+            value = super().run_node(n)
+            if n.name in self.wanted:
+                self.values[n.name] = self.seen(n, value)
+        return self.given.get(n.name, value)
+
+
+@dataclass
+class _Watched:
+    """One value over all batches."""
+
+    name: str
+    kind: str
+    whole: _Sums = field(default_factory=_Sums)
+    local: _Sums = field(default_factory=_Sums)
+    low: float = math.inf
+    high: float = -math.inf
+    bounds: tuple[float, float] | None = None
+    clipped: int = 0
+    count: int = 0
+
+    def add(self, node: fx.Node, exact: Tensor, whole: Tensor, local: Tensor) -> None:
+        self.whole.add(exact, whole)
+        self.local.add(exact, local)
+        self.low, self.high = min(self.low, float(exact.min())), max(self.high, float(exact.max()))
+        self.count += exact.numel()
+        reader = _grid_reader(node)
+        if reader is not None and reader.target is qdq.quantize:
+            _, scale, zero_point, least, most = (arg if isinstance(arg, (int, float)) else 0 for arg in reader.args[:5])
+            low, high = (least - zero_point) * scale, (most - zero_point) * scale
+            self.bounds = (low, high)
+            self.clipped += int(((exact < low - scale / 2) | (exact > high + scale / 2)).sum())
+
+    def row(self) -> ActivationRow:
+        use = math.nan
+        if self.bounds is not None:
+            low, high = self.bounds
+            use = max(0.0, min(self.high, high) - max(self.low, low)) / (high - low)
+        rate = self.clipped / self.count if self.bounds is not None else math.nan
+        return ActivationRow(
+            self.name,
+            self.kind,
+            self.whole.snr_db,
+            self.whole.largest,
+            self.whole.cosine,
+            self.local.snr_db,
+            use,
+            rate,
+        )
