@@ -82,9 +82,8 @@ def fuse_modules(
     for group in groups:
         for user in (user for node in _calls(fused, group[0]) for user in node.users):
             if user.target in group:
-                raise ConfigError(
-                    f"{' + '.join(group)} did not fuse at {user.target!r}: {reasons.get(str(user.target), 'it was left alone')}."
-                )
+                reason = reasons.get(str(user.target), "it was left alone")
+                raise ConfigError(f"{' + '.join(group)} did not fuse at {user.target!r}: {reason}.")
     return fused
 
 
