@@ -1,60 +1,124 @@
-"""The ``fxcompress`` command (also ``python -m fxcompress``)."""
+"""The ``fxcompress`` command (also ``python -m fxcompress``).
+
+Exit status: 0, done; 1, it ran and the result was refused (a check, a floor, a loss that is not finite); 2, something in
+what was given must be mended. The message then says what and where; there is no traceback.
+"""
 
 from __future__ import annotations
 
 import argparse
-import inspect
+import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from fxcompress import library, reproducer
+import torch
+
+from fxcompress import commands
 from fxcompress.bench import __main__ as bench
-from fxcompress.errors import FxCompressError
-from fxcompress.manager import PassManager
+from fxcompress.errors import FxCompressError, PassError, TrainingError, VerificationError
 
 __all__ = ["main"]
 
+_REFUSED = (VerificationError, PassError, TrainingError)
 
-def _replay(options: argparse.Namespace) -> int:
-    model, plan, call = reproducer.read(options.folder)
-    data = [call] if call is not None else None
-    manager = PassManager(plan, show="changes" if options.changes else None, reproducer=False)
-    manager.run(model, call, data)
-    print(manager.ledger)
-    return 0
-
-
-def _passes(options: argparse.Namespace) -> int:
-    for name, cls in library.passes().items():
-        print(f"{name:20} {(inspect.getdoc(cls) or '').splitlines()[0]}")
-    return 0
+Run = Callable[[argparse.Namespace], int]
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="fxcompress", description="A compiler for model compression.")
-    commands = made.add_subparsers(required=True, metavar="command")
-    commands.add_parser("bench", help="measure compressed models (see python -m fxcompress.bench --help)", add_help=False)
-    replay = commands.add_parser("replay", help="run the plan of a reproducer folder again")
+    sub = made.add_subparsers(required=True, metavar="command")
+    compress = _command(
+        sub, "compress", commands.compress, "compress a model as a configuration says, and save it",
+        "fxcompress compress ptq.yaml --model resnet18 --data '{type: random, samples: 64}' --output small",
+    )  # fmt: skip
+    _configured(compress)
+    compress.add_argument("--validation", metavar="DATA", help="data to judge the model on, before and after")
+    compress.add_argument("--output", "-o", required=True, metavar="FOLDER", help="where the saved model goes")
+    compress.add_argument("--keep", metavar="FOLDER", help="keep every costly stage there, so that the run can be resumed")
+    compress.add_argument("--resume", action="store_true", help="go on from what --keep holds")
+    compress.add_argument("--seed", type=int, default=0)
+    plan = _command(
+        sub, "plan", commands.plan, "check a configuration and print the passes it compiles to",
+        "fxcompress plan ptq.yaml --model resnet18 --shape 1 3 224 224 --explain",
+    )  # fmt: skip
+    _configured(plan)
+    plan.add_argument("--explain", action="store_true", help="say for every layer what would be done, or why not")
+    inspect = _command(
+        sub, "inspect", commands.inspect_model, "show a saved model: graph, sizes, stage, history",
+        "fxcompress inspect small",
+    )  # fmt: skip
+    inspect.add_argument("model", help="the folder of a saved model")
+    export = _command(
+        sub, "export", commands.export, "write a saved model in another format",
+        "fxcompress export small --format onnx --output small.onnx",
+    )  # fmt: skip
+    export.add_argument("model", help="the folder of a saved model")
+    export.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="torch: a torch.export program")
+    export.add_argument("--output", "-o", required=True, metavar="FILE")
+    _shape(export)
+    sub.add_parser("bench", help="measure compressed models (fxcompress bench --help)", add_help=False)
+    _command(sub, "passes", commands.passes, "list the library of passes", "fxcompress passes")
+    _command(
+        sub, "schema", commands.print_schema, "print the JSON Schema of configurations",
+        "fxcompress schema > compression.schema.json",
+    )  # fmt: skip
+    replay = _command(
+        sub, "replay", commands.replay, "run the plan of a reproducer folder again", "fxcompress replay failure --changes"
+    )
     replay.add_argument("folder")
     replay.add_argument("--changes", action="store_true", help="print what every pass changes")
-    replay.set_defaults(run=_replay)
-    passes = commands.add_parser("passes", help="list the library of passes")
-    passes.set_defaults(run=_passes)
     return made
 
 
+def _command(sub: argparse._SubParsersAction, name: str, run: Run, about: str, example: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
+    made: argparse.ArgumentParser = sub.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--json", action="store_true", help="print JSON")
+    made.add_argument(
+        "--import", dest="imports", action="append", default=[], metavar="MODULE",
+        help="a module of yours that registers models, data or components",
+    )  # fmt: skip
+    made.set_defaults(run=run)
+    return made
+
+
+def _configured(made: argparse.ArgumentParser) -> None:
+    made.add_argument("config", help="a YAML file with a 'compression' section")
+    made.add_argument("--model", help="a name, a mapping ({type: ResNet, depth: 18}), or a saved model's folder")
+    made.add_argument("--weights", metavar="FILE", help="weights for the model")
+    made.add_argument("--data", help="a data set's name, or a mapping ({type: digits, batch_size: 64})")
+    _shape(made)
+
+
+def _shape(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--shape", type=int, nargs="+", metavar="N", help="of an example input, batch first")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 for success, 2 for something the caller can mend."""
+    """Run a command; 0 for success, 1 where the result was refused, 2 for something the caller can mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["bench"]:
         return bench.main(arguments[1:])
     options = parser().parse_args(arguments)
+    torch._logging.set_logs(all=logging.CRITICAL)  # a model that torch.export refuses is an error of ours, or none
     try:
         return int(options.run(options))
     except FxCompressError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, _REFUSED) else 2
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

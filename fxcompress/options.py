@@ -5,6 +5,7 @@ The signature is the one description: values of a configuration are checked agai
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -38,7 +39,8 @@ def options_of(made: Callable[..., Any]) -> dict[str, Option]:
 
     A class that hands keywords on (``**options``) has the options of its base as well.
     """
-    typed = getattr(made, "__init__") if isinstance(made, type) else made  # noqa: B009 - mypy mistrusts the plain form
+    is_plain_class = isinstance(made, type) and not dataclasses.is_dataclass(made)
+    typed = getattr(made, "__init__") if is_plain_class else made  # noqa: B009 - mypy mistrusts the plain form
     hints = get_type_hints(typed, include_extras=True)
     found: dict[str, Option] = {}
     for name, parameter in inspect.signature(made).parameters.items():

@@ -1,0 +1,255 @@
+"""What the ``fxcompress`` command does: a function per sub-command, from its options to its exit status."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tabulate import tabulate
+from torch import fx, nn
+
+from fxcompress import artifact, explain, library, reproducer
+from fxcompress.builder import build_compression_pipeline
+from fxcompress.config import Config, read_config
+from fxcompress.errors import ConfigError, PlanError
+from fxcompress.export import export_onnx
+from fxcompress.graph.cost import cost, node_costs
+from fxcompress.graph.coverage import coverage
+from fxcompress.graph.inputs import Arguments
+from fxcompress.manager import PassManager
+from fxcompress.models import build_data, build_model, load_weights
+from fxcompress.pipeline import CompressionPipeline
+from fxcompress.plan import read_yaml
+from fxcompress.schema import schema
+from fxcompress.training import evaluate
+
+__all__ = ["compress", "export", "inspect_model", "passes", "plan", "print_schema", "replay"]
+
+
+def compress(options: argparse.Namespace) -> int:
+    """Model and configuration → saved model, ledger."""
+    config, pipeline = _pipeline(options)
+    target = _output(options.output)
+    data = _data(options.data, config, "data")
+    validation = _data(options.validation, config, "validation")
+    call = _example(options.shape)
+    model = pipeline.run(
+        None,
+        data,
+        call,
+        keep=options.keep,
+        resume=options.resume,
+        validation=validation,
+        seed=options.seed,
+        progress=False if options.json else None,
+    )
+    artifact.save(model, target)
+    pipeline.ledger.save(target / "ledger.json")
+    assert pipeline.model is not None
+    found = _before_and_after(pipeline.model, model, validation)
+    if options.json:
+        _print({"output": str(target), **found, "ledger": pipeline.ledger.as_data()})
+    else:
+        print(pipeline.ledger)
+        print(f"\nsaved: {target} ({found['bytes'] / 1e6:.2f} MB)")
+        for name, (before, after) in found.get("metrics", {}).items():
+            print(f"{name}: {before:.4g} before, {after:.4g} after")
+    return 0
+
+
+def _before_and_after(before: nn.Module, after: fx.GraphModule, validation: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"bytes": cost(after).bytes, "parameters": cost(after).parameters}
+    if validation is not None:
+        pairs = evaluate(before, validation), evaluate(after, validation)
+        found["metrics"] = {name: [pairs[0][name], pairs[1][name]] for name in pairs[0]}
+    return found
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Print what a configuration compiles to; explain what it does to every layer."""
+    config, pipeline = _pipeline(options, needs_model=options.explain)
+    if not options.explain:
+        steps = [{"component": stage.title, "steps": [str(step.name) for step in stage.steps]} for stage in pipeline.stages]
+        if options.json:
+            _print({"stages": steps, "plan": pipeline.plan.as_data()})
+        else:
+            print(pipeline)
+        return 0
+    assert pipeline.model is not None
+    rows = explain.explain(pipeline, _data(options.data, config, "data"), _example(options.shape))
+    if options.json:
+        _print({"plan": pipeline.plan.as_data(), "layers": [row._asdict() for row in rows]})
+    else:
+        print(pipeline)
+        print()
+        print(tabulate(rows, explain.HEADERS, disable_numparse=True, maxcolwidths=[None, None, None, None, None, 60]))
+    return 0
+
+
+def inspect_model(options: argparse.Namespace) -> int:
+    """A saved model: its graph as a table, what it costs, how it came to be."""
+    model = _saved(options.model, options)
+    totals, share = cost(model), coverage(model)
+    rows = [(row.node, row.kind, f"{row.parameters:,}", f"{row.macs:,}", f"{row.bytes:,}") for row in node_costs(model)]
+    history = model.meta.get("history", [])
+    if options.json:
+        summary = {"stage": model.meta["stage"], "nodes": totals.nodes, "parameters": totals.parameters, "macs": totals.macs}
+        summary |= {"bytes": totals.bytes, "int8_macs": share.mac_share}
+        _print({**summary, "graph": [row.__dict__ for row in node_costs(model)], "history": history})
+        return 0
+    print(tabulate(rows, ("node", "kind", "parameters", "MACs", "bytes"), disable_numparse=True))
+    print(f"\nstage: {model.meta['stage']}; {totals.parameters:,} parameters, {totals.macs / 1e6:,.1f}M MACs")
+    print(f"stored: {totals.bytes / 1e6:.2f} MB; {share.mac_share:.1%} of MACs in integers")
+    for number, entry in enumerate(history, 1):
+        print(f"\nrun {number}:\n{entry['plan'].rstrip()}")
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """A saved model in another format."""
+    model = _saved(options.model, options)
+    target = _output(options.output)
+    call = _example(options.shape)
+    if options.format == "onnx":
+        export_onnx(model, target, call)
+    else:
+        _export_program(copy.deepcopy(model.meta.get("portable", model)), target, call)
+    if options.json:
+        _print({"output": str(target), "format": options.format, "bytes": target.stat().st_size})
+    else:
+        print(f"{options.format}: {target} ({target.stat().st_size / 1e6:.2f} MB)")
+    return 0
+
+
+def _export_program(model: fx.GraphModule, target: Path, call: Arguments | None) -> None:
+    if target.suffix != ".pt2":
+        raise ConfigError(f"a torch.export program is a .pt2 file, not {target.name!r}.")
+    example = call if call is not None else _from_graph(model)
+    for node in model.graph.nodes:
+        node.meta.pop("nn_module_stack", None)  # ours names owners only, and torch.export wants classes
+    program = torch.export.export(model, example.args, example.kwargs)
+    partial = target.with_name(f".partial-{target.name}")
+    torch.export.save(program, partial)
+    os.replace(partial, target)
+
+
+def _from_graph(model: fx.GraphModule) -> Arguments:
+    metas = [node.meta.get("tensor_meta") for node in model.graph.nodes if node.op == "placeholder" and not node.args]
+    if not metas or any(meta is None for meta in metas):
+        raise ConfigError("the saved model does not say which inputs it takes: give --shape.")
+    return Arguments(tuple(torch.zeros(meta.shape, dtype=meta.dtype) for meta in metas), {})
+
+
+def passes(options: argparse.Namespace) -> int:
+    """The library of passes."""
+    rows = {name: (inspect.getdoc(cls) or "").splitlines()[0] for name, cls in library.passes().items()}
+    if options.json:
+        _print(rows)
+    else:
+        for name, line in rows.items():
+            print(f"{name:22} {line}")
+    return 0
+
+
+def print_schema(options: argparse.Namespace) -> int:
+    """The JSON Schema of configurations."""
+    _print(schema())
+    return 0
+
+
+def replay(options: argparse.Namespace) -> int:
+    """Run the plan of a reproducer folder again."""
+    model, steps, call = reproducer.read(options.folder)
+    data = [call] if call is not None else None
+    manager = PassManager(steps, show="changes" if options.changes else None, reproducer=False)
+    manager.run(model, call, data)
+    if options.json:
+        _print(manager.ledger.as_data())
+    else:
+        print(manager.ledger)
+    return 0
+
+
+# what the options name
+
+
+def _print(data: Any) -> None:
+    print(json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def _pipeline(options: argparse.Namespace, needs_model: bool = True) -> tuple[Config, CompressionPipeline]:
+    for name in options.imports:
+        _import(name)
+    config = read_config(Path(options.config))
+    model = None if options.model is None else _model(options.model, options.weights)
+    pipeline = build_compression_pipeline(config, model)
+    if needs_model and pipeline.model is None:
+        raise ConfigError("there is no model: give --model, or a 'model' in the configuration.")
+    return config, pipeline
+
+
+def _import(name: str) -> None:
+    """Import a module of the user's, which registers models, data and components."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"--import {name}: {error}.") from error
+
+
+def _model(text: str, weights: str | None) -> nn.Module:
+    """A saved model's folder, a registered or torchvision name, or a mapping as a configuration writes it."""
+    if (Path(text) / "graph.json").is_file():
+        model: nn.Module = artifact.load(text)
+    else:
+        model = build_model(_inline(text), ("--model",))
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def _saved(path: str, options: argparse.Namespace) -> fx.GraphModule:
+    for name in options.imports:
+        _import(name)
+    return artifact.load(path)
+
+
+def _data(text: str | None, config: Config, key: str) -> Any:
+    """Data by ``--data`` or the configuration; None where neither names any."""
+    if text is not None:
+        return build_data(_inline(text), (f"--{key}",))
+    return build_data(config.data[key], (key,)) if key in config.data else None
+
+
+def _inline(text: str) -> Any:
+    """A name, or a mapping in YAML's flow style."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return read_yaml(text)
+    except (PlanError, yaml.YAMLError) as error:
+        raise ConfigError(f"{text!r} is neither a name nor a mapping: {error}") from error
+
+
+def _example(shape: list[int] | None) -> Arguments | None:
+    """Seeded noise of a shape, as one call."""
+    if shape is None:
+        return None
+    return Arguments((torch.randn(*shape, generator=torch.Generator().manual_seed(0)),), {})
+
+
+def _output(path: str) -> Path:
+    target = Path(path)
+    if not target.resolve().parent.is_dir():
+        raise ConfigError(f"{path!r} cannot be written: there is no folder {str(target.resolve().parent)!r}.")
+    return target
