@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from fxcompress.distillation import DISTILLERS
 from fxcompress.errors import FxCompressError, PlanError
 from fxcompress.options import fault, located, no_such, only, options_of, unknown, validated
 from fxcompress.pass_base import Pass
@@ -57,8 +58,6 @@ _PRUNERS = (MagnitudePruner, L1UnstructuredPruner, RandomPruner, StructuredPrune
 PRUNERS = Registry("pruner", {cls.__name__: cls for cls in _PRUNERS})
 """Pruners by name: classes with ``plan(sparsity)``."""
 
-DISTILLERS = Registry("distiller")
-"""Distillers by name."""
 
 ORDER = {"prune": PRUNERS, "distill": DISTILLERS, "quantize": QUANTIZERS}
 """The stages of a mapping, in the order in which they run."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fxcompress import backends, library
-from fxcompress.components import DISTILLERS, ORDER, PRUNERS, PRUNING, QUANTIZERS, TRAINING
+from fxcompress.components import DISTILLERS, ORDER, PRUNERS, QUANTIZERS, TRAINING
 from fxcompress.models import DATASETS, MODELS
 from fxcompress.options import options_of
 from fxcompress.passes.train import Train
@@ -28,12 +28,18 @@ _CHOICES: dict[str, Mapping[str, Any]] = {
 
 def schema() -> dict[str, Any]:
     """The schema of a configuration file: ``compression``, ``model``, ``data``; other sections are the framework's own."""
+    training, models = _training(), {"teacher": _reference("model"), "student": _reference("model")}
+    pruning = {
+        "finetune_epochs": {"type": "integer", "minimum": 0, "description": "epochs of training after pruning"},
+        "finetune": _reference("training"),
+        "scheduler": {"anyOf": [_reference(name) for name in SCHEDULERS]},
+    }
     definitions = {
-        **{name: _component(name, cls, set()) for name, cls in SCHEDULERS.items()},
-        **{name: _component(name, cls, TRAINING if cls.trains else set()) for name, cls in QUANTIZERS.items()},
-        **{name: _component(name, cls, set(PRUNING)) for name, cls in PRUNERS.items()},
-        **{name: _component(name, cls, {*TRAINING, "teacher", "student"}) for name, cls in DISTILLERS.items()},
-        "training": _object({name: _EXTRAS[name] for name in sorted(TRAINING)}),
+        **{name: _component(name, cls, {}) for name, cls in SCHEDULERS.items()},
+        **{name: _component(name, cls, training if cls.trains else {}) for name, cls in QUANTIZERS.items()},
+        **{name: _component(name, cls, pruning) for name, cls in PRUNERS.items()},
+        **{name: _component(name, cls, {**training, **models}) for name, cls in DISTILLERS.items()},
+        "training": _object(training),
         "pass": {"anyOf": [{"enum": list(library.passes())}, {"type": "object", "minProperties": 1, "maxProperties": 1}]},
         "model": _named("a model", MODELS, {"pretrained": {"type": "string", "description": "a weights file"}}),
         "data": _named("data", DATASETS, {"batch_size": {"type": "integer", "minimum": 1}, "shuffle": {"type": "boolean"}}),
@@ -79,7 +85,7 @@ def _named(what: str, registry: Mapping[str, Any], more: Mapping[str, Any]) -> d
     }
 
 
-def _component(name: str, cls: Any, extras: Any) -> dict[str, Any]:
+def _component(name: str, cls: Any, extras: Mapping[str, Any]) -> dict[str, Any]:
     documented = _descriptions(cls)
     properties: dict[str, Any] = {"type": {"const": name}}
     required = ["type"]
@@ -90,7 +96,7 @@ def _component(name: str, cls: Any, extras: Any) -> dict[str, Any]:
         elif isinstance(option.default, (bool, int, float, str)):
             properties[key]["default"] = option.default
     for key in sorted(extras):
-        properties.setdefault(key, _EXTRAS.get(key, _SCHEDULE))
+        properties.setdefault(key, extras[key])
     made = _object(properties, required)
     return {"description": (inspect.getdoc(cls) or name).splitlines()[0], **made}
 
@@ -118,20 +124,10 @@ def _training() -> dict[str, Any]:
     documented = _descriptions(Train)
     options = options_of(Train)
     made = {}
-    for name in TRAINING:
+    for name in sorted(TRAINING):
         option = options[name]
         made[name] = {**_choices(name, _resolved(option.checker.json_schema())), **documented.get(name, {})}
         if isinstance(option.default, (bool, int, float, str)):
             made[name]["default"] = option.default
     made["scheduler"] = {**made["scheduler"], "examples": list(LR_SCHEDULES)}
     return made
-
-
-_EXTRAS: dict[str, Any] = {
-    **_training(),
-    "finetune_epochs": {"type": "integer", "minimum": 0, "description": "epochs of training after pruning"},
-    "finetune": _reference("training"),
-    "teacher": _reference("model"),
-    "student": _reference("model"),
-}
-_SCHEDULE = {"anyOf": [_reference(name) for name in SCHEDULERS]}

@@ -7,6 +7,7 @@ from fxcompress.passes.accelerate_sparsity import AccelerateSparsity
 from fxcompress.passes.bake_masks import BakeMasks
 from fxcompress.passes.calibrate import Calibrate
 from fxcompress.passes.cast_half import CastHalf
+from fxcompress.passes.distill import Distill
 from fxcompress.passes.fold_batchnorm import FoldBatchNorm
 from fxcompress.passes.fold_quantization import FoldQuantization
 from fxcompress.passes.freeze_scales import FreezeScales
@@ -40,6 +41,7 @@ PASSES = (
     InsertTaps,
     RemoveTaps,
     Train,
+    Distill,
     InsertObservers,
     Calibrate,
     InsertFakeQuant,

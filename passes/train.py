@@ -16,9 +16,9 @@ from fxcompress.options import validated
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.pruning.magnitude_pruner import MagnitudePruner
 from fxcompress.pruning.pruning_scheduler import SCHEDULERS
-from fxcompress.training import LOSSES, Callback, KeepZeros, OnEpoch, Recipe, evaluate, train
+from fxcompress.training import LOSSES, Callback, History, KeepZeros, OnEpoch, Recipe, evaluate, train
 
-__all__ = ["Train"]
+__all__ = ["Train", "judge", "report"]
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,12 @@ class Train(Pass, Recipe):
             context.require_data("'train'"),
             self,
             loss=partial(LOSSES[self.loss], **self.loss_options),
-            evaluate=validation(context, self.metric),
+            evaluate=judge(context, self.metric),
             callbacks=self._callbacks(model),
             progress=context.progress,
             **context.resumable("train"),
         )
-        if history.rows:
-            first, last = history.rows[0], history.rows[-1]
-            context.note("", f"{len(history)} epochs, loss {first['loss']:.4g} → {last['loss']:.4g}")
-        if history.stopped:
-            context.note("", f"stopped early: {history.stopped}")
+        report(history, context)
 
     def _callbacks(self, model: nn.Module) -> list[Callback]:
         found: list[Callback] = []
@@ -91,7 +87,16 @@ class Train(Pass, Recipe):
         )
 
 
-def validation(context: Context, metric: str) -> Callable[[nn.Module], dict[str, float]] | None:
+def report(history: History, context: Context) -> None:
+    """Say in the ledger how training went."""
+    if history.rows:
+        first, last = history.rows[0], history.rows[-1]
+        context.note("", f"{len(history)} epochs, loss {first['loss']:.4g} → {last['loss']:.4g}")
+    if history.stopped:
+        context.note("", f"stopped early: {history.stopped}")
+
+
+def judge(context: Context, metric: str) -> Callable[[nn.Module], dict[str, float]] | None:
     """What judges a model after every epoch, where the run was given validation data."""
     if context.validation is None:
         return None

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxcompress.distillation.losses import info_nce_loss, nce_loss
+from fxcompress.distributed import gather
 from fxcompress.errors import DataError
-from fxcompress.training.distributed import gather
 
 __all__ = ["InBatch", "MemoryBank", "MemoryQueue"]
 
