@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["bench"]:
         return bench.main(arguments[1:])
     options = parser().parse_args(arguments)
-    torch._logging.set_logs(all=logging.CRITICAL)  # a model that torch.export refuses is an error of ours, or none
+    torch._logging.set_logs(all=logging.CRITICAL)  # type: ignore[attr-defined]  # a model that torch.export refuses is an error of ours, or none
     try:
         return int(options.run(options))
     except FxCompressError as error:

@@ -27,6 +27,7 @@ from fxcompress.components import (
     Where,
     component_class,
     components,
+    distiller,
     finetuning,
     made,
     made_pass,
@@ -69,7 +70,7 @@ def build_distiller(config: Any, teacher: nn.Module | None = None, student: nn.M
     with _places(config):
         stage, where = _section(config)
         stage = dict(stage)
-        cls = component_class(stage, DISTILLERS, where)
+        component_class(stage, DISTILLERS, where)
         models = {"teacher": teacher, "student": student}
         for name, given in models.items():
             described = stage.pop(name, None)
@@ -77,8 +78,7 @@ def build_distiller(config: Any, teacher: nn.Module | None = None, student: nn.M
                 if described is None:
                     raise fault(where, f"{name!r} is missing: name a model, or give one to build_distiller.")
                 models[name] = build_model(described, (*where, name))
-        own, _ = split(cls, stage, TRAINING, where)
-        return made(lambda **options: cls(**models, **options), own, where)
+        return distiller(stage, where, **models)
 
 
 def build_compression_pipeline(config: Any, model: nn.Module | None = None) -> CompressionPipeline:

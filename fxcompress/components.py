@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from fxcompress.distillation import DISTILLERS
+from fxcompress.distillation import DISTILLERS, make_distiller
 from fxcompress.errors import FxCompressError, PlanError
 from fxcompress.options import fault, located, no_such, only, options_of, unknown, validated
 from fxcompress.pass_base import Pass
@@ -39,6 +39,7 @@ __all__ = [
     "Where",
     "component_class",
     "components",
+    "distiller",
     "finetuning",
     "made",
     "made_pass",
@@ -179,9 +180,33 @@ def pruning_schedule(extra: Mapping[str, Any], own: Mapping[str, Any], where: Wh
 
 
 def _distiller_steps(config: Mapping[str, Any], where: Where) -> Iterable[Pass]:
-    cls = component_class(config, DISTILLERS, where)
-    own, training = split(cls, config, TRAINING, where)
+    distiller(config, where)
+    own, training = _distiller_options(config, where)
     yield made_pass("distill", {"type": config["type"], "options": own, **training}, where)
+
+
+def distiller(config: Mapping[str, Any], where: Where, **models: Any) -> Any:
+    """The distiller of a configuration, over ``models``; ConfigError at the option that is wrong."""
+    own, training = _distiller_options(config, where)
+    made_pass("train", training, where)
+    try:
+        return make_distiller({"type": config["type"], **own}, **models)
+    except (FxCompressError, TypeError, ValueError) as error:
+        raise located(error, where, own) from error
+
+
+def _distiller_options(config: Mapping[str, Any], where: Where) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A distiller's own options (among them ``distillers``, configurations of further ones), and those of training."""
+    cls = component_class(config, DISTILLERS, where)
+    own, extra = split(cls, config, TRAINING | {"distillers"}, where)
+    validated(cls, own, where)
+    if "distillers" in extra:
+        further = own["distillers"] = extra.pop("distillers")
+        if not isinstance(further, (list, tuple)):
+            raise fault((*where, "distillers"), f"is {further!r}; it is a list of distillers.")
+        for number, member in enumerate(further):
+            distiller(member, (*where, "distillers", number))
+    return own, extra
 
 
 TRAINING = frozenset(f.name for f in dataclasses.fields(Train)) - {"schedule", "mask", "freeze_bn_epochs", "keep_zeros"}

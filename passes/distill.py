@@ -50,7 +50,7 @@ class Distill(Pass, Recipe):
             distiller,
             context.require_data("'distill'"),
             self,
-            evaluate=None if validated is None else lambda trained: validated(trained.student),  # type: ignore[arg-type]
+            evaluate=None if validated is None else lambda trained: validated(trained.student),
             callbacks=[KeepZeros(distiller.student)] if self.keep_zeros else [],
             progress=context.progress,
             **context.resumable("distill"),

@@ -14,6 +14,7 @@ from torch import nn
 
 from fxcompress import PassManager, Plan, PTQQuantizer
 from fxcompress.builder import (
+    DISTILLERS,
     PRUNERS,
     QUANTIZERS,
     build_compression_pipeline,
@@ -315,8 +316,8 @@ VALUES = st.recursive(
 def mutated(draw: st.DrawFn) -> tuple[str, str, Any]:
     """A component's name, one of its keys (or a misspelt one), and a value that has nothing to do with it."""
     name = draw(st.sampled_from(NAMES))
-    registry = next(r for r in (QUANTIZERS, PRUNERS) if name in r)
-    keys = [*options_of(registry[name]), "type", "finetune", "finetune_epochs", "scheduler", "epochs"]
+    registry = next(r for r in (QUANTIZERS, PRUNERS, DISTILLERS) if name in r)
+    keys = [*options_of(registry[name]), "type", "finetune", "finetune_epochs", "scheduler", "epochs", "distillers"]
     key = draw(st.sampled_from(keys))
     key = key if draw(st.booleans()) else draw(st.sampled_from([key + "s", key[1:] or "x", key.upper()]))
     return name, key, draw(VALUES)
@@ -326,7 +327,9 @@ def mutated(draw: st.DrawFn) -> tuple[str, str, Any]:
 @given(mutated())
 def test_any_value_of_any_key_builds_or_is_refused_at_its_line(case: tuple[str, str, Any]) -> None:
     name, key, value = case
-    stage = {"type": name, **({"type": value} if key == "type" else {key: value})}
+    registry = next(r for r in (QUANTIZERS, PRUNERS, DISTILLERS) if name in r)
+    layers: dict[str, Any] = {k: ["a", "b"] for k in ("teacher_layers", "student_layers") if k in options_of(registry[name])}
+    stage: dict[str, Any] = {"type": name, **layers, key: value}
     text = "compression:\n" + "".join(
         f"  {yaml.safe_dump({k: v}, default_flow_style=True).strip()[1:-1]}\n" for k, v in stage.items()
     )

@@ -181,14 +181,15 @@ def test_the_schema_takes_the_examples_and_refuses_what_the_builder_refuses() ->
     made = schema()
     jsonschema.Draft202012Validator.check_schema(made)
     check = jsonschema.Draft202012Validator(made)
-    for name in ("ptq", "qat", "structured"):
+    for name in ("ptq", "qat", "structured", "distillation", "pipeline"):
         assert check.is_valid(yaml.safe_load((ROOT / "tests" / "configs" / f"{name}.yaml").read_text(encoding="utf-8")))
     assert check.is_valid(yaml.safe_load(CONFIG))
-    for bad in (
+    wrong: list[dict[str, Any]] = [
         {"compression": {"type": "PTQQuantiser"}},
         {"compression": {"type": "PTQQuantizer", "dtyp": "int8"}},
         {"compression": {"type": "PTQQuantizer", "per_channel": "yes"}},
         {"compression": {"pipeline": []}},
         {"model": "resnet18"},
-    ):
+    ]
+    for bad in wrong:
         assert not check.is_valid(bad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from fxcompress import build_compression_pipeline, build_pruner, build_quantizer
+from fxcompress import Plan, build_compression_pipeline, build_distiller, build_pruner, build_quantizer
 from fxcompress.graph.coverage import coverage
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -98,6 +99,45 @@ def test_structured_pruning(model: nn.Module, data: Any, tmp_path: Path) -> None
     assert kept == [16, 32]  # what the head reads stays with it
     trained = [step for step in pipeline.plan if step.name == "train"]
     assert sum(step.epochs for step in trained) == 4  # type: ignore[attr-defined]
+
+
+def test_distillation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
+    teacher = torchvision.models.resnet101(weights=None)
+    torch.save(teacher.state_dict(), "resnet101.pth")
+    distiller = build_distiller(CONFIGS / "distillation.yaml")
+    assert torch.equal(distiller.teacher.get_parameter("fc.weight"), teacher.fc.weight)
+    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([1, 2])
+    output, losses = distiller(images, labels)
+    assert output.shape == (2, 1000)
+    assert {"task", "kd"} < set(losses)
+    pipeline = build_compression_pipeline(CONFIGS / "distillation.yaml")
+    before = pipeline.model.get_parameter("fc.weight").clone()  # type: ignore[union-attr]
+    step: Any = pipeline.plan.steps[0]
+    pipeline.plan = Plan((dataclasses.replace(step, epochs=1),))
+    student = pipeline.run(data=[(images, labels)])
+    assert not torch.equal(student.get_parameter("fc.weight"), before)
+    assert any("1 epochs" in remark.reason for remark in pipeline.ledger.remarks("distill"))
+
+
+def test_a_pipeline_of_three(model: nn.Module, data: Any, tmp_path: Path) -> None:
+    assert [stage.title for stage in build_compression_pipeline(CONFIGS / "pipeline.yaml", model).stages] == [
+        "LogitDistiller",
+        "StructuredPruner",
+        "PTQQuantizer",
+    ]
+    path = shorter("pipeline.yaml", tmp_path, epochs=2, finetune_epochs=1)
+    torch.manual_seed(2)
+    pipeline = build_compression_pipeline(path, model)
+    result = pipeline.run(data=data, teacher=Net())
+    assert [row.step for row in pipeline.ledger.rows] == ["trace", *(step.name for step in pipeline.plan)]
+    assert coverage(result).mac_share > 0.9
+    first, last = pipeline.ledger.rows[0], pipeline.ledger.rows[-1]
+    assert last.parameters < 0.6 * first.parameters
+    with torch.no_grad():
+        assert result(data[0][0]).shape == (8, 10)
 
 
 def test_the_examples_are_the_requirements_own() -> None:
