@@ -83,9 +83,9 @@ def steps_of(config: Mapping[str, Any], where: Where) -> tuple[Pass, ...]:
 
 def _quantizer_steps(config: Mapping[str, Any], where: Where) -> Iterable[Pass]:
     cls = component_class(config, QUANTIZERS, where)
-    own, training = split(cls, config, TRAINING if cls.trains else frozenset(), where)
+    own, training = split(cls, config, TRAINING if getattr(cls, "trains", False) else frozenset(), where)
     quantizer: Quantizer = made(cls, own, where)
-    if not quantizer.trains:
+    if not training and not getattr(quantizer, "trains", False):
         return quantizer.plan
     if "freeze_bn_epochs" in own:
         training["freeze_bn_epochs"] = own["freeze_bn_epochs"]
@@ -118,7 +118,8 @@ def _pruner_steps(config: Mapping[str, Any], where: Where) -> Iterable[Pass]:
         schedule = {"type": type(scheduler).__name__, **extra["scheduler"]}
         schedule.setdefault("target_sparsity", pruner.sparsity)
         yield made_pass("train", {**training, "schedule": schedule, "mask": mask}, where)
-    yield made_pass("bake-masks", {}, where)
+    if is_masking:
+        yield made_pass("bake-masks", {}, where)
 
 
 _MOST_EVENTS = 1000

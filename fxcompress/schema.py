@@ -36,7 +36,10 @@ def schema() -> dict[str, Any]:
     }
     definitions = {
         **{name: _component(name, cls, {}) for name, cls in SCHEDULERS.items()},
-        **{name: _component(name, cls, training if cls.trains else {}) for name, cls in QUANTIZERS.items()},
+        **{
+            name: _component(name, cls, training if getattr(cls, "trains", False) else {})
+            for name, cls in QUANTIZERS.items()
+        },
         **{name: _component(name, cls, pruning) for name, cls in PRUNERS.items()},
         **{name: _component(name, cls, {**training, **models}) for name, cls in DISTILLERS.items()},
         "training": _object(training),

@@ -50,7 +50,19 @@ ORDER = [
     {"plan", "manager", "observe", "library", "ledger", "artifact", "export", "serial", "reproducer", "stages"},
     {"quantization", "pruning", "distillation", "training"},
     {"passes"},
-    {"models", "config", "components", "pipeline", "builder", "bench", "__main__", "__init__"},
+    {
+        "models",
+        "config",
+        "components",
+        "pipeline",
+        "builder",
+        "explain",
+        "schema",
+        "commands",
+        "bench",
+        "__main__",
+        "__init__",
+    },
 ]
 LAZY = {("graph", "artifact")}
 
