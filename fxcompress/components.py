@@ -24,7 +24,7 @@ from fxcompress.pruning import (
     StructuredPruner,
 )
 from fxcompress.pruning.pruning_scheduler import SCHEDULERS
-from fxcompress.quantization.ptq import PTQQuantizer, StaticQuantizer
+from fxcompress.quantization.ptq import DynamicQuantizer, PTQQuantizer, StaticQuantizer
 from fxcompress.quantization.qat import LSQQuantizer, QATQuantizer
 from fxcompress.quantization.quantizer import Quantizer
 from fxcompress.registry import Registry
@@ -50,9 +50,8 @@ __all__ = [
 
 Where = tuple[str | int, ...]
 
-QUANTIZERS = Registry(
-    "quantizer", {cls.__name__: cls for cls in (PTQQuantizer, StaticQuantizer, QATQuantizer, LSQQuantizer)}
-)
+_QUANTIZERS = (PTQQuantizer, StaticQuantizer, DynamicQuantizer, QATQuantizer, LSQQuantizer)
+QUANTIZERS = Registry("quantizer", {cls.__name__: cls for cls in _QUANTIZERS})
 """Quantizers by name: classes with a ``plan``."""
 
 _PRUNERS = (MagnitudePruner, L1UnstructuredPruner, RandomPruner, StructuredPruner, FilterPruner, ChannelPruner, LayerPruner)
@@ -118,8 +117,7 @@ def _pruner_steps(config: Mapping[str, Any], where: Where) -> Iterable[Pass]:
         schedule = {"type": type(scheduler).__name__, **extra["scheduler"]}
         schedule.setdefault("target_sparsity", pruner.sparsity)
         yield made_pass("train", {**training, "schedule": schedule, "mask": mask}, where)
-    if is_masking:
-        yield made_pass("bake-masks", {}, where)
+    yield made_pass("bake-masks", {}, where)
 
 
 _MOST_EVENTS = 1000
