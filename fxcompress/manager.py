@@ -103,6 +103,9 @@ class PassManager:
         check_trace(run, model, call)
         if stages.done:
             run.model = stages.load(traced)
+            for number, step in enumerate(self.plan.steps[: stages.done], 1):
+                context.folder = stages.scratch(number)
+                step.taken_up(context)
             self.ledger.rows[:] = stages.rows.rows
             for watcher in watchers:
                 watcher.taken_up(run)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fxcompress.errors import ConfigError, FxCompressError
 from fxcompress.options import fault, located, no_such, validated
 from fxcompress.registry import Registry
+from fxcompress.weights import load_weights
 
-__all__ = ["DATASETS", "MODELS", "build_data", "build_model", "load_weights"]
+__all__ = ["DATASETS", "MODELS", "build_data", "build_model"]
 
 Path_ = tuple[str | int, ...]
 
@@ -85,41 +84,6 @@ def _called(function: Any, options: dict[str, Any], path: Path_, checked: bool =
         raise error if getattr(error, "path", ()) else located(error, path, options) from error
     except (TypeError, ValueError) as error:
         raise located(error, path, options) from error
-
-
-def load_weights(model: nn.Module, file: str) -> None:
-    """Load a weights file (safetensors, or torch's format with tensors only) into ``model``.
-
-    A mapping that holds the weights under ``state_dict`` or ``model`` is opened, and ``module.`` before names is dropped.
-    Raises ConfigError where the file is missing, is not such a file, or does not fit, naming every key.
-    """
-    place = Path(file)
-    if not place.is_file():
-        raise ConfigError(f"there is no weights file {file!r}.")
-    try:
-        found: Any = load_file(place) if place.suffix == ".safetensors" else torch.load(place, "cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file breaks means the same
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"the weights file {file!r} cannot be read: {reason}") from error
-    for key in ("state_dict", "model"):
-        found = found[key] if isinstance(found, Mapping) and isinstance(found.get(key), Mapping) else found
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ConfigError(f"the weights file {file!r} holds no tensors by name.")
-    weights = {str(name).removeprefix("module."): value for name, value in found.items()}
-    wrong = _mismatches(model, weights)
-    if wrong:
-        raise ConfigError(f"the weights file {file!r} does not fit: {'; '.join(wrong)}.")
-    model.load_state_dict(weights)
-
-
-def _mismatches(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    wanted = model.state_dict()
-    wrong = [f"{name} is missing" for name in wanted if name not in weights]
-    wrong += [f"{name} is not in the model" for name in weights if name not in wanted]
-    for name in wanted.keys() & weights.keys():
-        if wanted[name].shape != weights[name].shape:
-            wrong.append(f"{name} has shape {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}")
-    return sorted(wrong)
 
 
 def random_data(samples: int = 64, shape: tuple[int, ...] = (3, 224, 224), classes: int = 1000, seed: int = 0) -> Any:

@@ -74,6 +74,9 @@ class Pass:
         """Rewrite one compiled region in place."""
         raise TypeError(f"{type(self).__name__} defines neither run nor run_model")
 
+    def taken_up(self, context: Context) -> None:
+        """A run goes on after this step: take up what it left beside the model."""
+
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
         """Rewrite a whole model: every compiled region in turn."""
         for region, module in regions(model).items():

@@ -15,6 +15,7 @@ from fxcompress.passes.fuse_activations import FuseActivations
 from fxcompress.passes.insert_fake_quant import InsertFakeQuant
 from fxcompress.passes.insert_observers import InsertObservers
 from fxcompress.passes.insert_taps import InsertTaps
+from fxcompress.passes.keep_teacher import KeepTeacher
 from fxcompress.passes.lower import Lower
 from fxcompress.passes.mask_weights import MaskWeights
 from fxcompress.passes.open_attention import OpenAttention
@@ -38,6 +39,8 @@ PASSES = (
     AccelerateSparsity,
     RecalibrateBatchNorm,
     PruneLayers,
+    KeepTeacher,
+    Distill,
     InsertTaps,
     RemoveTaps,
     Train,

@@ -28,11 +28,12 @@ from fxcompress.distillation import (
     LogitDistiller,
     OFDDistiller,
     RelationDistiller,
-    load_weights,
     losses,
     make_distiller,
 )
 from fxcompress.errors import ConfigError, DataError, TraceError
+from fxcompress.options import options_of
+from fxcompress.weights import load_weights
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "BaseDistiller": {"freeze_teacher": True, "distill_weight": 1.0, "task_weight": 1.0},
@@ -108,10 +109,11 @@ def made(name: str, **options: Any) -> BaseDistiller:
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_parameters_and_defaults_are_the_documented_ones(name: str) -> None:
-    options = DISTILLERS[name].options()
+    options = options_of(DISTILLERS[name])
     for key, value in {**DEFAULTS["BaseDistiller"], **DEFAULTS[name]}.items():
         assert options[key].default == value
-    assert {"teacher", "student", "teacher_pretrained"} <= set(options)
+    assert "teacher_pretrained" in options
+    assert list(inspect.signature(DISTILLERS[name]).parameters)[:2] == ["teacher", "student"]
     assert getattr(distillation, name) is DISTILLERS[name]
     for method in ("register_hooks", "forward", "compute_distill_loss", "get_teacher_features", "get_student_features"):
         assert inspect.isfunction(getattr(DISTILLERS[name], method))
@@ -413,7 +415,7 @@ def test_weights_that_do_not_fit_are_named_one_by_one(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "teacher.pth")
     with pytest.raises(ConfigError) as caught:
         load_weights(Net(8), tmp_path / "teacher.pth")
-    for part in ("missing: fc.weight", "not in the model: extra, head.weight", r"conv.bias (3,) for (16,)"):
+    for part in ("fc.weight is missing", "extra is not in the model", "head.weight is not", "conv.bias has shape (3,)"):
         assert part in str(caught.value)
 
 
@@ -426,13 +428,13 @@ def test_files_that_are_missing_or_hold_code_are_refused(tmp_path: Path, capsys:
     with pytest.raises(ConfigError, match="there is no weights file"):
         load_weights(Net(8), tmp_path / "nowhere.pth")
     torch.save({"weight": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ConfigError, match="hold more than tensors"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         load_weights(Net(8), tmp_path / "evil.pth")
     (tmp_path / "noise.pth").write_bytes(b"noise")
     with pytest.raises(ConfigError):
         load_weights(Net(8), tmp_path / "noise.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ConfigError, match="no state_dict"):
+    with pytest.raises(ConfigError, match="no tensors by name"):
         load_weights(Net(8), tmp_path / "list.pth")
     assert "executed" not in capsys.readouterr().out
 

@@ -46,7 +46,7 @@ PUBLIC = {
 ORDER = [
     {"errors", "registry", "distributed"},
     {"graph", "options"},
-    {"backends", "pass_base", "data", "timing"},
+    {"backends", "pass_base", "data", "timing", "weights"},
     {"plan", "manager", "observe", "library", "ledger", "artifact", "export", "serial", "reproducer", "stages"},
     {"quantization", "pruning", "distillation", "training"},
     {"passes"},

@@ -1,7 +1,7 @@
 """Knowledge distillation: losses, distillers, what they remember."""
 
 from fxcompress.distillation import losses
-from fxcompress.distillation.base_distiller import BaseDistiller
+from fxcompress.distillation.base_distiller import DISTILLERS, BaseDistiller, logits_of, make_distiller
 from fxcompress.distillation.feature_distiller import (
     ATDistiller,
     FeatureDistiller,
@@ -12,7 +12,6 @@ from fxcompress.distillation.feature_distiller import (
 )
 from fxcompress.distillation.indexed import IndexedDataset
 from fxcompress.distillation.logit_distiller import DISTDistiller, DKDDistiller, LogitDistiller
-from fxcompress.distillation.named import DISTILLERS, make_distiller
 from fxcompress.distillation.projectors import PROJECTORS
 from fxcompress.distillation.relation_distiller import (
     CCDistiller,
@@ -21,7 +20,7 @@ from fxcompress.distillation.relation_distiller import (
     RelationDistiller,
     RKDDistiller,
 )
-from fxcompress.distillation.teacher import TeacherCache, load_weights
+from fxcompress.distillation.teacher import TeacherCache
 
 __all__ = [
     "DISTILLERS",
@@ -43,7 +42,26 @@ __all__ = [
     "RelationDistiller",
     "ReviewKDDistiller",
     "TeacherCache",
-    "load_weights",
+    "logits_of",
     "losses",
     "make_distiller",
 ]
+
+for _distiller in (
+    BaseDistiller,
+    LogitDistiller,
+    DKDDistiller,
+    DISTDistiller,
+    FeatureDistiller,
+    FitNetDistiller,
+    ATDistiller,
+    FSPDistiller,
+    OFDDistiller,
+    ReviewKDDistiller,
+    RelationDistiller,
+    RKDDistiller,
+    CRDDistiller,
+    PKTDistiller,
+    CCDistiller,
+):
+    DISTILLERS.register()(_distiller)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,15 +17,21 @@ from torch.nn import functional as F
 
 from fxcompress.distillation.examples import guess_example
 from fxcompress.distillation.losses.logits import check_labels
-from fxcompress.distillation.teacher import TeacherCache, frozen, load_weights
+from fxcompress.distillation.teacher import TeacherCache, frozen
 from fxcompress.errors import ConfigError, DataError, FxCompressError
 from fxcompress.graph import propagate, taps, trace
 from fxcompress.graph.inputs import Arguments, arguments
 from fxcompress.graph.taps import Features, features
+from fxcompress.options import validated
+from fxcompress.registry import Registry
+from fxcompress.weights import load_weights
 
-__all__ = ["BaseDistiller", "Row", "Step", "logits_of"]
+__all__ = ["DISTILLERS", "BaseDistiller", "Row", "Step", "logits_of", "make_distiller"]
 
 log = logging.getLogger("fxcompress")
+
+DISTILLERS = Registry("distiller")
+"""Distillers by class name."""
 
 
 @dataclass
@@ -74,7 +79,8 @@ class BaseDistiller(nn.Module):
     ``freeze_teacher``         True: in eval mode, without gradients, outside ``parameters()`` and ``state_dict()``; False:
                                it learns the task along with the student
     ``distill_weight``, ``task_weight``  factors of the two losses
-    ``distillers``             further distillers, without models of their own, whose losses are added: each times its own
+    ``distillers``             further distillers, without models of their own (or what :func:`make_distiller` takes), whose
+                               losses are added: each times its own
                                ``distill_weight``. Of these, only what compares student and teacher counts
     ``example_inputs``         a tensor, a tuple or a dict by keyword, for distillers that compare features; where left
                                out, it is made up from the first layer
@@ -100,7 +106,7 @@ class BaseDistiller(nn.Module):
         distill_weight: float = 1.0,
         task_weight: float = 1.0,
         *,
-        distillers: Sequence[BaseDistiller] = (),
+        distillers: Sequence[Any] = (),
         example_inputs: Any = None,
         task_loss: Callable[[Any, Any], Tensor] | None = None,
         output: str | int | None = None,
@@ -112,6 +118,7 @@ class BaseDistiller(nn.Module):
         for name, weight in (("distill_weight", distill_weight), ("task_weight", task_weight)):
             if not 0 <= weight < float("inf"):
                 raise ConfigError(f"{name} is {weight!r}; it is a finite number, 0 or more.")
+        distillers = [part if isinstance(part, BaseDistiller) else make_distiller(part) for part in distillers]
         if any(member.is_bound for member in distillers):
             raise ConfigError(
                 "distillers=[...] takes distillers without models of their own: leave teacher and student out."
@@ -159,18 +166,6 @@ class BaseDistiller(nn.Module):
         return 1.0
 
     # models
-
-    @classmethod
-    def options(cls) -> dict[str, inspect.Parameter]:
-        """Every parameter of the constructor by name, inherited ones last."""
-        found: dict[str, inspect.Parameter] = {}
-        for part in cls.__mro__:
-            if issubclass(part, BaseDistiller) and "__init__" in part.__dict__:
-                parameters = inspect.signature(part.__init__).parameters
-                found |= {
-                    n: p for n, p in parameters.items() if n != "self" and p.kind is not p.VAR_KEYWORD and n not in found
-                }
-        return found
 
     @property
     def is_bound(self) -> bool:
@@ -257,13 +252,13 @@ class BaseDistiller(nn.Module):
             taps.remove(model, self._own_taps)
         return model
 
+    def all_rows(self) -> list[Row]:
+        """How each pair of layers is brought together, further distillers' included."""
+        return [row for part in self._parts() for row in part.rows]
+
     def layout(self) -> str:
-        """How layers are brought together, as a table."""
-        rows = [
-            (row.teacher, list(row.teacher_shape), row.student, list(row.student_shape), row.how)
-            for part in self._parts()
-            for row in part.rows
-        ]
+        """The same as a table."""
+        rows = [(r.teacher, list(r.teacher_shape), r.student, list(r.student_shape), r.how) for r in self.all_rows()]
         return tabulate(rows, ("teacher", "shape", "student", "shape", "projector"), disable_numparse=True)
 
     # training
@@ -375,6 +370,22 @@ class BaseDistiller(nn.Module):
             teacher._apply(fn)
         super()._apply(fn, recurse)
         return self
+
+
+def make_distiller(config: Mapping[str, Any] | Sequence[Any], **given: Any) -> BaseDistiller:
+    """A distiller from ``{"type": name, option: value}``, or one that adds up a list of these.
+
+    ``given`` are parameters that are no plain data: ``teacher``, ``student``, ``example_inputs``. Raises ConfigError at the
+    option that is wrong, with the closest names.
+    """
+    if not isinstance(config, Mapping):
+        return BaseDistiller(distillers=config, **given)
+    options = dict(config)
+    name = options.pop("type", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"a distiller has a type: one of {', '.join(DISTILLERS)}.")
+    cls: type[BaseDistiller] = DISTILLERS[name]
+    return cls(**validated(cls, options, (name,)), **given)
 
 
 def logits_of(output: Any, key: str | int | None = None) -> Tensor:

@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 Layers = str | Sequence[str]
+Projector = str | dict[str, Any] | Sequence[str | dict[str, Any]] | None
+"""As a configuration writes it; a module, or a list of modules, is taken too."""
 
 
 class LayerDistiller(BaseDistiller):
@@ -114,7 +116,7 @@ class ProjectedDistiller(LayerDistiller):
         teacher_layers: Layers | None = None,
         student_layers: Layers | None = None,
         *,
-        projector: Any = None,
+        projector: Projector = None,
         channel_dim: int | None = None,
         **options: Any,
     ) -> None:
@@ -171,7 +173,7 @@ class FeatureDistiller(ProjectedDistiller):
         teacher_layers: Layers | None = None,
         student_layers: Layers | None = None,
         loss_type: Literal["mse", "l1", "cosine", "kl"] = "mse",
-        projector: Any = None,
+        projector: Projector = None,
         normalize: bool = False,
         *,
         axis: Literal["channel", "spatial", "flat"] = "channel",

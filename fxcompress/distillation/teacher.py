@@ -1,4 +1,4 @@
-"""The teacher: a frozen copy, its weights file, and its answers, kept in memory or on disk."""
+"""The teacher: a frozen copy, and its answers, kept in memory or on disk."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import ConfigError, DataError
 
-__all__ = ["TeacherCache", "frozen", "load_weights"]
+__all__ = ["TeacherCache", "frozen"]
 
 
 def frozen(model: nn.Module) -> nn.Module:
@@ -27,46 +24,6 @@ def frozen(model: nn.Module) -> nn.Module:
     parameters = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     buffers = {id(b): b.detach() for b in model.buffers()}
     return copy.deepcopy(model, {**parameters, **buffers}).eval()
-
-
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a local weights file into ``model``: a ``state_dict`` saved by torch (nothing is unpickled) or safetensors.
-
-    Raises ConfigError where the file is missing or no such thing, and names every key that does not fit.
-    """
-    state = _read(Path(path))
-    own = model.state_dict()
-    missing = [name for name in own if name not in state]
-    unknown = [name for name in state if name not in own]
-    shapes = [
-        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    labelled = (("missing", missing), ("not in the model", unknown), ("of another shape", shapes))
-    problems = [f"{label}: {', '.join(names)}" for label, names in labelled if names]
-    if problems:
-        raise ConfigError(f"the weights {str(path)!r} do not fit {type(model).__name__}. {'; '.join(problems)}.")
-    model.load_state_dict(state)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ConfigError(f"there is no weights file {str(path)!r}.")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise ConfigError(f"the weights {str(path)!r} cannot be read: {error}.") from error
-    except Exception as error:  # torch raises pickle's own error for a file that holds code
-        raise ConfigError(f"the weights {str(path)!r} hold more than tensors, and are not loaded: {error}.") from error
-    for key in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ConfigError(f"the weights {str(path)!r} are no state_dict: names with tensors.")
-    return dict(found)
 
 
 class TeacherCache:
