@@ -79,8 +79,6 @@ def build_distiller(config: Any, teacher: nn.Module | None = None, student: nn.M
                     raise fault(where, f"{name!r} is missing: name a model, or give one to build_distiller.")
                 models[name] = build_model(described, (*where, name))
         return distiller(stage, where, **models)
-        own, _ = split(cls, stage, TRAINING, where)
-        return made(cls, own, where, **models)
 
 
 def build_compression_pipeline(config: Any, model: nn.Module | None = None) -> CompressionPipeline:

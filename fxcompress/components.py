@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fxcompress.distillation import DISTILLERS, make_distiller
-from fxcompress.distillation import DISTILLERS
 from fxcompress.errors import FxCompressError, PlanError
 from fxcompress.options import fault, located, no_such, only, options_of, unknown, validated
 from fxcompress.pass_base import Pass
@@ -247,11 +246,11 @@ def split(
     return own, extra
 
 
-def made(cls: Callable[..., Any], options: Mapping[str, Any], where: Where, **given: Any) -> Any:
-    """``cls(**options, **given)``, of which ``options`` are checked; ConfigError at the one that is wrong."""
+def made(cls: Callable[..., Any], options: Mapping[str, Any], where: Where) -> Any:
+    """``cls(**options)``; ConfigError at the option that is wrong."""
     values = validated(cls, options, where)
     try:
-        return cls(**values, **given)
+        return cls(**values)
     except (FxCompressError, TypeError) as error:
         raise located(error, where, options) from error
 
