@@ -26,6 +26,7 @@ from fxcompress.passes.recalibrate_batchnorm import RecalibrateBatchNorm
 from fxcompress.passes.remove_dead import RemoveDead
 from fxcompress.passes.remove_taps import RemoveTaps
 from fxcompress.passes.require import Require
+from fxcompress.passes.revert_slow import RevertSlow
 from fxcompress.passes.train import Train
 
 PASSES = (
@@ -52,6 +53,7 @@ PASSES = (
     FoldQuantization,
     QuantizeDynamic,
     CastHalf,
+    RevertSlow,
     Lower,
     Require,
 )

@@ -41,6 +41,7 @@ class Lower(Pass):
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
         for module in regions(model).values():
+            module.meta.pop("float_weights", None)
             module.meta["portable"] = portable(module)
         super().run_model(model, context)
 

@@ -54,6 +54,7 @@ class Backend:
     ``adjacent``          whether these sums are known to be of neighbours in the reduction; else any two elements may meet
     ``dynamic``           operator kinds it can quantize at run time, without ranges
     ``device``            the kind of device its kernels take tensors on
+    ``whole``             its runtime takes a graph as a whole
     ``optional``          without its runtime the quantize/dequantize graph serves as it is
     """
 
@@ -69,4 +70,5 @@ class Backend:
     adjacent: bool = False
     dynamic: tuple[str, ...] = ()
     device: str = "cpu"
+    whole: bool = False
     optional: bool = False

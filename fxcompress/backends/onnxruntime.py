@@ -43,4 +43,5 @@ BACKEND = Backend(
     lower=lower_to(onnxruntime),
     unavailable=lambda: missing("onnxruntime", "onnx", "onnxscript"),
     saturates=lambda: not has_vnni(),
+    whole=True,
 )

@@ -57,4 +57,5 @@ BACKEND = Backend(
     lower=lower_to(openvino),
     unavailable=lambda: missing("openvino", "onnx", "onnxscript"),
     saturates=lambda: not has_vnni(),
+    whole=True,
 )

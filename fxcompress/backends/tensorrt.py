@@ -153,5 +153,6 @@ BACKEND = Backend(
     unavailable=_unavailable,
     saturates=lambda: False,
     device="cuda",
+    whole=True,
     optional=True,
 )

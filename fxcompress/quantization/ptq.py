@@ -35,6 +35,7 @@ class PTQQuantizer(Quantizer):
     ``overrides``                ``{name or glob: {bits, weight_bits, activation_bits, calibrator, calibrator_options,
                                  per_channel, symmetric, float}}``, layer by layer
     ``reduce_range``             None: as the CPU needs it; True: 7-bit activations; False: full range regardless
+    ``never_slower``             measure what runs in integers against float, and put back to float what is slower
 
     The model given is copied and put in eval mode; the caller's stays as it is. :attr:`ledger` holds the rows of the last
     call, :attr:`plan` the whole plan.
@@ -56,6 +57,7 @@ class PTQQuantizer(Quantizer):
         exclude_layers: Sequence[str] = (),
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         reduce_range: bool | None = None,
+        never_slower: bool = False,
         verify: bool = True,
         progress: bool | None = None,
     ) -> None:
@@ -86,7 +88,7 @@ class PTQQuantizer(Quantizer):
             self.converts, self._calibrate = "float", Plan()
         else:
             prepare = Plan.parse([*_FOLD, "fuse-activations", {"insert-observers": observe}])
-            convert = Plan.parse(["fold-quantization", "lower"])
+            convert = Plan.parse(["fold-quantization", *(["revert-slow"] if never_slower else []), "lower"])
             self._calibrate = Plan.parse([{"calibrate": {"num_batches": num_calibration_batches}}])
         super().__init__(prepare, convert, verify=verify, progress=progress)
 

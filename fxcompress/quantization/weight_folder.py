@@ -21,6 +21,8 @@ __all__ = ["WeightFolder"]
 class WeightFolder:
     """Folds the weights of one graph; a weight that several operators read is stored once.
 
+    The float weights stay at hand in ``meta["float_weights"]`` until the graph is lowered.
+
     ``learned``  fake-quantizers of weights by name, whose grids are taken; others are quantized by their extremes
     """
 
@@ -60,6 +62,7 @@ class WeightFolder:
 
     def _store(self, stored: str, call: ops.Call) -> None:
         weight = edit.get_tensor(self.module, stored)
+        self.module.meta.setdefault("float_weights", {})[stored] = weight.detach()
         if stored in self.learned:
             levels, scale, zero_point = self.learned[stored].levels(weight)
         else:
