@@ -129,7 +129,7 @@ TABLE: tuple[Op, ...] = (
         tensors=("weight", "bias"),
         functions=((fused.FUNCTIONS["linear"], None),),
     ),
-    Op("matmul", "contraction", "matmul bmm mm __matmul__", "input other"),
+    Op("matmul", "contraction", "matmul bmm mm mv dot __matmul__", "input other"),
     Op("addmm", "contraction", "addmm baddbmm", "bias input other beta alpha"),
     Op("einsum", "contraction", "einsum", "equation *operands"),
     Op("bilinear", "contraction", "bilinear", "input other weight bias", (nn.Bilinear,), ("weight", "bias")),

@@ -80,8 +80,11 @@ def region_inputs(model: fx.GraphModule, call: Arguments) -> dict[str, Arguments
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    """A copy; tensors that hooks computed from parameters (masked or normalised weights) keep their values alone."""
+    held = (value for part in model.modules() for value in vars(part).values())
+    computed = {id(t): t.detach().clone() for t in held if isinstance(t, torch.Tensor) and not t.is_leaf}
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, computed)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({error}), and fxcompress never changes the model it is given. "

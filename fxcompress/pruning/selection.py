@@ -136,6 +136,12 @@ class _Ladder:
             rounded += self.step
         return int(min(rounded, self.size))
 
+    def first(self, number: int, stays: np.ndarray) -> list[int]:
+        """The positions of the first ``number`` units of every block, of those that do not have to stay."""
+        free = [[u for u in order if not kept[u]] for order, kept in zip(self.order.tolist(), stays, strict=True)]
+        number = min(number, *map(len, free))
+        return sorted(u + block * self.size for block, units in enumerate(free) for u in units[:number])
+
     def steps(self) -> list[int]:
         """Every allowed number, from all down to the least."""
         return sorted({self.nearest(kept) for kept in range(self.least, self.size + 1)}, reverse=True)
@@ -229,32 +235,21 @@ def _alike(channels: Channels, ladders: list[_Ladder], counts: list[int]) -> lis
 
 
 def _take(channels: Channels, ladders: list[_Ladder], counts: list[int]) -> Choice:
-    chosen: Choice = {}
-    for ladder, kept in zip(ladders, counts, strict=True):
-        gone = ladder.order[:, : ladder.size - kept]
-        offsets = torch.arange(len(gone))[:, None] * ladder.size
-        chosen[ladder.group.name] = (gone + offsets).reshape(-1).sort().values.tolist()
-    return _none_empty(channels, ladders, chosen)
-
-
-def _none_empty(channels: Channels, ladders: list[_Ladder], chosen: Choice) -> Choice:
-    """Give back a rung of the groups whose loss would leave some tensor without any index."""
+    """The first units of every ladder; where that would leave a tensor without any index, its best unit stays and the next
+    one goes in its place."""
+    stays = [np.zeros(ladder.group.blocks.shape, dtype=bool) for ladder in ladders]
     while True:
+        gone = [ladder.first(ladder.size - n, kept) for ladder, n, kept in zip(ladders, counts, stays, strict=True)]
+        chosen = {ladder.group.name: units for ladder, units in zip(ladders, gone, strict=True)}
         empty = _emptied(channels, removed_classes(channels, chosen))
         if not len(empty):
             return chosen
-        for ladder in ladders:
-            gone = chosen[ladder.group.name]
-            hit = np.isin(ladder.group.blocks, empty)
-            if not gone or not hit.any():
-                continue
-            back = []
-            for block, order in enumerate(ladder.order.tolist()):
-                out = [u for u in order if u + block * ladder.size in gone]
-                own = [u for u in out if hit[block, u]] or out
-                back.append(own[-1] + block * ladder.size)
-            chosen[ladder.group.name] = [u for u in gone if u not in back]
-            break
+        hits = [np.isin(ladder.group.blocks, empty) if units else None for ladder, units in zip(ladders, gone, strict=True)]
+        index = next(i for i, hit in enumerate(hits) if hit is not None and hit.any())
+        for block, order in enumerate(ladders[index].order.tolist()):
+            best = next((u for u in reversed(order) if hits[index][block, u]), None)  # type: ignore[index]
+            if best is not None:
+                stays[index][block, best] = True
 
 
 def _emptied(channels: Channels, removed: np.ndarray) -> np.ndarray:

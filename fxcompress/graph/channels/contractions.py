@@ -219,17 +219,35 @@ def addmm(walk: Walk, call: ops.Call) -> Value:
 
 
 def product(walk: Walk, call: ops.Call, first: Any, second: Any) -> Value:
-    """``[…, n, k] @ […, k, m]``: k is summed over, leading dimensions go together."""
+    """``[…, n, k] @ […, k, m]``: k is summed over, leading dimensions go together; a vector is one row or column."""
     a, b = walk.operand(first), walk.operand(second)
-    where, shape = place(call.node), walk.shape(call.node)
-    if len(a.shape) < 2 or len(b.shape) < 2:
-        return _vector_product(walk, call, a, b, shape)
+    shape, left_out = list(walk.shape(call.node)), []
+    if len(b.shape) == 1:
+        b = _spread(b, (*b.shape, 1), {0: 0})
+        shape.append(1)
+        left_out.append(len(shape) - 1)
+    if len(a.shape) == 1:
+        a = _spread(a, (1, *a.shape), {0: 1})
+        shape.insert(len(shape) - 1, 1)
+        left_out = [len(shape) - 2, *(d + 1 for d in left_out)]
+    both = isinstance(walk.env.get(first), Value) and isinstance(walk.env.get(second), Value)
+    result = _matrix_product(walk, place(call.node), a, b, tuple(shape), both)
+    rest = [d for d in range(len(shape)) if d not in left_out]
+    return _spread(result, tuple(shape[d] for d in rest), {d: i for i, d in enumerate(rest)})
+
+
+def _spread(value: Value, shape: tuple[int, ...], dims: dict[int, int]) -> Value:
+    """The same tensor with other dimensions of size one: old dimension → new dimension."""
+    labels = {dims[d]: label.with_array(moved(label.array, dims, len(shape))) for d, label in value.labels.items()}
+    return Value(shape, labels)
+
+
+def _matrix_product(walk: Walk, where: str, a: Value, b: Value, shape: tuple[int, ...], both: bool) -> Value:
+    """The product of two values of rank two or more; ``both``: neither is a parameter."""
     rank = max(len(a.shape), len(b.shape))
-    left = _aligned(a, rank)
-    right = _aligned(b, rank)
+    left, right = _aligned(a, rank), _aligned(b, rank)
     if a.shape[-1] > 1:
         contract(walk, [left.get(rank - 1), _swapped(right.get(rank - 2))], where)
-    both = isinstance(walk.env.get(first), Value) and isinstance(walk.env.get(second), Value)
     if both and rank > 2:
         walk.attention |= set().union(*(label.sites for label in [*left.values(), *right.values()]))
     rows = Value(
@@ -240,8 +258,7 @@ def product(walk: Walk, call: ops.Call, first: Any, second: Any) -> Value:
         (*_padded(b.shape, rank)[:-2], 1, b.shape[-1]),
         {d: independent(walk, label, rank - 2, rank) for d, label in right.items() if d != rank - 2},
     )
-    zero = "any"
-    return Value(shape, broadcast(walk.atoms, [rows, columns], shape, where, zero))
+    return Value(shape, broadcast(walk.atoms, [rows, columns], shape, where, "any"))
 
 
 def _aligned(value: Value, rank: int) -> dict[int, Label]:
@@ -257,12 +274,6 @@ def _padded(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
 def _swapped(label: Label | None) -> Label | None:
     """A label of the second operand's rows, laid along the first operand's columns."""
     return label.with_array(np.swapaxes(label.array, -1, -2)) if label is not None else None
-
-
-def _vector_product(walk: Walk, call: ops.Call, a: Value, b: Value, shape: tuple[int, ...]) -> Value:
-    for value in (a, b):
-        walk.freeze(value, f"a product with a vector at {place(call.node)}")
-    return Value(shape)
 
 
 @rule("bilinear")

@@ -17,7 +17,7 @@ from fxcompress.graph import edit, ops
 from fxcompress.graph.channels.analysis import Channels
 from fxcompress.graph.channels.kept import Kept, Mask, select
 from fxcompress.graph.channels.labels import Value
-from fxcompress.graph.channels.literals import PROPOSALS, Index, Move, commutes
+from fxcompress.graph.channels.literals import PROPOSALS, Index, Move, commutes, gathered
 from fxcompress.graph.channels.walk import Count, Spelling, Walk, evaluate, operand_names
 from fxcompress.graph.shapes import module_of
 
@@ -186,8 +186,7 @@ class _Rewriting:
 
     def _spellings(self, move: Move) -> Any:
         yield move.spelling
-        if move.call.kind in PROPOSALS:
-            yield from PROPOSALS[move.call.kind](move)
+        yield from PROPOSALS.get(move.call.kind, gathered)(move)
 
 
 def _with_tensors(spelling: Spelling) -> Spelling:

@@ -21,7 +21,7 @@ from fxcompress.graph.channels.kept import Kept, select
 from fxcompress.graph.channels.labels import Value
 from fxcompress.graph.channels.walk import Spelling
 
-__all__ = ["PROPOSALS", "Index", "Move", "commutes"]
+__all__ = ["PROPOSALS", "Index", "Move", "commutes", "gathered"]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _picked(move: Move, dim: int, positions: list[int]) -> Iterator[Spelling]:
     yield Spelling("call_function", torch.index_select, (source, dim, Index(tuple(positions))), {})
 
 
-def _gathered(move: Move) -> Iterator[Spelling]:
+def gathered(move: Move) -> Iterator[Spelling]:
     """Whatever permutes or picks along single dimensions can be written as a selection of positions."""
     for dim in sorted(move.kept.masks(move.source)):
         positions = _positions(move, dim)
@@ -182,7 +182,7 @@ def _item(move: Move) -> Iterator[Spelling]:
         new.append(_reindex(part, move.line(dim), move))
         dim += 1
     yield Spelling("call_function", operator.getitem, (node.args[0], tuple(new)), {})
-    yield from _gathered(move)
+    yield from gathered(move)
 
 
 def _reindex(part: Any, kept: np.ndarray, move: Move) -> Any:
@@ -222,7 +222,7 @@ def _roll(move: Move) -> Iterator[Spelling]:
         tail = kept[len(kept) - shift % len(kept) :] if isinstance(shift, int) else kept
         new.append(shift if kept.all() else int(tail.sum()))
     yield Spelling("call_function", torch.roll, (move.call.node.args[0], new, dims), {})
-    yield from _gathered(move)
+    yield from gathered(move)
 
 
 def _pad(move: Move) -> Iterator[Spelling]:
@@ -253,8 +253,7 @@ PROPOSALS: dict[str, Callable[[Move], Iterator[Spelling]]] = {
     "narrow": _slice,
     "index_select": _slice,
     "getitem": _item,
-    "index": _gathered,
     "roll": _roll,
-    "flip": _gathered,
     "pad": _pad,
 }
+"""Kind → the spellings to try after the one that is there; other kinds try :func:`gathered`."""

@@ -1,0 +1,216 @@
+"""Small models that are hard to prune, and the truth about what is left of them.
+
+A case is an eager model and the shapes that its tensors have when half of every group of channels has gone. The truth is the
+eager model itself in float64: every entry that the smaller model no longer holds is set to zero, and what normalises or
+averages over channels leaves out those that are silent. Values are all distinct, so a tensor of the smaller model says by
+itself which entries of the dense one it kept; nothing is taken from the record of the cut.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fxcompress.pruning import StructuredPruner
+
+__all__ = ["Case", "check", "image", "net", "prune", "remarks", "silenced", "tokens"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def net(forward: Callable[..., Any], **parts: Any) -> Any:
+    """A module of this forward function; parameters, buffers and layers by name."""
+    model = type("Net", (nn.Module,), {"forward": forward})()
+    for name, part in parts.items():
+        if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+            model.register_buffer(name, part)
+        else:
+            setattr(model, name, part)
+    return model
+
+
+def image(channels: int = 3, size: int = 10, batch: int = 2, seed: int = 0) -> Tensor:
+    """A batch of images in float64."""
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def tokens(channels: int = 6, length: int = 7, batch: int = 2, seed: int = 0) -> Tensor:
+    """A batch of sequences in float64."""
+    return torch.randn(batch, length, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """``build`` makes the model, ``shapes`` what half leaves of it (``{}``: nothing goes); ``more`` are other inputs to try.
+
+    ``frozen``   layer → a part of the reason why its channels stay
+    ``options``  of the pruner
+    ``plain``    makes the computed weights of the dense model plain, where there are any
+    """
+
+    build: Callable[[], Any]
+    shapes: Shapes
+    inputs: Any = field(default_factory=lambda: (image(),))
+    more: Iterable[Any] = field(default_factory=lambda: [(image(size=13, batch=3),)])
+    frozen: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    plain: Callable[[Any], Any] = lambda model: model
+
+
+def lived_in(model: Any, seed: int = 0) -> Any:
+    """The model in float64 and eval mode, every parameter and floating-point buffer with values of its own."""
+    model = model.double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_floating_point() or not tensor.numel():
+                continue
+            if name.endswith(("running_var", "_weight_v", "_u")):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+                continue
+            fan = max(1, tensor[0].numel()) if tensor.dim() > 1 else 4
+            tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) / fan**0.5)
+    return model
+
+
+def prune(model: Any, inputs: Any, **options: Any) -> tuple[fx.GraphModule, StructuredPruner]:
+    """Half of the channels, proved by the oracles, and the pruner with its ledger."""
+    pruner = StructuredPruner(**{"sparsity": 0.5, "round_to": 1, "progress": False, **options})
+    return pruner.prune(model, example_inputs=inputs), pruner
+
+
+def remarks(pruner: StructuredPruner) -> str:
+    """Everything the ledger remarks."""
+    return "\n".join(f"{remark}" for row in pruner.ledger.rows for remark in row.remarks)
+
+
+class LeaveOutTheSilent(TorchFunctionMode):
+    """Normalisation, softmax and means over channels, of which those count that are not zero everywhere."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        rule = LEAVING_OUT.get(func)
+        return rule(func, *args, **kwargs) if rule is not None else func(*args, **kwargs)
+
+
+def _heard(x: Tensor, dims: Iterable[int]) -> Tensor:
+    """1 where an index along ``dims`` is not silent, in a shape that broadcasts with ``x``."""
+    heard = torch.ones((), dtype=x.dtype)
+    for dim in dims:
+        rest = [d for d in range(x.dim()) if d != dim % x.dim()]
+        heard = heard * (x != 0).sum(rest, keepdim=True).ne(0).to(x.dtype)
+    return heard
+
+
+def _layer_norm(func: Any, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+    dims = tuple(range(-len(shape), 0))
+    heard = ((weight != 0).to(x.dtype) if weight is not None else _heard(x, dims)).expand_as(x)
+    count = heard.sum(dims, keepdim=True)
+    mean = (x * heard).sum(dims, keepdim=True) / count
+    variance = ((x - mean).square() * heard).sum(dims, keepdim=True) / count
+    y = (x - mean) * heard / (variance + eps).sqrt()
+    return (y * weight if weight is not None else y) + (bias if bias is not None else 0.0)
+
+
+def _rms_norm(func: Any, x: Tensor, shape: Any, weight: Any = None, eps: Any = None) -> Tensor:
+    heard = ((weight != 0).to(x.dtype) if weight is not None else _heard(x, range(-len(shape), 0))).expand_as(x)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    dims = tuple(range(-len(shape), 0))
+    y = x / ((x.square() * heard).sum(dims, keepdim=True) / heard.sum(dims, keepdim=True) + eps).sqrt()
+    return y * weight if weight is not None else y
+
+
+def _group_norm(func: Any, x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+    heard = (weight != 0).to(x.dtype) if weight is not None else _heard(x, [1]).reshape(-1)
+    grouped = x.reshape(x.shape[0], groups, -1)
+    mask = heard.reshape(1, -1, 1).expand(x.shape[0], -1, x[0, 0].numel()).reshape(grouped.shape)
+    count = mask.sum(2, keepdim=True).clamp(min=1)
+    mean = (grouped * mask).sum(2, keepdim=True) / count
+    variance = ((grouped - mean).square() * mask).sum(2, keepdim=True) / count
+    y = ((grouped - mean) * mask / (variance + eps).sqrt()).reshape(x.shape)
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    return y * weight.reshape(shape) + bias.reshape(shape) if weight is not None else y
+
+
+def _softmax(func: Any, x: Tensor, dim: int, *args: Any, **kwargs: Any) -> Tensor:
+    powers = x.exp() * _heard(x, [dim])
+    return powers / powers.sum(dim, keepdim=True)
+
+
+def _mean(func: Any, x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
+    dims = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    heard = _heard(x, dims).expand_as(x)
+    return (x * heard).sum(dims, keepdim=keepdim) / heard.sum(dims, keepdim=keepdim)
+
+
+LEAVING_OUT: dict[Any, Callable[..., Any]] = {
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    F.group_norm: _group_norm,
+    F.softmax: _softmax,
+    torch.softmax: _softmax,
+    torch.mean: _mean,
+    Tensor.mean: _mean,
+    Tensor.softmax: _softmax,
+}
+
+
+def silenced(dense: Any, small: fx.GraphModule) -> Any:
+    """A copy of the dense eager model with a zero for every entry that the smaller model does not hold."""
+    model = copy.deepcopy(dense)
+    held = {**dict(small.named_parameters(remove_duplicate=False)), **dict(small.named_buffers(remove_duplicate=False))}
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name in held and held[name].shape != tensor.shape:
+                tensor.copy_(torch.where(torch.isin(tensor, held[name]), tensor, torch.zeros_like(tensor)))
+    return model
+
+
+def error(expected: Any, found: Any) -> float:
+    """The largest difference over the largest magnitude."""
+    worst = 0.0
+    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True):
+        if isinstance(a, Tensor):
+            assert a.shape == b.shape
+            gap = (a - b).abs().max().item()
+            assert gap == gap
+            worst = max(worst, gap / a.abs().max().item())
+    return worst
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter and buffer by name."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tuple(tensor.shape) for name, tensor in named}
+
+
+def check(case: Case, criterion: str = "random") -> tuple[Any, fx.GraphModule, StructuredPruner]:
+    """Hold one case against the truth; returns (dense model, smaller model, pruner)."""
+    dense = lived_in(case.build())
+    before = copy.deepcopy(dense.state_dict())
+    inputs = case.inputs if isinstance(case.inputs, (tuple, dict)) else (case.inputs,)
+    small, pruner = prune(dense, inputs, criterion=criterion, **case.options)
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} of the caller's model changed"
+    said = remarks(pruner)
+    for layer, reason in case.frozen.items():
+        assert any(layer in line and reason in line for line in said.splitlines()), f"{layer}: {reason!r} not in:\n{said}"
+    found, whole = shapes(small), shapes(dense)
+    assert {name: found[name] for name in case.shapes} == dict(case.shapes), f"left: {found}"
+    assert found != whole, "nothing was removed"
+    truth = silenced(case.plain(copy.deepcopy(dense)), small)
+    for call in [inputs, *case.more]:
+        with torch.no_grad(), LeaveOutTheSilent():
+            expected = truth(**call) if isinstance(call, dict) else truth(*call)
+        with torch.no_grad():
+            result = small(**call) if isinstance(call, dict) else small(*call)
+        assert error(expected, result) <= 1e-10
+    return dense, small, pruner
