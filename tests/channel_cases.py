@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.pruning import StructuredPruner
 
-__all__ = ["Case", "check", "image", "net", "prune", "remarks", "silenced", "tokens"]
+__all__ = ["Case", "check", "error", "image", "lived_in", "net", "prune", "remarks", "silenced", "tokens"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -32,6 +32,11 @@ def between(change: Callable[[Any, Tensor], Any], after: int, width: int = 8, **
     return build
 
 
+def unbound(self: Any, x: Tensor) -> Tensor:
+    a, b = torch.unbind(x.view(x.size(0), 2, 4, *x.shape[2:]), 1)
+    return a + b.sigmoid()
+
+
 HALF = {"conv.weight": (4, 3, 3, 3)}
 EVEN = torch.tensor([0, 2, 4, 6, 1])
 
@@ -112,10 +117,7 @@ MOVED = {
         between(lambda self, x: torch.stack((x, self.b(x)), dim=2).flatten(1, 2), 16, b=c3(8, 8)),
         {**HALF, "head.weight": (2, 8, 3, 3)},
     ),
-    "unbound": Case(
-        between(lambda self, x: (lambda a, b: a + b.sigmoid())(*torch.unbind(x.view(x.size(0), 2, 4, *x.shape[2:]), 1)), 4),
-        {**HALF, "head.weight": (2, 2, 3, 3)},
-    ),
+    "unbound": Case(between(unbound, 4), {**HALF, "head.weight": (2, 2, 3, 3)}),
     "unflattened, and the largest of every pair": Case(
         between(lambda self, x: x.unflatten(1, (4, 2)).amax(2), 4),
         {"conv.weight": (4, 3, 3, 3), "head.weight": (2, 4, 3, 3)},

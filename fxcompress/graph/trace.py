@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fxcompress.errors import TraceError
 from fxcompress.graph import edit, inplace
@@ -55,6 +56,9 @@ def trace(model: nn.Module, example_inputs: Any = None, *, copied: bool = False)
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace() takes an nn.Module, got a {type(model).__name__}.")
+    lazy = [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]
+    if lazy:
+        raise TraceError(f"{lazy[0]} has no shape yet: its layer is lazy. Call the model once on a batch, then compress it.")
     call = arguments(example_inputs) if example_inputs is not None else None
     if call is not None:
         bind(model, call)
@@ -101,6 +105,8 @@ def _trace(model: nn.Module, call: Arguments | None) -> fx.GraphModule:
 
 def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphModule | None, str]:
     """``model`` as one graph, by the first two rungs; or None, and why both refuse its own forward."""
+    if call is not None and any(isinstance(value, PackedSequence) for value in [*call.args, *call.kwargs.values()]):
+        return None, "it takes a packed sequence, whose shape depends on its data"
     tracer = LadderTracer()
     concrete = concrete_arguments(model, call)
     graph, failure = symbolic(tracer, model, concrete)

@@ -183,7 +183,7 @@ _ANALYSIS = ("exclude_layers", "prune_heads", "prune_head_dim", "policy", "dimen
 
 def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not nn.parameter.is_lazy(parameter) and not bool(torch.isfinite(parameter).all()):
             raise ConfigError(f"{name} holds NaN or infinite values; no criterion ranks them. Mend the weights first.")
 
 

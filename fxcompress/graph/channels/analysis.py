@@ -108,12 +108,11 @@ def analyse(
     offsets: dict[str, int] = {}
     for _ in range(ATTEMPTS):
         walk = Walk(module, Sites(offsets), refused=refused or {}).run()
+        for atoms, reason in walk.atoms.inexact if exact else ():
+            walk.atoms.freeze(atoms, f"removing it would not be exact: {reason}")
         if not _advance(walk, offsets, heads):
             break
     _freeze(walk, frozen or {}, None if heads or head_dims else "attention keeps its heads")
-    if exact:
-        for atoms, reason in walk.atoms.inexact:
-            walk.atoms.freeze(atoms, f"removing it would not be exact: {reason}")
     return _Grouping(walk, resolve(walk.atoms, walk.sites.blocks), dimension).run()
 
 
