@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -99,7 +100,8 @@ def finetuned(quantizer: QATQuantizer | LSQQuantizer, model: nn.Module, epochs: 
     named = dict(prepared.named_parameters())
     scales = [p for name, p in named.items() if name.startswith("fake_quant.")]
     weights = [p for name, p in named.items() if not name.startswith("fake_quant.")]
-    optimizer = torch.optim.AdamW([{"params": weights}, {"params": scales, "weight_decay": 0.0}], 2e-3)
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": scales, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * (len(labels) // 64 + 1))
     for epoch in range(epochs):
         quantizer.on_epoch(prepared, epoch)

@@ -15,7 +15,7 @@ from fxcompress.errors import DataError
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.island import regions
 
-__all__ = ["APPROXIMATE", "EXACT", "STAGES", "Context", "Pass", "Promise", "Remark", "close"]
+__all__ = ["APPROXIMATE", "EXACT", "STAGES", "Context", "Pass", "Promise", "Remark", "close", "hidden"]
 
 STAGES = ("float", "observed", "qdq", "lowered")
 """The stages of a graph: as trained, with observers, with explicit quantize/dequantize, in a backend's kernels."""
@@ -159,3 +159,8 @@ class Context:
         if self.data is None:
             raise DataError(f"{who} needs data: give run(..., data=dataloader).")
         return self.data
+
+
+def hidden(progress: bool | None) -> bool | None:
+    """tqdm's ``disable``: None hides the bar where the output is not a terminal."""
+    return None if progress is None else not progress

@@ -4,10 +4,13 @@ A new pass is a file here, a line in :data:`PASSES`, and a page of tests.
 """
 
 from fxcompress.passes.accelerate_sparsity import AccelerateSparsity
+from fxcompress.passes.adaround import AdaRound
 from fxcompress.passes.bake_masks import BakeMasks
 from fxcompress.passes.calibrate import Calibrate
 from fxcompress.passes.cast_half import CastHalf
+from fxcompress.passes.correct_bias import CorrectBias
 from fxcompress.passes.distill import Distill
+from fxcompress.passes.equalize_layers import EqualizeLayers
 from fxcompress.passes.fold_batchnorm import FoldBatchNorm
 from fxcompress.passes.fold_quantization import FoldQuantization
 from fxcompress.passes.freeze_scales import FreezeScales
@@ -33,6 +36,7 @@ PASSES = (
     RemoveDead,
     FoldBatchNorm,
     FuseActivations,
+    EqualizeLayers,
     OpenAttention,
     PruneChannels,
     MaskWeights,
@@ -45,9 +49,10 @@ PASSES = (
     InsertTaps,
     RemoveTaps,
     Train,
-    Distill,
     InsertObservers,
     Calibrate,
+    CorrectBias,
+    AdaRound,
     InsertFakeQuant,
     FreezeScales,
     FoldQuantization,

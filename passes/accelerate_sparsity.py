@@ -10,9 +10,9 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fxcompress.graph import ops
+from fxcompress.graph.module import shared_copy
 from fxcompress.graph.shapes import module_of, shape_of
 from fxcompress.pass_base import Context, Pass, Promise, close
-from fxcompress.passes.lower import portable
 from fxcompress.pruning import semi_structured
 
 __all__ = ["AccelerateSparsity"]
@@ -33,7 +33,7 @@ class AccelerateSparsity(Pass):
     speedup: Annotated[float, Field(gt=0.0)] = 1.0
 
     def run(self, module: fx.GraphModule, context: Context) -> None:
-        dense = portable(module)
+        dense = shared_copy(module)
         done: dict[str, str | None] = {}
         for node in module.graph.nodes:
             if ops.kind(node) in ("linear", "conv2d"):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fxcompress.data import batches
 from fxcompress.distributed import gather, merge, rank, world
 from fxcompress.errors import DataError
-from fxcompress.pass_base import EXACT, Context, Pass, Promise
+from fxcompress.pass_base import EXACT, Context, Pass, Promise, hidden
 from fxcompress.quantization.observer import observers
 
 __all__ = ["Calibrate"]
@@ -48,7 +48,7 @@ class Calibrate(Pass):
             with torch.no_grad():
                 every = batches(context.require_data("'calibrate'"), model, self.num_batches)
                 feed = itertools.islice(every, rank(), None, world())
-                for call in tqdm(feed, "calibrate", disable=_hidden(context.progress), leave=False, unit="batch"):
+                for call in tqdm(feed, "calibrate", disable=hidden(context.progress), leave=False, unit="batch"):
                     self._run(model, call, seen)
                     seen += 1
         finally:
@@ -70,8 +70,3 @@ class Calibrate(Pass):
             if isinstance(error, DataError):
                 raise
             raise DataError(f"batch {number} does not run through the model: {str(error).splitlines()[0]}") from error
-
-
-def _hidden(progress: bool | None) -> bool | None:
-    """tqdm's ``disable``: None hides the bar where the output is not a terminal."""
-    return None if progress is None else not progress

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,10 +13,11 @@ from fxcompress.backends.base import Backend
 from fxcompress.backends.onnx_graph import examples
 from fxcompress.errors import BackendError
 from fxcompress.graph.island import regions
+from fxcompress.graph.module import shared_copy
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.timing import interleaved
 
-__all__ = ["Lower", "become", "portable"]
+__all__ = ["Lower", "become"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Lower(Pass):
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
         for module in regions(model).values():
             module.meta.pop("float_weights", None)
-            module.meta["portable"] = portable(module)
+            module.meta["portable"] = shared_copy(module)
         super().run_model(model, context)
 
     def run(self, module: fx.GraphModule, context: Context) -> None:
@@ -73,7 +73,7 @@ class Lower(Pass):
             reason = backends.find(name).unavailable()
             if reason is None and (known in (None, name) or backends.find(known).unavailable()):
                 try:
-                    trial = portable(module)
+                    trial = shared_copy(module)
                     backends.find(name).lower(trial, context.skip)
                     trial.recompile()
                     trials[name] = trial
@@ -112,9 +112,3 @@ def become(module: fx.GraphModule, other: fx.GraphModule) -> None:
     for kept in ("_modules", "_parameters", "_buffers"):
         setattr(module, kept, getattr(other, kept))
     module.graph = other.graph
-
-
-def portable(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy of the graph that shares the tensors."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

@@ -13,9 +13,10 @@ from fxcompress.backends.onnx_graph import examples
 from fxcompress.errors import BackendError
 from fxcompress.graph import edit
 from fxcompress.graph.inputs import Arguments
+from fxcompress.graph.module import shared_copy
 from fxcompress.graph.shapes import Recorder
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
-from fxcompress.passes.lower import Lower, portable
+from fxcompress.passes.lower import Lower
 from fxcompress.quantization.components import Component, components, extract, put_back
 from fxcompress.timing import interleaved
 
@@ -61,7 +62,7 @@ class RevertSlow(Pass):
     def _judge(
         self, module: fx.GraphModule, part: Component, call: Arguments, floats: dict[str, Tensor], context: Context
     ) -> None:
-        lowered, in_float = (portable(module) if part.whole else extract(module, part) for _ in range(2))
+        lowered, in_float = (shared_copy(module) if part.whole else extract(module, part) for _ in range(2))
         names = {node.name for node in part.operators}
         put_back(in_float, tuple(node for node in in_float.graph.nodes if node.name in names), floats)
         try:

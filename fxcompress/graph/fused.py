@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-__all__ = ["ACTIVATIONS", "FUNCTIONS", "MODULES", "fuse_module", "make_functional"]
+__all__ = ["ACTIVATIONS", "FUNCTIONS", "GEOMETRY", "MODULES", "fuse_module", "make_functional"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "relu6": lambda x: F.relu6(x, inplace=True)}
 """Activations, applied in place: the value before one belongs to the fused operator alone."""
@@ -122,7 +122,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     )
 }
 
-_GEOMETRY: dict[str, tuple[str, ...]] = {
+GEOMETRY: dict[str, tuple[str, ...]] = {
     "linear": (),
     **{f"conv{d}d": ("stride", "padding", "dilation", "groups") for d in (1, 2, 3)},
     **{f"conv_transpose{d}d": ("stride", "padding", "output_padding", "groups", "dilation") for d in (1, 2, 3)},
@@ -132,7 +132,7 @@ _GEOMETRY: dict[str, tuple[str, ...]] = {
 def make_functional(call: Any, weight: fx.Node, bias: fx.Node | None) -> None:
     """Respell a weighted :class:`~fxcompress.graph.ops.Call` as a function of its weight and bias."""
     node, input = call.node, call["input"]
-    geometry = tuple(call[name] for name in _GEOMETRY[call.kind])
+    geometry = tuple(call[name] for name in GEOMETRY[call.kind])
     if call["activation"]:
         node.target, node.kwargs = FUNCTIONS[call.kind], {"activation": call["activation"]}
     else:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import fx
 
-__all__ = ["TracedModule"]
+__all__ = ["TracedModule", "shared_copy"]
 
 
 class TracedModule(fx.GraphModule):
@@ -21,3 +22,9 @@ class TracedModule(fx.GraphModule):
         from fxcompress import artifact
 
         return artifact.reduced(self) or super().__reduce__()
+
+
+def shared_copy(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph whose tensors are the originals: replacing one does not touch the other."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

@@ -1,0 +1,169 @@
+"""Cross-layer equalization: channels of one layer and the next share their ranges out between them.
+
+Where a layer W¹, b¹ feeds another W² through an operator with f(s·x) = s·f(x), dividing output channel i of the first by sᵢ
+and multiplying input channel i of the second by it changes nothing. With sᵢ = √(r¹ᵢ/r²ᵢ), r the largest weight of a channel,
+both ranges become √(r¹ᵢ·r²ᵢ) (Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias Correction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.graph import edit, ops
+from fxcompress.graph.shapes import shape_of
+
+__all__ = ["Pair", "equalize", "pairs"]
+
+_HOMOGENEOUS = (
+    "relu",
+    "leaky_relu",
+    "identity",
+    "dropout",
+    "max_pool",
+    "avg_pool",
+    "adaptive_avg_pool",
+    "adaptive_max_pool",
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two layers between which channels can be rescaled.
+
+    ``clipped``  what clips at 6 between them, which a rescaling would move: a node, or the first layer itself
+    ``spread``   how many inputs of the second layer one channel of the first becomes (behind a flatten)
+    """
+
+    first: ops.Call
+    second: ops.Call
+    clipped: tuple[fx.Node, ...]
+    spread: int
+
+
+def pairs(module: fx.GraphModule, skip: Callable[[fx.Node, str], None]) -> list[Pair]:
+    """Every pair, in graph order; ``skip`` hears of layers whose result goes several ways or through something else."""
+    reading, tied = edit.readers(module), edit.tied(module)
+    found = []
+    for node in module.graph.nodes:
+        call = _layer(module, node, reading, tied)
+        if call is not None:
+            pair = _follow(module, call, reading, tied)
+            if isinstance(pair, Pair):
+                found.append(pair)
+            else:
+                skip(node, pair)
+    return found
+
+
+def _layer(module: fx.GraphModule, node: fx.Node, reading: dict[str, list[fx.Node]], tied: set[int]) -> ops.Call | None:
+    """``node`` as a layer whose stored weight is its own."""
+    call = ops.read(node) if node.op.startswith("call") else None
+    if call is None or not call.kind.startswith(("conv", "linear")) or not isinstance(call["weight"], ops.Attr):
+        return None
+    if call["bias"] is not None and not isinstance(call["bias"], ops.Attr):
+        return None
+    if call.kind.startswith("conv_transpose") and call["groups"] != 1:
+        return None
+    names = [call[name].name for name in ("weight", "bias") if call[name] is not None]
+    alone = all(len(reading.get(name, ())) <= 1 and id(edit.get_tensor(module, name)) not in tied for name in names)
+    return call if alone else None
+
+
+def _follow(module: fx.GraphModule, call: ops.Call, reading: dict[str, list[fx.Node]], tied: set[int]) -> Pair | str:
+    clipped = [call.node] if call["activation"] == "relu6" else []
+    node, spread = call.node, 1
+    while True:
+        if len(node.users) != 1:
+            return f"the result of {node.name!r} goes several ways" if node.users else "nothing reads its result"
+        before, node = node, next(iter(node.users))
+        second = _layer(module, node, reading, tied)
+        if second is not None and second["input"] is before:
+            fits = spread == 1 or second.kind == "linear"
+            return Pair(call, second, tuple(clipped), spread) if fits else "a flatten stands before a convolution"
+        if node.meta.get("observer"):
+            continue
+        step = _passes(node)
+        if step is None:
+            return f"{ops.kind(node)!r} follows, past which channels cannot be rescaled"
+        spread *= step
+        if _clips(node):
+            clipped.append(node)
+
+
+def _passes(node: fx.Node) -> int | None:
+    """How many values one channel becomes behind a channel-wise, positively homogeneous operator; None for any other."""
+    kind = ops.kind(node)
+    if kind in ("flatten", "reshape"):
+        before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
+        if before is None or after is None or len(after) != 2 or len(before) < 2 or before[0] != after[0]:
+            return None
+        return after[1] // before[1]
+    if kind == "mean":
+        call = ops.read(node)
+        dims = call["dim"] if call is not None else None
+        listed = dims if isinstance(dims, (tuple, list)) else (dims,)
+        shape = shape_of(node.all_input_nodes[0])
+        plain = shape is not None and all(isinstance(d, int) and d % len(shape) > 1 for d in listed)
+        return 1 if plain else None
+    return 1 if (kind.startswith(_HOMOGENEOUS) and kind != "relu6") or _clips(node) else None
+
+
+def _clips(node: fx.Node) -> bool:
+    call = ops.read(node)
+    if call is None:
+        return False
+    bounds = {"hardtanh": ("min_val", "max_val"), "clamp": ("min", "max")}.get(call.kind)
+    return call.kind == "relu6" or (bounds is not None and (call[bounds[0]], call[bounds[1]]) == (0, 6))
+
+
+def equalize(module: fx.GraphModule, chosen: list[Pair], *, sweeps: int = 20, tolerance: float = 1e-3) -> None:
+    """Rescale the pairs in turn until no factor moves by more than ``tolerance`` octaves, at most ``sweeps`` times.
+
+    Factors are found in float64; weights and biases are rounded once. A channel of zeros stays as it is.
+    """
+    names = {call["weight"].name for pair in chosen for call in (pair.first, pair.second)}
+    weights = {name: edit.get_tensor(module, name) for name in names}
+    exact = {name: w.detach().to(torch.float64).clone(memory_format=torch.contiguous_format) for name, w in weights.items()}
+    upper = [_outputs(pair.first, exact[pair.first["weight"].name]) for pair in chosen]
+    lower = [_inputs(pair, exact[pair.second["weight"].name]) for pair in chosen]
+    totals = [torch.ones(view.shape[1], dtype=torch.float64) for view in upper]
+    for _ in range(sweeps):
+        moved = 0.0
+        for rows, columns, total in zip(upper, lower, totals, strict=True):
+            ranges = rows.abs().amax((0, 2)), columns.abs().amax((1, 3)).flatten()
+            usable = (ranges[0] > 0) & (ranges[1] > 0)
+            factor = torch.where(usable, (ranges[0] / ranges[1]).sqrt(), 1.0)
+            rows.div_(factor[None, :, None])
+            columns.mul_(factor.reshape(columns.shape[0], 1, -1, 1))
+            total.mul_(factor)
+            moved = max(moved, float(factor.log2().abs().max()))
+        if moved <= tolerance:
+            break
+    for name, value in exact.items():
+        edit.set_tensor(module, name, torch.empty_like(weights[name]).copy_(value))
+    for pair, total in zip(chosen, totals, strict=True):
+        if pair.first["bias"] is not None:
+            bias = edit.get_tensor(module, pair.first["bias"].name)
+            edit.set_bias(module, pair.first, (bias.detach().to(torch.float64) / total.to(bias.device)).to(bias.dtype))
+
+
+def _outputs(call: ops.Call, weight: Tensor) -> Tensor:
+    """The weight as ``[before, output channels, after]``."""
+    if call.kind.startswith("conv_transpose"):
+        return weight.view(weight.shape[0], weight.shape[1], -1)
+    return weight.view(1, weight.shape[0], -1)
+
+
+def _inputs(pair: Pair, weight: Tensor) -> Tensor:
+    """The weight as ``[groups, outputs of a group, channels of a group, everything else]``."""
+    call = pair.second
+    if call.kind == "linear":
+        return weight.view(1, weight.shape[0], -1, pair.spread)
+    if call.kind.startswith("conv_transpose"):
+        return weight.view(1, 1, weight.shape[0], -1)
+    groups = call["groups"] or 1
+    return weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
