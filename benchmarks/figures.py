@@ -1,6 +1,6 @@
 """The figures of the compiler core and of int8 quantization, each a ratio measured in one run.
 
-python benchmarks/figures.py [speed calibration compile depth] [--threads N]
+python benchmarks/figures.py [speed dynamic calibration compile depth] [--threads N]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from fxcompress import PassManager, PTQQuantizer, coverage
+from fxcompress import DynamicQuantizer, PassManager, PTQQuantizer, coverage
 from fxcompress.bench import interleaved, models
 from fxcompress.graph.cost import stored_bytes
 from fxcompress.observe import output_snr
@@ -149,7 +149,44 @@ def depth() -> None:
     print(tabulate(rows[1:], ("layers", "ms per layer", "growth"), disable_numparse=True))
 
 
-FIGURES = {"speed": speed, "calibration": calibration, "compile": compilation, "depth": depth}
+class Tagger(nn.Module):
+    """A recurrent layer between an embedding and a linear layer, tokens first."""
+
+    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
+        super().__init__()
+        self.embed, self.rnn = nn.Embedding(1000, 256), kind(256, 512, 2, bidirectional=True)
+        self.head = nn.Linear(1024, 20)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rnn(self.embed(tokens))[0])  # type: ignore[no-any-return]
+
+
+def dynamic() -> None:
+    """Dynamic int8 against eager fp32, without data: latency ratio, SNR, size."""
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 1000, (32, 1))
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True), 2)
+    perceptron = nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024))
+    rows = []
+    for name, model, call in (
+        ("LSTM, 2 layers, both ways", Tagger(nn.LSTM), tokens),
+        ("GRU, 2 layers, both ways", Tagger(nn.GRU), tokens),
+        ("transformer encoder, 128 tokens", encoder, torch.randn(1, 128, 512)),
+        ("two linear layers, batch 1", perceptron, torch.randn(1, 1024)),
+    ):
+        model.eval()
+        quantized = DynamicQuantizer(progress=False).quantize(model, example_inputs=call)
+        candidates: dict[str, Callable[[], object]] = {"eager": lambda m=model, x=call: m(x)}  # type: ignore[misc]
+        candidates["int8"] = lambda m=quantized, x=call: m(x)  # type: ignore[misc]
+        found = interleaved(candidates, runs=40, seconds=20)
+        with torch.no_grad():
+            snr = output_snr(model(call), quantized(call))
+        size = stored_bytes(quantized) / stored_bytes(model)
+        rows.append((name, f"{found['eager'].median / found['int8'].median:.2f}x", f"{snr:.1f}", f"{size:.3f}"))
+    print(tabulate(rows, ("model", "eager / int8", "SNR dB", "size / fp32"), disable_numparse=True))
+
+
+FIGURES = {"speed": speed, "dynamic": dynamic, "calibration": calibration, "compile": compilation, "depth": depth}
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fxcompress import DynamicQuantizer, PassManager, coverage, load, save
 from fxcompress.errors import BackendError, ConfigError
@@ -114,6 +115,39 @@ def test_recurrent_layers_take_states_and_single_sequences_as_torch_has_them() -
         for stage in (["quantize-dynamic"], ["quantize-dynamic", "lower"]):
             found = PassManager(stage, reproducer=False).run(model, call)(*call)
             assert output_snr(expected, found) > 30
+
+
+class Packed(nn.Module):
+    """Sequences of several lengths, packed, as text classifiers have them."""
+
+    def __init__(self, kind: Any, attribute: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.rnn = kind(16, 20, num_layers=2, batch_first=True, bidirectional=True)
+        self.head, self.attribute = nn.Linear(40, 3), attribute
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        pack = nn.utils.rnn.pack_padded_sequence if self.attribute else pack_padded_sequence
+        packed = pack(self.embed(tokens), lengths, batch_first=True, enforce_sorted=False)
+        output, state = self.rnn(packed)
+        hidden = state[0] if isinstance(self.rnn, nn.LSTM) else state
+        return self.head(torch.cat([hidden[-2], hidden[-1]], 1)), pad_packed_sequence(output, batch_first=True)[0]
+
+
+@pytest.mark.parametrize("attribute", [False, True])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_packed_sequences_are_traced_quantized_and_saved(kind: Any, attribute: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Packed(kind, attribute).eval()
+    call = (torch.randint(0, 50, (4, 9)), torch.tensor([9, 3, 5, 2]))
+    result = DynamicQuantizer().quantize(model, example_inputs=call)
+    assert coverage(result).mac_share == 1.0
+    for lengths in (call[1], torch.tensor([1, 9, 9, 4])):
+        expected, found = model(call[0], lengths), result(call[0], lengths)
+        assert output_snr(expected, found) > 25
+        assert output_snr(result.meta["portable"](call[0], lengths), found) > 60
+    save(result, tmp_path / "packed")
+    assert all(torch.equal(a, b) for a, b in zip(load(tmp_path / "packed")(*call), result(*call), strict=True))
 
 
 @pytest.mark.parametrize("activation", [None, nn.ReLU(), nn.ReLU6()])

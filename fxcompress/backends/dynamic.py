@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.backends.kernels import QuantizedLayer, engine_of, quantized_weight
-from fxcompress.graph.recurrent import QuantizedGRU, QuantizedLSTM, QuantizedRecurrent
+from fxcompress.graph.recurrent import QuantizedLSTM, QuantizedRecurrent
 
 __all__ = ["DynamicLinear", "DynamicRecurrent"]
 
@@ -53,20 +53,20 @@ class DynamicRecurrent(nn.Module):
             biases.append(bias)
         return _q.make_quantized_cell_params_dynamic(*packed, *biases, layer.quant_max < 255)
 
-    def forward(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        return self.layer(input, hx, self._run)  # type: ignore[no-any-return]
+
+    def _run(self, values: Tensor, sizes: Tensor | None, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         layer = self.layer
-        batched = input.dim() == 3
-        steps = input if batched else input.unsqueeze(0 if layer.batch_first else 1)
-        states = [state.contiguous() for state in layer.initial(steps, hx, batched)]
-        options = (True, layer.num_layers, 0.0, False, layer.bidirectional, layer.batch_first)
-        if isinstance(layer, QuantizedLSTM):
-            output, *finals = torch.quantized_lstm(steps, states, self.cells, *options, dtype=torch.qint8, use_dynamic=True)
+        given = [state.contiguous() for state in states]
+        options = (True, layer.num_layers, 0.0, False, layer.bidirectional)
+        kind: dict[str, Any] = {"dtype": torch.qint8, "use_dynamic": True} if isinstance(layer, QuantizedLSTM) else {}
+        hx, kernel = (given, torch.quantized_lstm) if kind else (given[0], torch.quantized_gru)
+        if sizes is None:
+            output, *finals = kernel(values, hx, self.cells, *options, layer.batch_first, **kind)
         else:
-            assert isinstance(layer, QuantizedGRU)
-            output, *finals = torch.quantized_gru(steps, states[0], self.cells, *options)
-        if not batched:
-            output, finals = output.squeeze(0 if layer.batch_first else 1), [final.squeeze(1) for final in finals]
-        return output, tuple(finals) if layer.states == 2 else finals[0]
+            output, *finals = kernel(values, sizes, hx, self.cells, *options, **kind)
+        return output, finals
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "cells"}

@@ -40,11 +40,11 @@ def capture(
     failure: Exception | None = None
     for attempt, free, fixed in attempts:
         kept = {id(new) for new, old in zip(_tensors(attempt), _tensors(call), strict=True) if id(old) in constants}
-        shapes = {
-            name: pytree.tree_map(lambda leaf, free=free, kept=kept: None if id(leaf) in kept else free(leaf), value)
-            for name, value in bind(module, attempt).arguments.items()
-        }
         try:
+            shapes = {
+                name: pytree.tree_map(lambda leaf, free=free, kept=kept: None if id(leaf) in kept else free(leaf), value)
+                for name, value in bind(module, attempt).arguments.items()
+            }
             with _quiet(), frozen_state(module), preserved_attributes(module):
                 program = torch.export.export(module, attempt.args, attempt.kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # whatever torch.export raises means the same: this rung does not hold

@@ -173,7 +173,9 @@ def _multihead(call: ops.Call, shape: Shape) -> int:
 def _recurrent(call: ops.Call, shape: Shape) -> int:
     names = [name for name, _ in module_of(call.node).named_parameters() if name.startswith("weight")]
     weights = sum(shape(call, ops.Attr(f"{call.node.target}.{name}")).numel() for name in names)
-    return shape(call, call["input"])[:-1].numel() * weights
+    meta = call["input"].meta.get("tensor_meta")
+    packed = isinstance(meta, tuple) and not hasattr(meta, "shape")  # sequences of several lengths: rows come first
+    return (meta[0].shape[0] if packed else shape(call, call["input"])[:-1].numel()) * weights
 
 
 _COUNTS: dict[str, Callable[[ops.Call, Shape], int]] = {

@@ -6,17 +6,21 @@ torch's layers call ``weight_ih_l0`` is int8 here, beside ``weight_ih_l0_scale``
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
 from fxcompress.graph import qdq
 
 __all__ = ["CLASSES", "QuantizedGRU", "QuantizedLSTM", "QuantizedRecurrent"]
 
 State = Any
+Run = Callable[[Tensor, "Tensor | None", list[Tensor]], tuple[Tensor, list[Tensor]]]
 
 
 class QuantizedRecurrent(nn.Module):
@@ -40,45 +44,77 @@ class QuantizedRecurrent(nn.Module):
         directions = ("", "_reverse") if self.bidirectional else ("",)
         return [f"_l{number}{direction}" for number in range(self.num_layers) for direction in directions]
 
-    def forward(self, input: Tensor, hx: State = None) -> tuple[Tensor, State]:
+    def forward(
+        self, input: Tensor | PackedSequence, hx: State = None, run: Run | None = None
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """What torch's layer returns; ``run`` stands in for :meth:`run`, as kernels do."""
+        run = run or self.run
+        if isinstance(input, PackedSequence):
+            return self._packed(input, hx, run)
         batched = input.dim() == 3
         steps = input if batched else input.unsqueeze(0 if self.batch_first else 1)
-        output, finals = self.unroll(steps, self.initial(steps, hx, batched))
+        batch = steps.shape[0 if self.batch_first else 1]
+        given = hx if batched or hx is None else pytree.tree_map(lambda state: state.unsqueeze(1), hx)
+        output, finals = run(steps, None, self._initial(steps, batch, given))
         if not batched:
             output, finals = output.squeeze(0 if self.batch_first else 1), [final.squeeze(1) for final in finals]
-        return output, tuple(finals) if self.states == 2 else finals[0]
+        return output, self._states(finals)
 
-    def initial(self, steps: Tensor, hx: State, batched: bool) -> list[Tensor]:
+    def _packed(self, input: PackedSequence, hx: State, run: Run) -> tuple[PackedSequence, State]:
+        """Sequences of several lengths, packed: longest first, with the order they had."""
+        data, sizes, order, back = input
+        states = self._initial(data, int(sizes[0]), hx)
+        if order is not None and hx is not None:
+            states = [state.index_select(1, order) for state in states]
+        output, finals = run(data, sizes, states)
+        if back is not None:
+            finals = [final.index_select(1, back) for final in finals]
+        return PackedSequence(output, sizes, order, back), self._states(finals)
+
+    def _initial(self, like: Tensor, batch: int, hx: State) -> list[Tensor]:
         """The states to begin with, each ``[layers · directions, batch, hidden]``; zeros where none are given."""
-        batch = steps.shape[0 if self.batch_first else 1]
         if hx is None:
-            return [steps.new_zeros(len(self.suffixes()), batch, self.hidden_size)] * self.states
-        given = list(hx) if self.states == 2 else [hx]
-        return given if batched else [state.unsqueeze(1) for state in given]
+            return [like.new_zeros(len(self.suffixes()), batch, self.hidden_size)] * self.states
+        return list(hx) if self.states == 2 else [hx]
 
-    def unroll(self, steps: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """All layers over all steps: the last layer's outputs, and each state after the last step."""
-        values = steps.transpose(0, 1) if self.batch_first else steps
+    def _states(self, finals: list[Tensor]) -> State:
+        return tuple(finals) if self.states == 2 else finals[0]
+
+    def run(self, values: Tensor, sizes: Tensor | None, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """All layers over all steps: the last layer's outputs, and each state after the last step.
+
+        ``values`` is ``[steps, batch, features]`` (or batch first); with ``sizes``, the number of sequences at each step, it
+        is the rows of all steps one after another.
+        """
+        if sizes is not None:
+            return self._layers(values, sizes.tolist(), states)
+        steps = values.transpose(0, 1) if self.batch_first else values
+        output, finals = self._layers(steps.flatten(0, 1), [steps.shape[1]] * steps.shape[0], states)
+        output = output.unflatten(0, steps.shape[:2])
+        return output.transpose(0, 1) if self.batch_first else output, finals
+
+    def _layers(self, rows: Tensor, sizes: list[int], states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         finals: list[list[Tensor]] = []
+        sides: list[Tensor] = []
         directions = 2 if self.bidirectional else 1
-        for number in range(self.num_layers):
-            sides = []
-            for direction, suffix in enumerate(self.suffixes()[number * directions : (number + 1) * directions]):
-                place = number * directions + direction
-                side, final = self._direction(values, suffix, [state[place] for state in states], direction == 1)
-                sides.append(side)
-                finals.append(final)
-            values = torch.cat(sides, -1)
-        output = values.transpose(0, 1) if self.batch_first else values
-        return output, [torch.stack(parts) for parts in zip(*finals, strict=True)]
+        for place, suffix in enumerate(self.suffixes()):
+            side, final = self._direction(rows, sizes, suffix, [state[place] for state in states])
+            sides.append(side)
+            finals.append(final)
+            if len(sides) == directions:
+                rows, sides = torch.cat(sides, -1), []
+        return rows, [torch.stack(parts) for parts in zip(*finals, strict=True)]
 
-    def _direction(self, values: Tensor, suffix: str, state: list[Tensor], backwards: bool) -> tuple[Tensor, list[Tensor]]:
-        projected = self._multiply(values, f"ih{suffix}")
+    def _direction(self, rows: Tensor, sizes: list[int], suffix: str, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        backwards = suffix.endswith("reverse")
+        steps = self._multiply(rows, f"ih{suffix}").split(sizes)
         outputs = []
-        for step in reversed(range(len(values))) if backwards else range(len(values)):
-            state = self._cell(projected[step], self._multiply(state[0], f"hh{suffix}"), state)
-            outputs.append(state[0])
-        return torch.stack(outputs[::-1] if backwards else outputs), state
+        for step in reversed(steps) if backwards else steps:
+            going = [part[: len(step)] for part in state]
+            new = self._cell(step, self._multiply(going[0], f"hh{suffix}"), going)
+            outputs.append(new[0])
+            state = [torch.cat([after, part[len(step) :]]) for after, part in zip(new, state, strict=True)]
+        return torch.cat(outputs[::-1] if backwards else outputs), state
 
     def _multiply(self, input: Tensor, name: str) -> Tensor:
         weight, scale = getattr(self, f"weight_{name}"), getattr(self, f"weight_{name}_scale")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx._symbolic_trace import PH
+from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
 from fxcompress.graph import ops
@@ -27,11 +28,15 @@ __all__ = [
 ]
 
 
+_SEQUENCES = (rnn.pack_padded_sequence, rnn.pad_packed_sequence)
+
+
 class LadderTracer(fx.Tracer):
     """fx's tracer, with leaves from the op table, rollback of a module that defeats it, and indexed attribute lookup."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=_SEQUENCES)
+        self._autowrap_search.append(rnn)  # for those who call nn.utils.rnn.pack_padded_sequence
         self.defeated: dict[str, str] = {}
         self.hooked: list[str] = []
         self._proxies: dict[str, fx.Proxy] = {}
@@ -41,7 +46,12 @@ class LadderTracer(fx.Tracer):
         named = [*root.named_parameters(remove_duplicate=True), *root.named_buffers(remove_duplicate=True)]
         self._names = {id(tensor): name for name, tensor in named}
         self._proxies = {}
-        return super().trace(root, concrete_args)
+        ops.known_classes()  # the op table is read before tracing puts its own functions in the place of torch's
+        graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            if node.target in _SEQUENCES:
+                node.meta.pop("is_wrapped", None)  # generated code would wrap it by a dotted name, and no trace go on after
+        return graph
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is OrderedDict:
@@ -148,5 +158,5 @@ def nested_arguments(model: nn.Module, call: Arguments) -> dict[str, Any]:
     return {
         name: pytree.tree_map(lambda leaf: PH, value)
         for name, value in given.items()
-        if isinstance(value, (list, tuple, dict)) and name in inspect.signature(model.forward).parameters
+        if type(value) in (list, tuple, dict) and name in inspect.signature(model.forward).parameters
     }

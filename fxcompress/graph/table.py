@@ -12,6 +12,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import rnn
 
 from fxcompress.graph import fused
 from fxcompress.graph.frozen import FROZEN
@@ -145,6 +146,15 @@ TABLE: tuple[Op, ...] = (
     Op("lstm", "recurrent", "", "input state", (nn.LSTM,)),
     Op("gru", "recurrent", "", "input state", (nn.GRU,)),
     Op("rnn", "recurrent", "", "input state", (nn.RNN,)),
+    Op(
+        "pack_sequence",
+        "other",
+        "",
+        "input lengths batch_first enforce_sorted",
+        functions=((rnn.pack_padded_sequence, None),),
+        defaults={"batch_first": False, "enforce_sorted": True},
+    ),
+    Op("pad_sequence", "other", "", "input batch_first padding_value", functions=((rnn.pad_packed_sequence, None),)),
     # normalisation
     Op(
         "batch_norm",
