@@ -53,7 +53,7 @@ BAD: list[tuple[Any, str]] = [
     ([{"insert-observers": {"calibrator": "histgram"}}], "there is no calibration method 'histgram'"),
     ([{"insert-observers": {"calibrator_options": {"bins": 3}}}], "bins"),
     ([{"require": {"int8_macs": 1.5}}], "less than or equal to 1"),
-    (["open-attention", "lower"], "Put 'insert-observers', then 'fold-quantization' before it"),
+    (["insert-observers", "lower"], "Put 'fold-quantization' before it"),
     (["calibrate", "open-attention"], "step 2 'open-attention' takes a float graph"),
     ([{"calibrate": 3}], "must be a mapping"),
     ([3], "step 1 is 3"),
