@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fxcompress.errors import ConfigError, DataError, did_you_mean
+from fxcompress.errors import ConfigError, DataError
 from fxcompress.quantization.grid import Grid, compute_scale_zp, grid
 from fxcompress.quantization.histogram import Histogram
 from fxcompress.quantization.thresholds import entropy_threshold, even_bins, mse_range
+from fxcompress.registry import Registry
 
 __all__ = [
     "CALIBRATORS",
@@ -303,18 +304,22 @@ def _upper(edges: Tensor, here: Tensor, there: Tensor, tail: float) -> Tensor:
     return edges[int((beyond <= allowed).to(torch.int8).argmax())]
 
 
-CALIBRATORS: dict[str, type[Calibrator]] = {
-    cls.name: cls for cls in (MinMaxCalibrator, HistogramCalibrator, EntropyCalibrator, PercentileCalibrator, MSECalibrator)
-}
+_ALL: tuple[type[Calibrator], ...] = (
+    MinMaxCalibrator,
+    HistogramCalibrator,
+    EntropyCalibrator,
+    PercentileCalibrator,
+    MSECalibrator,
+)
+CALIBRATORS = Registry("calibration method", {cls.name: cls for cls in _ALL})
+"""Calibrators by name."""
 
 
 def build_calibrator(name: str, **options: Any) -> Calibrator:
     """The calibrator called ``name`` with its parameters; ConfigError names what is unknown."""
-    if name not in CALIBRATORS:
-        raise ConfigError(
-            f"there is no calibration method {name!r}.{did_you_mean(name, CALIBRATORS)} Known: {', '.join(CALIBRATORS)}."
-        )
+    cls = CALIBRATORS[name]
     try:
-        return CALIBRATORS[name](**options)
+        made: Calibrator = cls(**options)
+        return made
     except TypeError as error:
         raise ConfigError(f"calibration method {name!r}: {error}.") from error

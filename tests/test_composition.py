@@ -1,0 +1,94 @@
+"""Techniques in one plan: masks that grow while training, distillation from the unpruned model, then QAT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxcompress import build_compression_pipeline
+from fxcompress.graph.coverage import coverage
+
+X = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+Y = X.flatten(1)[:, :4].argmax(1)
+BATCHES = list(zip(X.split(8), Y.split(8), strict=True))
+
+CONFIG = """
+compression:
+  pipeline:
+  - type: MagnitudePruner
+    sparsity: 0.5
+    scheduler: {type: AGPScheduler, end_epoch: 2}
+    finetune: {lr: 0.01, checkpoint_every: 1}
+  - {type: LogitDistiller, epochs: 2, lr: 0.01}
+  - {type: QATQuantizer, epochs: 2, lr: 0.01, freeze_bn_epochs: 1}
+"""
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(512, 4)
+    ).eval()
+
+
+class Failing:
+    """Data whose reader is interrupted after some batches."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def __len__(self) -> int:
+        return len(BATCHES)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in BATCHES:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            yield batch
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[Any, Any]:
+    pipeline = build_compression_pipeline(CONFIG)
+    return pipeline, pipeline.run(small(), BATCHES, X[:8])
+
+
+def test_sparsity_survives_distillation_and_quantization(whole: tuple[Any, Any]) -> None:
+    pipeline, result = whole
+    zeros = {(number, row.step): row.sparsity for number, row in enumerate(pipeline.ledger.rows)}
+    after = [share for (number, step), share in zeros.items() if step in ("bake-masks", "distill", "freeze-scales", "lower")]
+    assert len(after) == 4
+    assert all(share >= 0.5 - 1 / 2120 for share in after)
+    weights = [tensor for name, tensor in result.meta["portable"].state_dict().items() if tensor.dtype is torch.int8]
+    total, empty = sum(w.numel() for w in weights), sum(int((w == 0).sum()) for w in weights)
+    assert total == 72 + 2048
+    assert empty / total >= 0.5 - 1 / 2120
+    assert coverage(result).mac_share == 1.0
+
+
+def test_every_stage_reports_in_one_ledger(whole: tuple[Any, Any]) -> None:
+    pipeline, _ = whole
+    assert [row.step for row in pipeline.ledger.rows] == ["trace", *(step.name for step in pipeline.plan)]
+    said = {row.step: " ".join(remark.reason for remark in row.remarks) for row in pipeline.ledger.rows}
+    assert "3 epochs" in said["train"] or "2 epochs" in said["train"]
+    assert "2 epochs" in said["distill"]
+
+
+def test_an_interruption_in_any_stage_changes_nothing(whole: tuple[Any, Any], tmp_path: Path) -> None:
+    _, expected = whole
+    seen = []
+    for batches in (4, 8, 5, 4):
+        with pytest.raises(KeyboardInterrupt):
+            build_compression_pipeline(CONFIG).run(small(), Failing(batches), X[:8], keep=tmp_path / "run", resume=True)
+        seen.append(sorted(path.name for path in (tmp_path / "run").iterdir()))
+    pipeline = build_compression_pipeline(CONFIG)
+    result = pipeline.run(small(), BATCHES, X[:8], keep=tmp_path / "run", resume=True)
+    assert torch.equal(result(X), expected(X))
+    assert [row.step for row in pipeline.ledger.rows] == ["trace", *(step.name for step in pipeline.plan)]
+    assert len({tuple(names) for names in seen}) > 1
