@@ -26,11 +26,12 @@ from fxcompress.graph.cost import cost, node_costs
 from fxcompress.graph.coverage import coverage
 from fxcompress.graph.inputs import Arguments
 from fxcompress.manager import PassManager
-from fxcompress.models import build_data, build_model, load_weights
+from fxcompress.models import build_data, build_model
 from fxcompress.pipeline import CompressionPipeline
 from fxcompress.plan import read_yaml
 from fxcompress.schema import schema
 from fxcompress.training import evaluate
+from fxcompress.weights import load_weights
 
 __all__ = ["compress", "export", "inspect_model", "passes", "plan", "print_schema", "replay"]
 
