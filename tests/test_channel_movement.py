@@ -234,6 +234,7 @@ def positional(self: Any, x: Tensor) -> Tensor:
 
 
 P = nn.Parameter
+WORDS = torch.arange(14).reshape(2, 7) % 10
 LOOSE = {
     "buffers, and statistics of the input": Case(
         lambda: net(
@@ -306,6 +307,41 @@ LOOSE = {
         {"embed.weight": (4, 6), "weights": (4,), "query": (4,)},
         (tokens(),),
         [(tokens(length=4),)],
+    ),
+    "a table indexed by data keeps its rows": Case(
+        lambda: net(lambda self, x: self.head(torch.relu(self.table[x])), table=P(torch.rand(11, 8)), head=linear(8, 3)),
+        {"table": (11, 4), "head.weight": (3, 4)},
+        (WORDS,),
+        [(WORDS[:, :3] + 1,)],
+    ),
+    "positions up to the length keep their rows": Case(
+        lambda: net(
+            lambda self, x: self.head(torch.relu(self.embed(x) + self.table[: x.shape[1]].sum(0))),
+            embed=linear(6, 8),
+            table=P(torch.rand(11, 8)),
+            head=linear(8, 3),
+        ),
+        {"table": (11, 4), "head.weight": (3, 4)},
+        (tokens(),),
+        [(tokens(length=11),)],
+    ),
+    "what a mask picks stays": Case(
+        lambda: net(
+            lambda self, x: self.head(self.mid(torch.relu(self.embed(x))[x.sum(-1) > 0])),
+            embed=linear(6, 8),
+            mid=linear(8, 10),
+            head=linear(10, 3),
+        ),
+        {"embed.weight": (8, 6), "mid.weight": (5, 8)},
+        (tokens(),),
+        [(tokens(length=11),)],
+        frozen={"embed": "a mask says so"},
+    ),
+    "a minus before the channels": Case(
+        lambda: net(lambda self, x: self.head(-self.embed(x)), embed=linear(6, 8), head=linear(8, 3)),
+        {"embed.weight": (4, 6), "head.weight": (3, 4)},
+        (tokens(),),
+        [],
     ),
     "class token and positions": Case(
         lambda: net(

@@ -6,7 +6,6 @@ Adding an operator is adding a row. Argument names are those of ``torch.nn.funct
 from __future__ import annotations
 
 import math
-import operator
 from collections import OrderedDict
 
 import torch
@@ -369,6 +368,6 @@ TABLE: tuple[Op, ...] = (
         "query",
         "item index sym_float sym_int sym_max sym_min",
         "input",
-        functions=((math.ceil, None), (math.floor, None), (math.sqrt, None), (operator.neg, None)),
+        functions=((math.ceil, None), (math.floor, None), (math.sqrt, None)),
     ),
 )

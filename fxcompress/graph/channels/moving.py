@@ -8,16 +8,56 @@ import numpy as np
 import torch
 from torch import fx
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from fxcompress.graph import ops
 from fxcompress.graph.channels.labels import Label, Value, broadcast, join, moved
 from fxcompress.graph.channels.movement import move
 from fxcompress.graph.channels.walk import FAMILIES, Walk, place, rule
 
+PICKS = {"getitem", "slice", "select", "narrow", "index_select", "index"}
+"""Kinds that pick indices along a dimension."""
+
 
 @rule("movement", table=FAMILIES)
 def movement(walk: Walk, call: ops.Call) -> Any:
-    return walk.move(call)
+    others = [node for node in call.node.all_input_nodes if node is not call["input"]] if call.kind in PICKS else []
+    if any(isinstance(walk.env[node], Value) and _dtype(node) == torch.bool for node in others):
+        return walk.give_up(call.node, "picks where a mask says so")
+    result = walk.move(call)
+    if any(_varies(walk, node) for node in others):
+        _keep_what_is_picked_from(walk, call, result)
+    return result
+
+
+def _dtype(node: fx.Node) -> Any:
+    return getattr(node.meta.get("tensor_meta"), "dtype", None)
+
+
+def _varies(walk: Walk, node: fx.Node) -> bool:
+    """Whether a number or an index may differ from call to call: it comes from data or from a size that no channels have."""
+    if node.op in ("placeholder", "get_attr"):
+        return node.op == "placeholder"
+    call = ops.read(node)
+    if call is None:
+        return True
+    source, dim = call["input"], call["dim"]
+    if call.kind == "getitem" and isinstance(source, fx.Node) and isinstance(walk.env.get(source), tuple):
+        asked = ops.read(source)
+        source, dim = (asked["input"], call["index"]) if asked is not None else (None, None)
+    value = walk.value(source)
+    if value is not None and isinstance(dim, int) and not isinstance(walk.env.get(node), Value):
+        return value.dim(dim) not in value.labels
+    return any(isinstance(walk.env[n], Value) or _varies(walk, n) for n in node.all_input_nodes)
+
+
+def _keep_what_is_picked_from(walk: Walk, call: ops.Call, result: Any) -> None:
+    """Another call may pick other indices, so no dimension that is not passed on whole may lose any."""
+    source = walk.value(call["input"])
+    seen = [label.array.ravel() for v in pytree.tree_leaves(result) if isinstance(v, Value) for label in v.labels.values()]
+    for label in source.labels.values() if source is not None else ():
+        if not np.isin(label.array, np.concatenate([*seen, np.zeros(1, dtype=np.int64)])).all():
+            walk.freeze(label, f"what is picked of it differs from call to call at {place(call.node)}")
 
 
 @rule("identity", "dropout")
@@ -37,7 +77,7 @@ def getitem(walk: Walk, call: ops.Call) -> Any:
     held = walk.env.get(call["input"]) if isinstance(call["input"], fx.Node) else None
     if isinstance(held, (tuple, list, dict)):
         return held[walk.plain(call["index"])]
-    return walk.move(call)
+    return movement(walk, call)
 
 
 @rule("cat")

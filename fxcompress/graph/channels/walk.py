@@ -267,14 +267,22 @@ class Spelling:
 
 
 def plain(env: Mapping[fx.Node, Any], structure: Any, device: str, special: Mapping[str, Any]) -> Any:
-    """Nodes replaced by ``special`` values by name, or by what ``env`` holds, values as empty tensors of their shape."""
+    """Nodes replaced by ``special`` values by name, or by what ``env`` holds, values as :func:`_blank` tensors."""
 
     def look(node: fx.Node) -> Any:
         if node.name in special:
             return special[node.name]
-        return pytree.tree_map_only(Value, lambda v: torch.empty(v.shape, device=device), env[node])
+        return pytree.tree_map_only(Value, lambda v: _blank(v, node, device), env[node])
 
     return fx.node.map_arg(structure, look)
+
+
+def _blank(value: Value, node: fx.Node, device: str) -> torch.Tensor:
+    """An empty tensor of this shape; integers are zeros, so that they can be indices."""
+    dtype = getattr(node.meta.get("tensor_meta"), "dtype", torch.float32)
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        return torch.empty(value.shape, device=device)
+    return torch.zeros(value.shape, dtype=dtype, device=device)
 
 
 def evaluate(
