@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -21,7 +21,8 @@ class MaskWeights(Pass):
     """Mask the smallest weights of convolutions and linear layers.
 
     Options: ``sparsity``, the share of all chosen weights that become zero; ``criterion``, ``l1``, ``l2`` or ``random``;
-    ``n_m``, keep exactly N of every M along the input dimension instead; ``include_layers``/``exclude_layers``, names or
+    ``layers``, a share for single layers instead (names, globs), each on its own; ``n_m``, keep exactly N of every M along
+    the input dimension instead; ``include_layers``/``exclude_layers``, names or
     globs; ``seed``. A layer whose inputs M does not divide stays dense and is named. Weights that a graph gives to
     functions are masked too. ``bake-masks`` makes masks permanent, which quantization needs.
     """
@@ -30,6 +31,7 @@ class MaskWeights(Pass):
     promise: ClassVar[Promise] = APPROXIMATE
 
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    layers: dict[str, float] = field(default_factory=dict)
     criterion: Literal["l1", "l2", "random"] = "l1"
     n_m: tuple[int, int] | None = None
     include_layers: tuple[str, ...] | None = None
@@ -40,4 +42,5 @@ class MaskWeights(Pass):
         selection = Selection(self.include_layers, self.exclude_layers)
         selection.check(model)
         chosen = sites(model, selection, context.skip)
-        mask_weights(chosen, self.sparsity, criterion=self.criterion, n_m=self.n_m, seed=self.seed, skip=context.skip)
+        asked = self.layers or self.sparsity
+        mask_weights(chosen, asked, criterion=self.criterion, n_m=self.n_m, seed=self.seed, skip=context.skip)

@@ -11,6 +11,7 @@ from fxcompress.pruning.pruning_scheduler import (
     OneShotScheduler,
     PruningScheduler,
 )
+from fxcompress.pruning.sensitivity_analyzer import SensitivityAnalyzer
 from fxcompress.pruning.structured_pruner import ChannelPruner, FilterPruner, StructuredPruner
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "PruningPlan",
     "PruningScheduler",
     "RandomPruner",
+    "SensitivityAnalyzer",
     "StructuredPruner",
 ]

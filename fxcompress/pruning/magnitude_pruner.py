@@ -8,14 +8,14 @@ are baked in.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.errors import ConfigError
-from fxcompress.graph.select import Selection
+from fxcompress.errors import ConfigError, did_you_mean
+from fxcompress.graph.select import Selection, matches
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
 from fxcompress.plan import Plan
@@ -29,7 +29,7 @@ TYPES = ("unstructured", "semi_structured")
 
 def mask_weights(
     chosen: Mapping[str, Site],
-    sparsity: float,
+    sparsity: float | Mapping[str, float],
     *,
     criterion: str = "l1",
     n_m: tuple[int, int] | None = None,
@@ -38,9 +38,16 @@ def mask_weights(
 ) -> None:
     """Mask weights in place: the smallest of all of them together, or per group of M where ``n_m`` is given.
 
+    ``sparsity`` by layer (names, globs) masks those layers, each on its own; with ``n_m``, M·(1 − sparsity) of every M stay.
     Weights that a mask drops already stay dropped, so repeated pruning with growing sparsity is monotone; where fewer are to
     go than are masked now, the dense weights are ranked anew. Raises ConfigError where nothing can be masked.
     """
+    if isinstance(sparsity, Mapping):
+        options: dict[str, Any] = {"criterion": criterion, "seed": seed, "skip": skip}
+        for name, share in by_layer(sparsity, chosen).items():
+            pattern = None if n_m is None else (round(n_m[1] * (1 - share)), n_m[1])
+            mask_weights({name: chosen[name]}, share, n_m=pattern, **options)
+        return
     generator = torch.Generator().manual_seed(seed)
     scores = {name: score(site.dense(), criterion, generator, name) for name, site in chosen.items()}
     if n_m is None:
@@ -56,6 +63,17 @@ def mask_weights(
         raise ConfigError(f"no chosen layer has a weight that can be masked{_named(dense)}.")
     for name, mask in masks.items():
         chosen[name].set_mask(mask)
+
+
+def by_layer(shares: Mapping[str, float], layers: Iterable[str]) -> dict[str, float]:
+    """Layer → its share, above zero; the last name or glob that matches counts. ConfigError for one that matches none."""
+    known, found = list(layers), dict[str, float]()
+    for pattern, share in shares.items():
+        taken = [name for name in known if matches(pattern, name)]
+        if not taken:
+            raise ConfigError(f"no prunable layer is called {pattern!r}.{did_you_mean(pattern, known)}")
+        found |= dict.fromkeys(taken, check_sparsity(share))
+    return {name: share for name, share in found.items() if share}
 
 
 def _named(reasons: Mapping[str, str], shown: int = 4) -> str:
@@ -109,10 +127,11 @@ class MagnitudePruner:
         self.selection = Selection(None if include_layers is None else tuple(include_layers), tuple(exclude_layers))
         self.ledger = Ledger()
 
-    def plan(self, sparsity: float | None = None) -> Plan:
-        """What :meth:`prune` runs."""
+    def plan(self, sparsity: float | Mapping[str, float] | None = None) -> Plan:
+        """What :meth:`prune` runs; ``sparsity`` may be given by layer."""
         options: dict[str, Any] = {
-            "sparsity": self.sparsity if sparsity is None else check_sparsity(sparsity),
+            **({"layers": dict(sparsity)} if isinstance(sparsity, Mapping) else {}),
+            "sparsity": self.sparsity if sparsity is None or isinstance(sparsity, Mapping) else check_sparsity(sparsity),
             "criterion": self.criterion,
             "exclude_layers": self.selection.exclude,
             "include_layers": self.selection.include,
@@ -142,9 +161,11 @@ class MagnitudePruner:
             raise ConfigError(f"{obstacle}.")
         return n_of_m(scores, *self.n_m, site.input_dim)
 
-    def apply_mask(self, model: nn.Module, sparsity: float | None = None) -> None:
+    def apply_mask(self, model: nn.Module, sparsity: float | Mapping[str, float] | None = None) -> None:
         """Mask ``model`` in place; masks that are there are updated. What stays dense is logged, with the reason."""
-        asked = self.sparsity if sparsity is None else check_sparsity(sparsity)
+        asked = self.sparsity if sparsity is None else sparsity
+        if not isinstance(asked, Mapping):
+            check_sparsity(asked)
         inner = unwrapped(model)
         self.selection.check(inner)
         n_m = self.n_m if self.pruning_type == "semi_structured" else None
@@ -161,7 +182,7 @@ class MagnitudePruner:
         zeros = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in weights)
         return zeros / total if total else 0.0
 
-    def prune(self, model: nn.Module, sparsity: float | None = None) -> fx.GraphModule:
+    def prune(self, model: nn.Module, sparsity: float | Mapping[str, float] | None = None) -> fx.GraphModule:
         """A masked copy of ``model``; the ledger names what stayed dense, and why."""
         manager = PassManager(self.plan(sparsity))
         self.ledger = manager.ledger
