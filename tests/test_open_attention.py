@@ -121,3 +121,17 @@ def test_projections_of_attention_run_in_integers() -> None:
     report = coverage(result)
     assert {row.kind for row in report.floats if row.macs} == {"scaled_dot_product_attention"}
     assert output_snr(model(*call), result(*call)) > 30
+
+
+def test_attention_itself_runs_in_integers_where_the_backend_multiplies_activations() -> None:
+    torch.manual_seed(0)
+    attention = Attention("self").eval()
+    attention.attention = nn.MultiheadAttention(64, 2)
+    x = torch.randn(20, 3, 64)
+    result = PTQQuantizer("tensorrt", num_calibration_batches=1, progress=False).quantize(
+        attention, [{"x": x, "y": x, "z": x}]
+    )
+    kinds_in_float = {row.kind for row in coverage(result).floats}
+    assert "matmul" in kinds(result) and "matmul" not in kinds_in_float
+    assert "softmax" in kinds_in_float
+    assert output_snr(attention(x, x, x), result(x, x, x)) > 25

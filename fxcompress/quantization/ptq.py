@@ -87,7 +87,8 @@ class PTQQuantizer(Quantizer):
             prepare, convert = _half(chosen)
             self.converts, self._calibrate = "float", Plan()
         else:
-            prepare = Plan.parse([*_FOLD, "fuse-activations", {"insert-observers": observe}])
+            folded = _fold(matmuls="matmul" in backends.find(backend).rules)
+            prepare = Plan.parse([*folded, "fuse-activations", {"insert-observers": observe}])
             convert = Plan.parse(["fold-quantization", *(["revert-slow"] if never_slower else []), "lower"])
             self._calibrate = Plan.parse([{"calibrate": {"num_batches": num_calibration_batches}}])
         super().__init__(prepare, convert, verify=verify, progress=progress)
@@ -149,7 +150,7 @@ class DynamicQuantizer(Quantizer):
         if dtype == "fp16":
             prepare, convert = _half(chosen)
         else:
-            prepare = Plan.parse([*_FOLD, "fuse-activations"])
+            prepare = Plan.parse([*_fold(), "fuse-activations"])
             convert = Plan.parse([{"quantize-dynamic": weights | chosen}, "lower"])
         super().__init__(prepare, convert, verify=verify, progress=progress)
 
@@ -164,7 +165,9 @@ class DynamicQuantizer(Quantizer):
         return self._run(self.plan, in_eval_mode(model), example_inputs, dataloader)
 
 
-_FOLD: list[Any] = [{"remove-dead": {"dropout": True}}, "open-attention", "fold-batchnorm"]
+def _fold(*, matmuls: bool = False) -> list[Any]:
+    """What comes first whatever the numbers are; ``matmuls`` where the backend multiplies activations in integers."""
+    return [{"remove-dead": {"dropout": True}}, {"open-attention": {"matmuls": matmuls}}, "fold-batchnorm"]
 
 
 def _half(chosen: Mapping[str, Any]) -> tuple[Plan, Plan]:
@@ -177,7 +180,7 @@ def _half(chosen: Mapping[str, Any]) -> tuple[Plan, Plan]:
             )
         in_float += [pattern] if options["float"] else []
     layers = {"include_layers": chosen["include_layers"], "exclude_layers": [*chosen["exclude_layers"], *in_float]}
-    return Plan.parse(_FOLD), Plan.parse([{"cast-half": layers}])
+    return Plan.parse(_fold()), Plan.parse([{"cast-half": layers}])
 
 
 def _chosen(
