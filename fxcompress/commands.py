@@ -20,6 +20,7 @@ from torch import fx, nn
 from fxcompress import artifact, explain, library, reproducer
 from fxcompress.builder import build_compression_pipeline
 from fxcompress.config import Config, read_config
+from fxcompress.distributed import is_main
 from fxcompress.errors import ConfigError, PlanError
 from fxcompress.export import export_onnx
 from fxcompress.graph.cost import cost, node_costs
@@ -53,10 +54,12 @@ def compress(options: argparse.Namespace) -> int:
         seed=options.seed,
         progress=False if options.json else None,
     )
-    artifact.save(model, target)
-    pipeline.ledger.save(target / "ledger.json")
     assert pipeline.model is not None
     found = _before_and_after(pipeline.model, model, validation)
+    if not is_main():
+        return 0
+    artifact.save(model, target)
+    pipeline.ledger.save(target / "ledger.json")
     if options.json:
         _print({"output": str(target), **found, "ledger": pipeline.ledger.as_data()})
     else:

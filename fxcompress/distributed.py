@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
-__all__ = ["Mergeable", "gather", "is_main", "local_device", "merge", "rank", "spread", "world"]
+__all__ = ["Mergeable", "gather", "is_main", "local_device", "merge", "rank", "share_buffers", "spread", "world"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -78,6 +78,17 @@ def _all_gather(tensor: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(tensor) for _ in range(world())]
     dist.all_gather(parts, tensor)
     return parts
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the buffers of rank 0: statistics that each has kept of its own samples."""
+    if world() == 1:
+        return
+    for buffer in model.buffers():
+        sent = buffer.to(torch.uint8) if buffer.dtype is torch.bool else buffer.contiguous()
+        dist.broadcast(sent, 0)
+        if sent is not buffer:
+            buffer.copy_(sent)
 
 
 def spread(items: Iterable[T], function: Callable[[T], R]) -> list[R]:

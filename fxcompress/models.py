@@ -82,7 +82,7 @@ def _called(function: Any, options: dict[str, Any], path: Path_, checked: bool =
         return function(**(validated(function, options, path) if checked else options))
     except FxCompressError as error:
         raise error if getattr(error, "path", ()) else located(error, path, options) from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
         raise located(error, path, options) from error
 
 

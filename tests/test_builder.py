@@ -339,6 +339,37 @@ def test_any_value_of_any_key_builds_or_is_refused_at_its_line(case: tuple[str, 
         assert key in message
 
 
+SECTIONS = {
+    "model": {"type": "ResNet", "depth": 18, "num_classes": 2, "pretrained": None},
+    "data": {
+        "type": "random",
+        "samples": 4,
+        "shape": [1, 2, 2],
+        "classes": 2,
+        "batch_size": 2,
+        "shuffle": True,
+        "workers": 0,
+    },
+}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_any_value_in_the_description_of_models_and_data_is_taken_or_refused_at_its_key(data: st.DataObject) -> None:
+    section = data.draw(st.sampled_from(sorted(SECTIONS)))
+    key = data.draw(st.sampled_from([*SECTIONS[section], "sampels", "depht"]))
+    description = {**SECTIONS[section], key: data.draw(VALUES.filter(lambda v: not isinstance(v, int) or v < 50))}
+    build = {"model": build_model, "data": build_data}[section]
+    try:
+        build(description, (section,))
+    except ConfigError as error:
+        path = error.path
+    else:
+        path = (section, key)
+    assert path[0] == section
+    assert len(path) < 2 or path[1] == key or path[1] in SECTIONS[section]
+
+
 def refusal(text: str) -> str:
     """Why a configuration is refused, or an empty string."""
     try:

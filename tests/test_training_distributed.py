@@ -59,3 +59,8 @@ def test_a_model_quantized_by_two_processes_is_the_one_that_one_process_quantize
     one, two = results
     step = max(map(abs, one["quantized"])) / 100  # the float models differ by rounding
     assert two["quantized"] == pytest.approx(one["quantized"], abs=step)
+
+
+def test_processes_end_alike_and_a_run_that_was_stopped_goes_on_exactly(results: Any) -> None:
+    for result in results:
+        assert (result["buffers alike"], result["resumed alike"], result["stopped"]) == (True, True, True)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from fxcompress.distributed import gather, is_main, local_device, world
+from fxcompress.distributed import gather, is_main, local_device, share_buffers, world
 from fxcompress.errors import ConfigError, DataError, TrainingError
 from fxcompress.training import checkpoint as files
 from fxcompress.training.average import Average, Best
@@ -227,6 +227,7 @@ class Trainer:
 
     def _end_epoch(self, seconds: float) -> None:
         means = self.record.means()
+        share_buffers(self.model)
         row = {"epoch": self.epoch, "step": self.step, "lr": float(self.optimizer.param_groups[0]["lr"])}
         row["loss"] = means.pop("loss")
         row |= {f"loss/{name}": value for name, value in means.items()} | self.first

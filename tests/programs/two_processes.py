@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,42 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxcompress.quantization import PTQQuantizer, build_calibrator
-from fxcompress.training import Recipe, gather, is_main, merge, rank, spread, train, world
+from fxcompress.training import Callback, Recipe, Trainer, gather, is_main, merge, rank, spread, train, world
+
+
+class StoppedError(Exception):
+    pass
+
+
+class Stop(Callback):
+    def after_step(self, trainer: Trainer, step: int) -> None:
+        if step == 8:
+            raise StoppedError
+
+
+def statistics_and_resuming(folder: Path, dataset: TensorDataset) -> dict[str, object]:
+    """Whether all processes end with the same buffers, and a run that was stopped where one that was not does."""
+    states = []
+    for name, callbacks in (("whole", []), ("cut", [Stop()]), ("cut", [])):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(), nn.Linear(12, 2))
+        with contextlib.suppress(StoppedError):
+            train(
+                model,
+                DataLoader(dataset, batch_size=12, shuffle=True),
+                Recipe(epochs=3, seed=2, checkpoint_every=1),
+                loss="cross_entropy",
+                checkpoint=folder / f"{name}-batchnorm-{world()}.pt",
+                resume=True,
+                callbacks=callbacks,
+            )
+        states.append(dict(model.state_dict()))
+    everyone = gather(states[0])
+    return {
+        "buffers alike": all(torch.equal(other[name], states[0][name]) for other in everyone for name in states[0]),
+        "resumed alike": all(torch.equal(states[2][name], states[0][name]) for name in states[0]),
+        "stopped": not torch.equal(states[1]["0.weight"], states[0]["0.weight"]),
+    }
 
 
 def main(folder: Path) -> None:
@@ -41,6 +77,7 @@ def main(folder: Path) -> None:
         results[f"{name} weights"] = [p.flatten().tolist() for p in model.parameters()]
         for weights in gather([p.detach() for p in model.parameters()]):
             assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    results |= statistics_and_resuming(folder, dataset)
     calibrators = [build_calibrator("histogram"), build_calibrator("minmax")]
     for calibrator in calibrators:
         calibrator.collect(images[rank() :: world()])
