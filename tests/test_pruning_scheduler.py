@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,15 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fxcompress import load, save
 from fxcompress.errors import ConfigError
 from fxcompress.pruning import (
     AGPScheduler,
     CubicScheduler,
+    GradualPruner,
     IterativeScheduler,
     MagnitudePruner,
     OneShotScheduler,
     PruningScheduler,
+    StructuredPruner,
 )
+from fxcompress.training import OnEpoch, Recipe, train
 
 ALL = [PruningScheduler, OneShotScheduler, IterativeScheduler, CubicScheduler, AGPScheduler]
 settings = st.builds(
@@ -91,6 +97,90 @@ def test_a_schedule_drives_masks_during_training_and_ends_exact() -> None:
         reached.append(pruner.get_sparsity(model))
         assert reached[-1] == pytest.approx(asked, abs=1 / 192)
     assert reached[-1] == 0.75
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4))
+
+
+BATCHES = [(torch.randn(8, 8, generator=torch.Generator().manual_seed(s)), torch.arange(8) % 4) for s in range(4)]
+
+
+@pytest.mark.parametrize("killed_in", [1, 3, 5])
+def test_interrupted_training_under_masks_ends_bit_for_bit_like_one_that_was_not(tmp_path: Path, killed_in: int) -> None:
+    class KilledError(Exception):
+        pass
+
+    def run(checkpoint: Path | None, die: int | None = None, resume: bool = False) -> dict[str, torch.Tensor]:
+        model = small()
+        pruner = MagnitudePruner()
+        schedule = AGPScheduler(0.0, 0.75, 0, 5, 2, pruner=pruner, model=model)
+
+        def enter(epoch: int) -> None:
+            schedule.step(epoch)
+            if epoch == die and not resume:
+                raise KilledError
+
+        recipe = Recipe(epochs=7, lr=0.01, optimizer="adamw", optimizer_options={"weight_decay": 0.1})
+        options: Any = {} if checkpoint is None else {"checkpoint": checkpoint, "resume": resume}
+        train(model, BATCHES, recipe, loss="cross_entropy", callbacks=[OnEpoch(enter)], progress=False, **options)
+        assert pruner.get_sparsity(model) == 0.75
+        return model.state_dict()
+
+    whole = run(None)
+    with pytest.raises(KilledError):
+        run(tmp_path / "run.pt", die=killed_in)
+    resumed = run(tmp_path / "run.pt", resume=True)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def widths(model: nn.Module) -> list[int]:
+    return [m.out_features for m in model.modules() if isinstance(m, nn.Linear)]
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_a_schedule_drives_channel_pruning_and_ends_exact(cls: Any) -> None:
+    pruner = GradualPruner(StructuredPruner(round_to=1), torch.randn(2, 8))
+    schedule = cls(0.0, 0.6, 0, 5, 2, pruner=pruner, model=small().eval())
+    seen = []
+    for epoch in range(7):
+        asked = schedule.step(epoch)
+        first, second, last = widths(schedule.model)
+        assert (first, second, last) == (16 - round(16 * asked), 24 - round(24 * asked), 4)
+        seen.append(first)
+        schedule.model(torch.randn(4, 8)).square().mean().backward()
+    assert seen == sorted(seen, reverse=True) and seen[-1] == 16 - round(9.6)
+
+
+def test_gradual_channel_pruning_resumes_from_saved_model_and_state(tmp_path: Path) -> None:
+    def schedule(model: nn.Module) -> AGPScheduler:
+        return AGPScheduler(
+            0.1, 0.7, 0, 4, pruner=GradualPruner(StructuredPruner(round_to=1), torch.randn(2, 8)), model=model
+        )
+
+    whole, first = schedule(small().eval()), schedule(small().eval())
+    for epoch in range(6):
+        whole.step(epoch)
+    for epoch in range(3):
+        first.step(epoch)
+    save(first.model, tmp_path / "model")  # type: ignore[arg-type]
+    second = schedule(load(tmp_path / "model"))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for epoch in range(3, 6):
+        second.step(epoch)
+    assert whole.model is not None and second.model is not None
+    assert widths(whole.model) == widths(second.model)
+    state = whole.model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in second.model.state_dict().items())
+
+
+def test_a_pruner_that_cannot_be_driven_is_refused() -> None:
+    with pytest.raises(ConfigError, match="neither apply_mask nor prune_step"):
+        AGPScheduler(pruner=StructuredPruner(), model=small())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="round_to is 8"):
+        GradualPruner(StructuredPruner())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Pruning: channels and layers that go, masks over weights, and schedules."""
 
+from fxcompress.pruning.gradual import GradualPruner
 from fxcompress.pruning.layer_plan import LayerPlan
 from fxcompress.pruning.layer_pruner import LayerPruner
 from fxcompress.pruning.magnitude_pruner import L1UnstructuredPruner, MagnitudePruner, RandomPruner
@@ -19,6 +20,7 @@ __all__ = [
     "ChannelPruner",
     "CubicScheduler",
     "FilterPruner",
+    "GradualPruner",
     "IterativeScheduler",
     "L1UnstructuredPruner",
     "LayerPlan",

@@ -13,10 +13,16 @@ from fxcompress.registry import Registry
 __all__ = ["SCHEDULERS", "AGPScheduler", "CubicScheduler", "IterativeScheduler", "OneShotScheduler", "PruningScheduler"]
 
 
-class Prunes(Protocol):
-    """What a scheduler drives: any pruner that masks a model in place."""
+class Masks(Protocol):
+    """A pruner that masks a model in place."""
 
     def apply_mask(self, model: nn.Module, sparsity: float) -> None: ...
+
+
+class Cuts(Protocol):
+    """A pruner that makes a smaller model, with this share of the dense one gone."""
+
+    def prune_step(self, model: nn.Module, sparsity: float) -> nn.Module: ...
 
 
 class PruningScheduler:
@@ -24,7 +30,9 @@ class PruningScheduler:
 
     Between them the sparsity follows :attr:`power` of the progress p = (epoch − start) / (end − start) as
     ``s_f + (s_i − s_f)·(1 − p)^power``, and changes only at epochs that :meth:`should_prune` names: every ``frequency``
-    epochs after the start, and at the end. Given a ``pruner`` and a ``model``, :meth:`step` masks the model at those epochs.
+    epochs after the start, and at the end. Given a ``pruner`` and a ``model``, :meth:`step` prunes the model then:
+    in place where the pruner has ``apply_mask``; one with ``prune_step`` makes a smaller model, which is then :attr:`model`
+    (an optimizer must be told of its parameters).
 
     Raises ConfigError for sparsities outside [0, 1), a target below the initial sparsity, negative or reversed epochs.
     """
@@ -39,7 +47,7 @@ class PruningScheduler:
         end_epoch: int = 100,
         frequency: int = 1,
         *,
-        pruner: Prunes | None = None,
+        pruner: Masks | Cuts | None = None,
         model: nn.Module | None = None,
     ) -> None:
         self.initial_sparsity, self.target_sparsity = check_sparsity(initial_sparsity), check_sparsity(target_sparsity)
@@ -51,8 +59,13 @@ class PruningScheduler:
             raise ConfigError(f"frequency is {frequency}; it is at least 1.")
         if (pruner is None) != (model is None):
             raise ConfigError("give a pruner and a model together, or neither.")
+        if pruner is not None and not hasattr(pruner, "apply_mask") and not hasattr(pruner, "prune_step"):
+            raise ConfigError(
+                f"a {type(pruner).__name__} has neither apply_mask nor prune_step; wrap it in a GradualPruner."
+            )
         self.start_epoch, self.end_epoch, self.frequency = start_epoch, end_epoch, frequency
-        self._pruner, self._model = pruner, model
+        self._pruner: Any = pruner
+        self.model = model
         self.epoch = -1
 
     def sparsity_at(self, epoch: int) -> float:
@@ -75,13 +88,16 @@ class PruningScheduler:
         return epoch == self.end_epoch or (epoch - self.start_epoch) % self.frequency == 0
 
     def step(self, epoch: int) -> float:
-        """Enter ``epoch``; returns the sparsity in force, after masking the model where there is one."""
+        """Enter ``epoch``; returns the sparsity in force, after pruning the model where there is one."""
         if epoch < 0:
             raise ConfigError(f"epoch is {epoch}; epochs count from 0.")
         self.epoch = epoch
         sparsity = self.sparsity_at(epoch)
-        if self._pruner is not None and self._model is not None and self.should_prune(epoch):
-            self._pruner.apply_mask(self._model, sparsity)
+        if self._pruner is not None and self.model is not None and self.should_prune(epoch):
+            if hasattr(self._pruner, "prune_step"):
+                self.model = self._pruner.prune_step(self.model, sparsity)
+            else:
+                self._pruner.apply_mask(self.model, sparsity)
         return sparsity
 
     def get_current_sparsity(self) -> float:
@@ -89,8 +105,11 @@ class PruningScheduler:
         return self.sparsity_at(self.epoch) if self.epoch >= 0 else self.initial_sparsity
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands, and what it was built with."""
-        return {"epoch": self.epoch, **{name: getattr(self, name) for name in _OPTIONS}}
+        """Where the schedule stands, what it was built with, and the pruner's state where it has one."""
+        state = {"epoch": self.epoch, **{name: getattr(self, name) for name in _OPTIONS}}
+        if hasattr(self._pruner, "state_dict"):
+            state["pruner"] = self._pruner.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state; ConfigError where the schedule was built differently."""
@@ -98,6 +117,8 @@ class PruningScheduler:
         if different:
             raise ConfigError(f"the saved schedule differs in {', '.join(different)}.")
         self.epoch = int(state["epoch"])
+        if "pruner" in state and hasattr(self._pruner, "load_state_dict"):
+            self._pruner.load_state_dict(state["pruner"])
 
 
 _OPTIONS = ("initial_sparsity", "target_sparsity", "start_epoch", "end_epoch", "frequency")
