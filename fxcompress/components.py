@@ -197,14 +197,10 @@ def distiller(config: Mapping[str, Any], where: Where, **models: Any) -> Any:
 def _distiller_options(config: Mapping[str, Any], where: Where) -> tuple[dict[str, Any], dict[str, Any]]:
     """A distiller's own options (among them ``distillers``, configurations of further ones), and those of training."""
     cls = component_class(config, DISTILLERS, where)
-    own, extra = split(cls, config, TRAINING | {"distillers"}, where)
+    own, extra = split(cls, config, TRAINING, where)
     validated(cls, own, where)
-    if "distillers" in extra:
-        further = own["distillers"] = extra.pop("distillers")
-        if not isinstance(further, (list, tuple)):
-            raise fault((*where, "distillers"), f"is {further!r}; it is a list of distillers.")
-        for number, member in enumerate(further):
-            distiller(member, (*where, "distillers", number))
+    for number, member in enumerate(own.get("distillers", ())):
+        distiller(member, (*where, "distillers", number))
     return own, extra
 
 

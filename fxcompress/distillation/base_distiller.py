@@ -118,6 +118,8 @@ class BaseDistiller(nn.Module):
         for name, weight in (("distill_weight", distill_weight), ("task_weight", task_weight)):
             if not 0 <= weight < float("inf"):
                 raise ConfigError(f"{name} is {weight!r}; it is a finite number, 0 or more.")
+        if not isinstance(distillers, (list, tuple)) or not all(isinstance(d, (BaseDistiller, Mapping)) for d in distillers):
+            raise ConfigError(f"distillers is {distillers!r}; it is a list of distillers, or mappings with their type.")
         distillers = [part if isinstance(part, BaseDistiller) else make_distiller(part) for part in distillers]
         if any(member.is_bound for member in distillers):
             raise ConfigError(

@@ -24,6 +24,11 @@ def _from_everyone(value: Tensor) -> Tensor:
     return torch.cat([part.to(value.device) for part in gather(value)])
 
 
+def _same_class(others: Tensor, labels: Tensor) -> Tensor:
+    """Which of the ``others`` (K,) are of the class of each sample (B,); labels below 0 are unknown and alike to none."""
+    return (others == labels[:, None]) & (labels[:, None] >= 0)
+
+
 class _Memory(nn.Module):
     """Counts steps, so that what is drawn follows from the seed and survives a checkpoint."""
 
@@ -67,7 +72,7 @@ class MemoryBank(_Memory):
         drawn = torch.randint(self.samples, (self.negatives,), generator=self._generator()).to(index.device)
         counted = drawn != index[:, None]
         if labels is not None:
-            counted &= self.labels[drawn] != labels[:, None]
+            counted &= ~_same_class(self.labels[drawn], labels)
         loss = torch.stack(
             [
                 self._side(number, anchor, bank, index, drawn, counted)
@@ -128,7 +133,7 @@ class MemoryQueue(_Memory):
         self.register_buffer("labels", torch.full((size,), -1, dtype=torch.int32))
 
     def forward(self, student: Tensor, teacher: Tensor, index: Tensor | None, labels: Tensor | None) -> Tensor:
-        counted = None if labels is None else self.labels.clone() != labels[:, None]
+        counted = None if labels is None else ~_same_class(self.labels.clone(), labels)
         positive = (student * teacher).sum(1) / self.temperature
         sides = ((student, self.teacher), (teacher, self.student))
         losses = [info_nce_loss(positive, anchor @ queue.clone().T / self.temperature, counted) for anchor, queue in sides]
@@ -155,6 +160,6 @@ class InBatch(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor, index: Tensor | None, labels: Tensor | None) -> Tensor:
         similar = student @ teacher.T / self.temperature
         same = torch.eye(len(student), dtype=torch.bool, device=student.device)
-        counted = ~same if labels is None else ~same & (labels[:, None] != labels)
+        counted = ~same if labels is None else ~same & ~_same_class(labels, labels)
         positive = similar.diagonal()
         return info_nce_loss(positive, similar, counted) + info_nce_loss(positive, similar.T, counted)

@@ -243,7 +243,13 @@ class CRDDistiller(EmbeddingDistiller):
     def distill_losses(self, step: Step) -> dict[str, Tensor]:
         student, teacher = self.embeddings(step)
         pair = unit(self.student_head(student).float()), unit(self.teacher_head(teacher).float())
-        is_labels = isinstance(step.targets, Tensor) and step.targets.dim() == 1 and not step.targets.is_floating_point()
-        labels = step.targets if is_labels and not self.same_class else None
         with torch.autocast(pair[0].device.type, enabled=False):
-            return {self.term: self.memory(*pair, step.index, labels)}
+            return {self.term: self.memory(*pair, step.index, None if self.same_class else _labels(step))}
+
+
+def _labels(step: Step) -> Tensor | None:
+    """The class of every sample, -1 where it is unknown; None where targets are no classes of samples."""
+    targets = step.targets
+    if not isinstance(targets, Tensor) or targets.dim() != 1 or targets.is_floating_point():
+        return None
+    return targets.masked_fill(targets == step.ignore_index, -1)
