@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -248,7 +248,7 @@ def stepping(model: nn.Module, *batch: Tensor) -> Callable[[], None]:
     return step
 
 
-def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """The median time of each, measured in turns after a warm-up."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 2):
@@ -264,7 +264,7 @@ def cost(rounds: int, bank: int) -> None:
     images, targets = torch.randn(16, 3, 64, 64), torch.randint(1000, (16,))
     rows = []
 
-    def compare(label: str, limit: str, calls: dict[str, Callable[[], object]], times: int = rounds) -> None:
+    def compare(label: str, limit: str, calls: Mapping[str, Callable[[], object]], times: int = rounds) -> None:
         medians = list(in_turns(calls, times).values())
         rows.append((label, f"{medians[0] * 1e3:.1f}", f"{medians[1] * 1e3:.1f}", f"{medians[1] / medians[0]:.3f}", limit))
 
