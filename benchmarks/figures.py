@@ -84,7 +84,7 @@ def calibration(rounds: int = 5) -> None:
         }
         prepared = {method: quantizer.prepare(model, batches[0]) for method, quantizer in quantizers.items()}
         taken: dict[str, list[float]] = {name: [] for name in ("plain", *CALIBRATORS)}
-        for _ in range(rounds):
+        for _ in range(2 * rounds if batch == 1 else rounds):
             started = time.perf_counter()
             with torch.no_grad():
                 for images in batches:

@@ -309,6 +309,23 @@ def test_ranges_lie_inside_the_extremes_on_every_edge_case(name: str, target: Gr
     assert 0 < float(scale) < np.inf
 
 
+def test_calibrators_that_do_not_fit_are_refused() -> None:
+    x = torch.randn(8)
+    coarse, fine = HistogramCalibrator(num_bins=64), HistogramCalibrator(num_bins=128)
+    for calibrator in (coarse, fine):
+        calibrator.collect(x)
+    with pytest.raises(ConfigError, match=r"'num_bins': 64.*'num_bins': 128.*cannot merge"):
+        coarse.merge(fine)
+    with pytest.raises(ConfigError, match="cannot merge with a MinMax"):
+        coarse.merge(fed("minmax", x))
+    with pytest.raises(ConfigError, match="the num_bins it was saved with"):
+        coarse.load_state_dict(fine.state_dict())
+    channels = MinMaxCalibrator(per_channel=True)
+    channels.collect(torch.randn(3, 4))
+    with pytest.raises(DataError, match="seen 3 channels was shown 5"):
+        channels.collect(torch.randn(5, 4))
+
+
 def test_minmax_per_channel() -> None:
     values = torch.randn(3, 4, 5)
     calibrator = MinMaxCalibrator(per_channel=True, axis=1)

@@ -69,6 +69,8 @@ class Calibrator:
         """Join what ``other``, of the same class and options, has seen."""
         if type(other) is not type(self):
             raise ConfigError(f"a {type(self).__name__} cannot merge with a {type(other).__name__}.")
+        if self._options() != other._options():
+            raise ConfigError(f"calibrators with {self._options()} and {other._options()} cannot merge.")
         if other.minimum is not None and other.maximum is not None:
             self._widen(other.minimum, other.maximum)
             self.count += other.count
@@ -111,7 +113,13 @@ class Calibrator:
         low, high = torch.aminmax(values)
         return low, high
 
+    def _options(self) -> dict[str, Any]:
+        settings = {key: value for key, value in vars(self).items() if not key.startswith("_") and key != "count"}
+        return {key: value for key, value in settings.items() if isinstance(value, (bool, int, float))}
+
     def _widen(self, low: Tensor, high: Tensor) -> None:
+        if self.minimum is not None and self.minimum.shape != low.shape:
+            raise DataError(f"a calibrator that has seen {self.minimum.numel()} channels was shown {low.numel()}.")
         self.minimum = low if self.minimum is None else torch.minimum(self.minimum, low)
         self.maximum = high if self.maximum is None else torch.maximum(self.maximum, high)
         if self.minimum.dim() == 0:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxcompress.errors import ConfigError
+
 __all__ = ["OCTAVES", "Histogram"]
 
 OCTAVES = 24
@@ -132,6 +134,11 @@ class Histogram:
         return {"top": self.top, "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["counts"].shape != self._counts.shape:
+            raise ConfigError(
+                f"the state has {tuple(state['counts'].shape)} bins and this histogram {tuple(self._counts.shape)}: "
+                "build the calibrator with the num_bins it was saved with."
+            )
         self._waiting_count = 0
         self.top, self._counts = int(state["top"]), state["counts"].clone()
 
