@@ -36,6 +36,8 @@ class OpenAttention(Pass):
 
     def run(self, module: fx.GraphModule, context: Context) -> None:
         calls = [node for node in module.graph.nodes if ops.kind(node) == "multihead_attention"]
+        if not calls and not self.matmuls:
+            return
         counts = {node.target: sum(other.target == node.target for other in calls) for node in calls}
         tied = edit.tied(module)
         for node in calls:

@@ -117,8 +117,9 @@ def macs(node: fx.Node, shape: Shape | None = None) -> int:
     """
     if "macs" in node.meta:
         return int(node.meta["macs"])
-    call = ops.read(node) if node.op.startswith("call") else None
-    count = _COUNTS.get(call.kind) if call else None
+    op = ops.lookup(node) if node.op.startswith("call") else None
+    count = _COUNTS.get(op.kind) if op else None
+    call = ops.read(node) if count else None
     if call is None or count is None:
         return 0
     try:

@@ -1,18 +1,18 @@
-"""Shapes and dtypes of every value, found without computing any: fake tensors carry the sizes and no storage.
+"""Shapes and dtypes of every value, found without computing any: meta tensors carry the sizes and no storage.
 
 Each node's ``meta["tensor_meta"]`` holds fx's ``TensorMetadata`` (or a tuple, list or dict of them), the place other fx
-tools look for it. What a fake run cannot tell (an island's result) is found by a real one.
+tools look for it. What such a run cannot tell (an island's result) is found by a real one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
@@ -128,55 +128,100 @@ def placeholder_values(module: fx.GraphModule, call: Arguments) -> list[Any]:
     return list(bound.arguments.values())
 
 
-class _FakeRun(_Interpreter):
-    """One pass over the graph under a fake mode; unknown values propagate as unknown."""
+class _MetaRun(_Interpreter):
+    """One pass over the graph on meta tensors; unknown values propagate as unknown.
 
-    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
+    Layers whose result has a shape by definition are not run at all.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.mode = mode
         self.unknown: set[fx.Node] = set()
 
     def fetch_attr(self, target: str) -> Any:
         value = super().fetch_attr(target)
-        return self._fake(value) if isinstance(value, torch.Tensor) else value
-
-    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.mode.from_tensor(tensor, static_shapes=True)
+        return _on_meta(value) if isinstance(value, torch.Tensor) else value
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
         state = itertools.chain(module.named_parameters(), module.named_buffers())
-        fakes = {name: self._fake(value) for name, value in state}
-        return torch.func.functional_call(module, fakes, args, kwargs, strict=False) if fakes else module(*args, **kwargs)
+        metas = {name: _on_meta(value) for name, value in state}
+        return torch.func.functional_call(module, metas, args, kwargs, strict=False) if metas else module(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        if any(source in self.unknown for source in n.all_input_nodes):
-            self.unknown.add(n)
-            return None
-        if ops.kind(n) == "island":
+        if any(source in self.unknown for source in n.all_input_nodes) or ops.kind(n) == "island":
             self.unknown.add(n)
             return None
         try:
-            value = super().run_node(n)
-        except Exception:  # a fake kernel may be missing or refuse; a real run will tell
+            value = self._by_definition(n)
+            if value is None:
+                value = super().run_node(n)
+        except Exception:  # a meta kernel may be missing or refuse; a real run will tell
             self.unknown.add(n)
             return None
         n.meta["tensor_meta"] = describe(value)
         return value
 
+    def _by_definition(self, node: fx.Node) -> torch.Tensor | None:
+        """The result of a layer whose shape its attributes tell."""
+        op = ops.lookup(node) if node.op == "call_module" else None
+        if op is None or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+            return None
+        value = self.env[node.args[0]]
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return None
+        if op.family == "activation" or op.kind in _KEEPS:
+            return value
+        rule = _SHAPES.get(op.kind)
+        return torch.empty(rule(module_of(node), value.shape), dtype=value.dtype, device="meta") if rule else None
+
+
+_KEEPS = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "dropout", "identity")
+
+
+def _convolved(part: Any, shape: torch.Size) -> list[int]:
+    """The shape a convolution gives (PyTorch's documentation of ``nn.Conv2d``)."""
+    dims = len(part.kernel_size)
+    if len(shape) not in (dims + 1, dims + 2) or shape[-dims - 1] != part.in_channels:
+        raise ValueError(f"a convolution of {part.in_channels} channels cannot take {tuple(shape)}")
+    space = []
+    for i, size in enumerate(shape[-dims:]):
+        reach = part.dilation[i] * (part.kernel_size[i] - 1)
+        around = {"valid": 0, "same": reach}[part.padding] if isinstance(part.padding, str) else 2 * part.padding[i]
+        space.append((size + around - reach - 1) // part.stride[i] + 1)
+    if min(space) < 1:
+        raise ValueError(f"a kernel is larger than {tuple(shape)}")
+    return [*shape[: -dims - 1], part.out_channels, *space]
+
+
+def _projected(part: Any, shape: torch.Size) -> list[int]:
+    if shape[-1] != part.in_features:
+        raise ValueError(f"a linear layer of {part.in_features} features cannot take {tuple(shape)}")
+    return [*shape[:-1], part.out_features]
+
+
+_SHAPES: dict[str, Callable[[Any, torch.Size], list[int]]] = {
+    **{f"conv{d}d": _convolved for d in (1, 2, 3)},
+    "linear": _projected,
+}
+"""Kind of layer → the shape of its result from the layer and the shape of its input."""
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
 
 def propagate(module: fx.GraphModule, call: Arguments) -> None:
     """Write ``tensor_meta`` for every node, as ``call`` would make them.
 
-    No activation is allocated unless a node is beyond fake tensors; then one real run fills the gaps.
+    No activation is allocated unless a node is beyond meta tensors; then one real run fills the gaps.
     Raises DataError where ``call`` does not fit the model.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     values = placeholder_values(module, call)
-    run = _FakeRun(module, mode)
-    fakes = pytree.tree_map_only(torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=True), values)
-    with torch.no_grad(), mode, contextlib.suppress(StopIteration):
-        run.run(*fakes, enable_io_processing=False)
+    run = _MetaRun(module)
+    metas = pytree.tree_map_only(torch.Tensor, _on_meta, values)
+    with torch.no_grad(), contextlib.suppress(StopIteration):
+        run.run(*metas, enable_io_processing=False)
     if run.unknown:
         recorder = Recorder(module)
         recorder.record(call)

@@ -23,6 +23,7 @@ def latency(channels: Channels, removed: np.ndarray, call: Arguments) -> float:
     """Median seconds of a forward pass of a copy that has lost the classes ``removed``."""
     module = copy.deepcopy(channels.walk.module)
     cut(replace(channels, walk=channels.walk.on(module)), removed)
+    module.recompile()
     module.eval()
     seconds = []
     with torch.no_grad():

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fxcompress.errors import ConfigError, did_you_mean
 from fxcompress.graph.channels import ChannelGroup, Channels
-from fxcompress.graph.channels.kept import Kept
 from fxcompress.graph.select import Selection
 from fxcompress.pruning import criteria
 from fxcompress.pruning.masks import check_sparsity
@@ -254,11 +253,14 @@ def _take(channels: Channels, ladders: list[_Ladder], counts: list[int]) -> Choi
 
 def _emptied(channels: Channels, removed: np.ndarray) -> np.ndarray:
     """The classes of the first labelled dimension that would lose every index; empty where there is none."""
-    kept = Kept.without(channels.root, removed)
-    for array in channels.dimensions():
-        if not kept.flags[array].any():
-            return np.unique(channels.root[array])
-    return np.empty(0, dtype=np.int64)
+    classes, starts = channels.dimensions
+    stays = np.ones(len(channels.root), dtype=bool)
+    stays[removed] = False
+    empty = np.flatnonzero(~np.logical_or.reduceat(stays[classes], starts)) if len(starts) else starts
+    if not len(empty):
+        return np.empty(0, dtype=np.int64)
+    end = starts[empty[0] + 1] if empty[0] + 1 < len(starts) else len(classes)
+    return np.unique(classes[starts[empty[0]] : end])
 
 
 def removed_classes(channels: Channels, chosen: Choice) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,11 +77,14 @@ class Channels:
     def root(self) -> Ints:
         return self.classes.root
 
-    def dimensions(self) -> Iterator[Ints]:
-        """The label arrays of every dimension of every tensor and value."""
+    @functools.cached_property
+    def dimensions(self) -> tuple[Ints, Ints]:
+        """The classes along every labelled dimension of every tensor and value, end to end, and where each one starts."""
         values = [v for value in self.walk.env.values() for v in pytree.tree_leaves(value) if isinstance(v, Value)]
-        for value in [*self.walk.tensors.values(), *values]:
-            yield from (label.array for label in value.labels.values())
+        labels = [label for value in [*self.walk.tensors.values(), *values] for label in value.labels.values()]
+        arrays = list({id(label.array): label.array.ravel() for label in labels}.values())
+        starts = np.cumsum([0, *(len(array) for array in arrays)])[:-1]
+        return self.root[np.concatenate(arrays)] if arrays else np.empty(0, dtype=np.int64), starts
 
     def group(self, name: str) -> ChannelGroup:
         """The group of this name."""
@@ -148,64 +152,67 @@ class _Grouping:
         self.walk, self.counts, self.dimension = walk, counts, dimension
         self.root = counts.classes.root
         self.is_frozen = counts.classes.is_frozen()
+        self.doubted = np.zeros(len(self.root), dtype=bool)
+        self.doubted[list(counts.classes.inexact)] = True
+        self.heads = np.zeros(len(self.root), dtype=bool)
+        for site in walk.attention:
+            self.heads[self.root[walk.sites.inputs[site]]] = True
         self.signature = self._signatures()
 
     def run(self) -> Channels:
-        key, count = self._keys()
-        members: list[list[Ints]] = [[] for _ in range(count)]
-        slices: list[dict[tuple[str, int], Ints]] = [{} for _ in range(count)]
-        for (name, dim), roots in self._bound().items():
-            owners = np.where(self.is_frozen[roots], -1, key[roots])
-            for owner in np.unique(owners[owners >= 0]).tolist():
-                slices[owner][name, dim] = roots
-                members[owner].append(np.unique(roots[owners == owner]))
-        groups = []
+        bound = {
+            (name, dim): self.root[label.array]
+            for name, value in self.walk.tensors.items()
+            for dim, label in value.labels.items()
+        }
+        units, key = self._keys(bound)
+        by_unit = np.full(len(self.root), -1, dtype=np.int64)
+        by_unit[units] = key
+        slices: list[dict[tuple[str, int], Ints]] = [{} for _ in range(int(key.max(initial=-1)) + 1)]
+        places = list(bound)
+        owners = by_unit[np.concatenate([bound[place].ravel() for place in places])] if places else key
+        number = np.repeat(np.arange(len(places)), [bound[place].size for place in places])
+        pairs = np.unique(owners[owners >= 0] * len(places) + number[owners >= 0])
+        for pair in pairs.tolist():
+            owner, place = divmod(pair, len(places))
+            slices[owner][places[place]] = bound[places[place]]
+        order = np.argsort(key, kind="stable")
+        members = np.split(units[order], np.cumsum(np.bincount(key))[:-1]) if len(units) else []
         taken: dict[str, int] = {}
-        for owner in range(count):
-            if members[owner]:
-                groups.append(self._group(np.unique(np.concatenate(members[owner])), slices[owner], owner, taken))
+        groups = [self._group(found, slices[owner], taken) for owner, found in enumerate(members)]
         return Channels(self.walk, self.counts.classes, groups, self._stuck(), self.signature)
 
-    def _bound(self) -> dict[tuple[str, int], Ints]:
-        tensors = self.walk.tensors.items()
-        return {(name, dim): self.root[label.array] for name, value in tensors for dim, label in value.labels.items()}
+    def _keys(self, bound: dict[tuple[str, int], Ints]) -> tuple[Ints, Ints]:
+        """The units, and the number of each one's group, in the order the graph makes them.
 
-    def _keys(self) -> tuple[Ints, int]:
-        """By class: a number for its group. Units of one block array are one group; others group by what they touch.
-
-        Small kinds of units that one layer makes count together, as the channels of that layer.
+        Units of one block array are one group; others group by what they touch. Small kinds of units that one layer makes
+        count together, as the channels of that layer.
         """
-        kinds, numbered = np.unique(self.signature, return_inverse=True)
-        made = np.full(len(self.root), -1, dtype=np.int64)
-        live = ~self.is_frozen
-        for number, roots in enumerate(self._made()):
-            fresh = roots[(made[roots] < 0) & live[roots]]
-            made[fresh] = number
-        units = np.bincount(numbered[np.unique(self.root)][live[np.unique(self.root)]], minlength=len(kinds))
-        small = (units[numbered] < SMALL) & (made >= 0)
-        key = np.where(small, made, numbered + made.max() + 1) + len(self.counts.rows)
+        every = np.concatenate([roots.ravel() for roots in bound.values()]) if bound else np.empty(0, dtype=np.int64)
+        units, first = np.unique(every, return_index=True)
+        live = ~self.is_frozen[units]
+        units, first = units[live], first[live]
+        kinds, kind, sizes = np.unique(self.signature[units], return_inverse=True, return_counts=True)
+        made = self._made(bound)[units]
+        key = np.where((sizes[kind] < SMALL) & (made >= 0), made, kind + len(bound)) + len(self.counts.rows)
+        by_unit = np.full(len(self.root), -1, dtype=np.int64)
         for number, rows in enumerate(self.counts.rows):
-            key[rows] = number
-        _, key = np.unique(key, return_inverse=True)
-        count = int(key.max()) + 1
-        order = self._order(key, count)
-        return order[key], count
+            by_unit[rows] = number
+        key = np.where(by_unit[units] >= 0, by_unit[units], key)
+        _, start, group = np.unique(key[np.argsort(first)], return_index=True, return_inverse=True)
+        rank = np.empty(len(start), dtype=np.int64)
+        rank[np.argsort(start)] = np.arange(len(start))
+        numbered = np.empty(len(units), dtype=np.int64)
+        numbered[np.argsort(first)] = rank[group]
+        return units, numbered
 
-    def _made(self) -> list[Ints]:
-        """The classes of every dimension that a layer makes, in graph order."""
-        labels = [(self.walk.tensors[name].labels.get(dim), role) for (name, dim), role in self.walk.roles.items()]
-        return [np.unique(self.root[label.array]) for label, role in labels if label is not None and role == self.dimension]
-
-    def _order(self, key: Ints, count: int) -> Ints:
-        """Renumber groups in the order the graph makes them."""
-        seen: dict[int, None] = {}
-        for value in self.walk.tensors.values():
-            for label in value.labels.values():
-                seen.update(dict.fromkeys(np.unique(key[self.root[label.array]]).tolist()))
-        order = np.full(count, 0, dtype=np.int64)
-        rest = [k for k in range(count) if k not in seen]
-        order[[*seen, *rest]] = np.arange(count)
-        return order
+    def _made(self, bound: dict[tuple[str, int], Ints]) -> Ints:
+        """By class: the number of the first layer dimension that makes it; -1 where none does."""
+        made = np.full(len(self.root), -1, dtype=np.int64)
+        places = [place for place in self.walk.roles if self.walk.roles[place] == self.dimension and place in bound]
+        for number in range(len(places) - 1, -1, -1):
+            made[bound[places[number]]] = number
+        return made
 
     def _signatures(self) -> np.ndarray:
         """By class: a sum of random numbers, one for every dimension of every value it appears in."""
@@ -213,25 +220,22 @@ class _Grouping:
         total = np.zeros(len(self.root), dtype=np.uint64)
         values = list(self.walk.tensors.values())
         values += [v for value in self.walk.env.values() for v in pytree.tree_leaves(value) if isinstance(v, Value)]
-        for value in values:
-            for label in value.labels.values():
-                mark = generator.integers(1, 1 << 63, dtype=np.uint64)
-                counted = np.bincount(self.root[label.array].ravel(), minlength=0).astype(np.uint64)
-                total[: len(counted)] += counted * mark
+        arrays = [label.array.ravel() for value in values for label in value.labels.values()]
+        if arrays:
+            marks = generator.integers(1, 1 << 63, size=len(arrays), dtype=np.uint64)
+            np.add.at(total, self.root[np.concatenate(arrays)], np.repeat(marks, [len(array) for array in arrays]))
         return total
 
-    def _group(self, units: Ints, slices: dict[tuple[str, int], Ints], owner: int, taken: dict[str, int]) -> ChannelGroup:
+    def _group(self, units: Ints, slices: dict[tuple[str, int], Ints], taken: dict[str, int]) -> ChannelGroup:
         rows = next((rows for rows in self.counts.rows if rows[0, 0] in units), units[None, :])
         name = self._name(slices)
         taken[name] = taken.get(name, 0) + 1
         if taken[name] > 1:
             name = f"{name}#{taken[name]}"
-        inexact = next((r for u in units.tolist() if (r := self.counts.classes.inexact.get(u))), "")
-        return ChannelGroup(name, rows, slices, inexact, self._is_attention(units))
+        doubtful = units[self.doubted[units]]
+        inexact = self.counts.classes.inexact[int(doubtful[0])] if len(doubtful) else ""
+        return ChannelGroup(name, rows, slices, inexact, bool(self.heads[units].any()))
 
-    def _is_attention(self, units: Ints) -> bool:
-        inside = [self.walk.sites.inputs[site] for site in self.walk.attention]
-        return any(bool(np.isin(self.root[atoms], units).any()) for atoms in inside)
 
     def _name(self, slices: dict[tuple[str, int], Ints]) -> str:
         roles = self.walk.roles

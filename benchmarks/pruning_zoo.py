@@ -1,0 +1,146 @@
+"""Every torchvision model without half of its channels: run at other sizes, held against the dense model. Prints a table.
+
+python benchmarks/pruning_zoo.py [--models NAME ...] [--seed S --sample N] [--shares 0.1 0.25 0.5 0.75] [--json FILE]
+
+Weights are random, with statistics and scales drawn so that every layer matters; everything runs in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.utils import _pytree as pytree
+from zoo import build, inputs
+
+from fxcompress import PassManager
+from fxcompress.bench import models
+
+
+def lived_in(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Parameters as training leaves them: no zeros, no ones, statistics of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_floating_point():
+                continue
+            if name.endswith("running_var") or (tensor.dim() == 1 and name.endswith("weight")):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+            elif name.endswith("running_mean") or (tensor.dim() == 1 and name.endswith("bias")):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+            elif "layer_scale" in name or not tensor.any():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+    return model
+
+
+def examine(name: str, shares: list[float]) -> dict[str, Any]:
+    """One row."""
+    model = lived_in(build(name)).double()
+    call = tuple(pytree.tree_map_only(torch.Tensor, lambda t: t.double(), inputs(name)))
+    started = time.perf_counter()
+    manager = PassManager(["open-attention", {"prune-channels": {"sparsity": 0.5, "round_to": 8}}], progress=False)
+    small = manager.run(model, call)
+    seconds = time.perf_counter() - started
+    notes = manager.ledger.remarks("prune-channels")
+    before, after = manager.ledger.rows[0], manager.ledger.rows[-1]
+    row = {
+        "model": name,
+        "parameters": f"{after.parameters / before.parameters:.1%}",
+        "MACs": f"{after.macs / before.macs:.1%}" if before.macs else "",
+        "units": " + ".join(n.reason.split(" units")[0] for n in notes if "units removed (" in n.reason),
+        "proof": "; ".join(n.reason.removeprefix("proved: ") for n in notes if n.reason.startswith("proved")),
+        "worst": max((float(e) for n in notes if n.reason.startswith("proved") for e in _errors(n.reason)), default=None),
+        "stays": "; ".join(sorted({f"{n.node}: {n.reason}" for n in notes if _stays(n.reason)})),
+        "sizes": _other_sizes(model, small, call),
+        "seconds": round(seconds, 1),
+    }
+    for share in shares:
+        row[f"{share:.0%}"] = _achieved(model, call, share)
+    return row
+
+
+def _errors(reason: str) -> list[str]:
+    return [part.rsplit(" ", 1)[1] for part in reason.split(", ")]
+
+
+def _stays(reason: str) -> bool:
+    quiet = ("proved", "it is an output of the model", "changes the", "what it leaves behind")
+    return not reason.startswith(quiet) and "units" not in reason and "symbolic" not in reason
+
+
+def _other_sizes(model: nn.Module, small: nn.Module, call: tuple[Any, ...]) -> str:
+    """Which other batch and image sizes both models take, and whether the shapes agree."""
+    done = []
+    for batch, scale in ((3, 1.0), (2, 1.25)):
+        other = pytree.tree_map_only(torch.Tensor, lambda t, b=batch, s=scale: _resized(t, b, s), call)
+        with torch.no_grad():
+            try:
+                expected = model(*other)
+            except (RuntimeError, AssertionError, ValueError, TypeError):
+                continue
+            found = small(*other)
+        same = [tuple(a.shape) == tuple(b.shape) for a, b in zip(*map(_tensors, (expected, found)), strict=False)]
+        done.append(f"batch {batch}" if scale == 1.0 else "image" if all(same) or _is_detection(expected) else "WRONG SHAPE")
+    return ", ".join(done)
+
+
+def _is_detection(result: Any) -> bool:
+    return isinstance(result, list)
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    return [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+
+
+def _resized(tensor: torch.Tensor, batch: int, scale: float) -> torch.Tensor:
+    size = [int(s * scale) // 8 * 8 if scale != 1.0 else s for s in tensor.shape[-2:]]
+    shape = (batch, *tensor.shape[1:-2], *size) if tensor.dim() > 3 else (*tensor.shape[:-2], *size)
+    return torch.randn(shape, dtype=tensor.dtype)
+
+
+def _achieved(model: nn.Module, call: tuple[Any, ...], share: float) -> str:
+    """Units removed where ``share`` was asked without rounding, and the largest miss of a group in units."""
+    options = {"sparsity": share, "round_to": 1, "prove": False}
+    manager = PassManager(["open-attention", {"prune-channels": options}], progress=False, verify=False)
+    manager.run(model, call)
+    missed = [n for n in manager.ledger.remarks("prune-channels") if "units removed where" in n.reason]
+    done = [n.reason for n in manager.ledger.remarks("prune-channels") if "units removed (" in n.reason]
+    return f"{done[0].split('(')[1].rstrip(')')}, {len(missed)} missed" if done else "nothing"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*")
+    parser.add_argument("--sample", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shares", nargs="*", type=float, default=[])
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    chosen = options.models or models.names()
+    if options.sample:
+        chosen = sorted(random.Random(options.seed).sample(chosen, options.sample))
+    rows = []
+    for name in chosen:
+        try:
+            rows.append(examine(name, options.shares))
+        except Exception as error:  # a failure is a row of the table
+            rows.append({"model": name, "proof": f"FAILED {type(error).__name__}: {str(error)[:400]}"})
+        print(tabulate([rows[-1]], headers="keys", tablefmt="plain"), flush=True)
+    print(tabulate(rows, headers="keys"))
+    failed = [row["model"] for row in rows if row["proof"].startswith("FAILED")]
+    wrong = [row["model"] for row in rows if (row.get("worst") or 0) > 1e-10 or "WRONG" in row.get("sizes", "")]
+    print(f"{len(rows) - len(failed)} of {len(rows)} pruned; failed: {', '.join(failed) or 'none'}")
+    print(f"wrong: {', '.join(wrong) or 'none'}")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
