@@ -8,6 +8,7 @@ Weights are random, with statistics and scales drawn so that every layer matters
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import time
@@ -17,8 +18,8 @@ import torch
 from tabulate import tabulate
 from torch import nn
 from torch.utils import _pytree as pytree
-from zoo import build, inputs
 
+from benchmarks.zoo import build, inputs
 from fxcompress import PassManager
 from fxcompress.bench import models
 
@@ -78,7 +79,7 @@ def _other_sizes(model: nn.Module, small: nn.Module, call: tuple[Any, ...]) -> s
     """Which other batch and image sizes both models take, and whether the shapes agree."""
     done = []
     for batch, scale in ((3, 1.0), (2, 1.25)):
-        other = pytree.tree_map_only(torch.Tensor, lambda t, b=batch, s=scale: _resized(t, b, s), call)
+        other = pytree.tree_map_only(torch.Tensor, functools.partial(_resized, batch=batch, scale=scale), call)
         with torch.no_grad():
             try:
                 expected = model(*other)

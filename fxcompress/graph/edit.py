@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, fx, nn
 
@@ -161,7 +162,14 @@ def finish(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
     if TOP not in module._modules:
         _drop_orphans(module, _targets(module.graph.nodes))
-    module.recompile()
+    calls = [(node.op, node.name, node.target, node.args, node.kwargs) for node in module.graph.nodes]
+    if _compiled.get(module) != calls:
+        module.recompile()
+        _compiled[module] = calls
+
+
+_compiled: WeakKeyDictionary[fx.GraphModule, list[Any]] = WeakKeyDictionary()
+"""What the code of a module was last generated from."""
 
 
 def _targets(nodes: Iterable[fx.Node]) -> set[str]:

@@ -1,4 +1,4 @@
-"""Functions that tracing took for one operator (``torch.fx.wrap``), captured and inlined like a module."""
+"""Functions that tracing took for one operator (``torch.fx.wrap``): traced with known sizes, or captured and inlined."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from fxcompress.graph import ops
 from fxcompress.graph.capture import capture, inline
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.rungs import Rung, join
-from fxcompress.graph.shapes import Recorder
+from fxcompress.graph.shapes import MetaRun, Recorder
+from fxcompress.graph.sized import SizedTracer, plain
 
 __all__ = ["inline_call", "open_functions"]
 
@@ -36,15 +37,75 @@ def open_functions(module: fx.GraphModule, call: Arguments | None) -> list[Rung]
     unknown = [n for n in module.graph.nodes if n.op == "call_function" and ops.lookup(n) is None and not _is_aten(n)]
     if not unknown or call is None:
         return [Rung(n.name, "island", "without example_inputs torch.export cannot capture it") for n in unknown]
+    known = _known_sizes(module, call, unknown)
+    names = {node: _name(node) for node in unknown}
+    sized = _trace_sized(module, unknown, known) if known is not None else set()
+    reason = "a wrapped function: only the batch size may vary"
+    rungs = [Rung(names[node], "sized", reason) for node in unknown if node in sized]
+    left = [node for node in unknown if node not in sized]
+    return rungs + (_export(module, call, left) if left else [])
+
+
+def _name(node: fx.Node) -> str:
+    return f"{ops.owner_name(node)}:{getattr(node.target, '__name__', node.target)}".lstrip(":")
+
+
+def _known_sizes(module: fx.GraphModule, call: Arguments, nodes: list[fx.Node]) -> list[dict[fx.Node, Any]] | None:
+    """What the arguments of ``nodes`` are on meta tensors, for the example batch and for one larger; None: not known."""
+    tensors = [leaf for leaf in pytree.tree_leaves(tuple(call)) if isinstance(leaf, torch.Tensor)]
+    sizes = {leaf.shape[0] if leaf.dim() else 0 for leaf in tensors}
+    if len(sizes) != 1 or 0 in sizes:
+        return None
+    larger = sizes.pop() + 1
+    bigger = Arguments(*pytree.tree_map_only(torch.Tensor, lambda t: t.new_empty((larger, *t.shape[1:])), tuple(call)))
+    found = []
+    for example in (call, bigger):
+        run = MetaRun(module)
+        run.follow(example)
+        if any(source in run.unknown for node in nodes for source in node.all_input_nodes):
+            return None
+        found.append(run.values)
+    return found
+
+
+def _trace_sized(module: fx.GraphModule, nodes: list[fx.Node], known: list[dict[fx.Node, Any]]) -> set[fx.Node]:
+    """Trace into the functions that ``nodes`` call, in their place; returns those for which it worked."""
+    values = {node: (known[0][node], known[1][node]) for node in known[0] if node in known[1]}
+    done = set()
+    for node in nodes:
+
+        def describe(made: fx.Node, origin: fx.Node = node) -> None:
+            for key in ("nn_module_stack", "stack_trace"):
+                if key in origin.meta:
+                    made.meta[key] = origin.meta[key]
+
+        tracer = SizedTracer(module.graph, values, describe)
+        try:
+            with module.graph.inserting_before(node):
+                proxy: Any = tracer.proxy
+                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), proxy)
+                target: Any = node.target
+                result = tracer.create_arg(target(*plain(args), **plain(kwargs)))
+        except Exception:  # whatever it needs, the next rung may give
+            tracer.undo()
+            continue
+        _replace(module, node, result)
+        done.add(node)
+    return done
+
+
+def _export(module: fx.GraphModule, call: Arguments, unknown: list[fx.Node]) -> list[Rung]:
+    """Capture by ``torch.export`` and inline."""
     recorder = Recorder(module, keep=set(unknown))
     recorder.record(call)
     rungs = []
     fed = _fed_by_inputs(module)
     for node in unknown:
-        where = f"{ops.owner_name(node)}:{getattr(node.target, '__name__', node.target)}".lstrip(":")
+        where = _name(node)
         try:
             arguments, constants = Arguments(*recorder.kept[node]), _constants_among(node, recorder.kept[node], fed)
-            program, fixed = capture(_Function(node.target), arguments, constants=constants, sizes=False)
+            function: Any = node.target
+            program, fixed = capture(_Function(function), arguments, constants=constants, sizes=False)
         except TraceError as error:
             rungs.append(Rung(where, "island", str(error)))
             continue
@@ -76,6 +137,11 @@ def inline_call(module: fx.GraphModule, node: fx.Node, program: torch.export.Exp
     """Put an exported program in the place of the call it was captured for; ``prefix`` names the module it belongs to."""
     with module.graph.inserting_before(node):
         result = inline(module.graph, module, prefix, program, Arguments(node.args, dict(node.kwargs)))
+    _replace(module, node, result)
+
+
+def _replace(module: fx.GraphModule, node: fx.Node, result: Any) -> None:
+    """Give the users of ``node`` a node, or a structure of nodes, and take it out."""
     for user in list(node.users):
         index = user.args[1] if user.target is operator.getitem and not isinstance(result, fx.Node) else None
         if index is not None and not isinstance(index, fx.Node):

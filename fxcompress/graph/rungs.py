@@ -9,7 +9,7 @@ __all__ = ["Rung", "join"]
 
 @dataclass(frozen=True)
 class Rung:
-    """Where a part of the model stands: ``exported`` or ``island`` (or ``note``), and why it is not higher."""
+    """Where a part of the model stands: ``sized``, ``exported`` or ``island`` (or ``note``), and why it is not higher."""
 
     module: str
     rung: str

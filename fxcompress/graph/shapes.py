@@ -21,7 +21,7 @@ from fxcompress.errors import DataError
 from fxcompress.graph import ops
 from fxcompress.graph.inputs import Arguments, bind, frozen_state
 
-__all__ = ["Recorder", "describe", "dtype_of", "module_of", "numel", "propagate", "shape_of", "tensor_meta"]
+__all__ = ["MetaRun", "Recorder", "describe", "dtype_of", "module_of", "numel", "propagate", "shape_of", "tensor_meta"]
 
 
 def describe(value: Any) -> Any:
@@ -128,7 +128,7 @@ def placeholder_values(module: fx.GraphModule, call: Arguments) -> list[Any]:
     return list(bound.arguments.values())
 
 
-class _MetaRun(_Interpreter):
+class MetaRun(_Interpreter):
     """One pass over the graph on meta tensors; unknown values propagate as unknown.
 
     Layers whose result has a shape by definition are not run at all.
@@ -137,6 +137,14 @@ class _MetaRun(_Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.unknown: set[fx.Node] = set()
+        self.values: dict[fx.Node, Any] = {}
+
+    def follow(self, call: Arguments) -> None:
+        """Run the whole graph for ``call``; ``values`` are what is known of each node, ``unknown`` the others."""
+        assert isinstance(self.module, fx.GraphModule)
+        metas = pytree.tree_map_only(torch.Tensor, _on_meta, placeholder_values(self.module, call))
+        with torch.no_grad(), contextlib.suppress(StopIteration):
+            self.run(*metas, enable_io_processing=False)
 
     def fetch_attr(self, target: str) -> Any:
         value = super().fetch_attr(target)
@@ -159,7 +167,7 @@ class _MetaRun(_Interpreter):
         except Exception:  # a meta kernel may be missing or refuse; a real run will tell
             self.unknown.add(n)
             return None
-        n.meta["tensor_meta"] = describe(value)
+        self.values[n] = value
         return value
 
     def _by_definition(self, node: fx.Node) -> torch.Tensor | None:
@@ -217,11 +225,10 @@ def propagate(module: fx.GraphModule, call: Arguments) -> None:
     No activation is allocated unless a node is beyond meta tensors; then one real run fills the gaps.
     Raises DataError where ``call`` does not fit the model.
     """
-    values = placeholder_values(module, call)
-    run = _MetaRun(module)
-    metas = pytree.tree_map_only(torch.Tensor, _on_meta, values)
-    with torch.no_grad(), contextlib.suppress(StopIteration):
-        run.run(*metas, enable_io_processing=False)
+    run = MetaRun(module)
+    run.follow(call)
+    for node, value in run.values.items():
+        node.meta["tensor_meta"] = describe(value)
     if run.unknown:
         recorder = Recorder(module)
         recorder.record(call)

@@ -1,6 +1,7 @@
 """From a module to a graph, by a ladder that refuses no model.
 
-1. Symbolic tracing keeps layers as ``call_module`` nodes under their own names.
+1. Symbolic tracing keeps layers as ``call_module`` nodes under their own names. Functions that it took for one operator
+   (``torch.fx.wrap``) are traced with *sized* values, which know their shapes.
 2. The smallest module that defeats it (control flow on shapes, iteration over a proxy) is captured with ``torch.export``
    and inlined as ATen operators.
 3. What both refuse stays a Python *island*; its traceable children are compiled in place.
@@ -19,7 +20,7 @@ from torch import fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fxcompress.errors import TraceError
-from fxcompress.graph import edit, inplace
+from fxcompress.graph import edit, inplace, ops
 from fxcompress.graph.capture import capture, inline
 from fxcompress.graph.functions import inline_call, open_functions
 from fxcompress.graph.inputs import Arguments, arguments, bind, record_calls
@@ -86,14 +87,38 @@ def region_inputs(model: fx.GraphModule, call: Arguments) -> dict[str, Arguments
 def _copy(model: nn.Module) -> nn.Module:
     """A copy; tensors that hooks computed from parameters (masked or normalised weights) keep their values alone."""
     held = (value for part in model.modules() for value in vars(part).values())
-    computed = {id(t): t.detach().clone() for t in held if isinstance(t, torch.Tensor) and not t.is_leaf}
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in held if isinstance(t, torch.Tensor) and not t.is_leaf}
     try:
-        return copy.deepcopy(model, computed)
+        for part in model.modules():
+            if ops.is_known_module(part) and not part._modules and _is_plain(part):
+                memo[id(part)] = _copy_layer(part, memo)
+        return copy.deepcopy(model, memo)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({error}), and fxcompress never changes the model it is given. "
             "Make it deep-copyable: detach stored tensors, drop open handles."
         ) from error
+
+
+_HOOKS = {key for key, value in nn.Module().__dict__.items() if isinstance(value, dict)} - {"_parameters", "_buffers"}
+_PLAIN = (int, float, str, bool, tuple, type(None), torch.dtype)
+
+
+def _is_plain(part: nn.Module) -> bool:
+    """Whether a layer holds nothing but tensors and plain attributes, as most do: then it is copied without a search."""
+    return all(
+        not value if key in _HOOKS else isinstance(value, _PLAIN)
+        for key, value in part.__dict__.items()
+        if key not in ("_parameters", "_buffers", "_non_persistent_buffers_set")
+    )
+
+
+def _copy_layer(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    made = type(part).__new__(type(part))
+    made.__dict__.update({k: copy.copy(v) if isinstance(v, (dict, set)) else v for k, v in part.__dict__.items()})
+    for held in (made._parameters, made._buffers):
+        held.update({name: copy.deepcopy(tensor, memo) for name, tensor in held.items()})  # type: ignore[arg-type, attr-defined]
+    return made
 
 
 def _trace(model: nn.Module, call: Arguments | None) -> fx.GraphModule:

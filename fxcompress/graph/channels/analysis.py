@@ -192,7 +192,7 @@ class _Grouping:
         units, first = np.unique(every, return_index=True)
         live = ~self.is_frozen[units]
         units, first = units[live], first[live]
-        kinds, kind, sizes = np.unique(self.signature[units], return_inverse=True, return_counts=True)
+        _, kind, sizes = np.unique(self.signature[units], return_inverse=True, return_counts=True)
         made = self._made(bound)[units]
         key = np.where((sizes[kind] < SMALL) & (made >= 0), made, kind + len(bound)) + len(self.counts.rows)
         by_unit = np.full(len(self.root), -1, dtype=np.int64)
@@ -235,7 +235,6 @@ class _Grouping:
         doubtful = units[self.doubted[units]]
         inexact = self.counts.classes.inexact[int(doubtful[0])] if len(doubtful) else ""
         return ChannelGroup(name, rows, slices, inexact, bool(self.heads[units].any()))
-
 
     def _name(self, slices: dict[tuple[str, int], Ints]) -> str:
         roles = self.walk.roles

@@ -47,7 +47,8 @@ def cut(channels: Channels, removed: np.ndarray) -> Cut:
     """Remove the classes ``removed`` from the graph that was analysed, in place.
 
     Every number in the graph that has to change is proved by running the operator on numbered entries, before anything is
-    changed; the module's code is not regenerated yet. Raises :class:`UnprovableError` naming the node where none is found; the graph is then as it was.
+    changed; the module's code is not regenerated yet. Raises :class:`UnprovableError` naming the node where no proof is
+    found; the graph is then as it was.
     """
     walk, kept, done = channels.walk, Kept.without(channels.root, removed), Cut()
     spellings = _Rewriting(walk, kept).run()
