@@ -124,6 +124,7 @@ class LedgerKeeper(Observer):
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
+        self.content: list[Any] | None = None
 
     def begin(self, run: Run) -> None:
         self.started = time.perf_counter()
@@ -139,7 +140,10 @@ class LedgerKeeper(Observer):
 
     def _write(self, run: Run, step: str) -> None:
         seconds = time.perf_counter() - self.started
-        totals = cost(run.model)
+        content = [verify.fingerprint(module) for module in regions(run.model).values()]
+        if content != self.content:
+            self.content, self.totals, self.zeros = content, cost(run.model), sparsity(run.model)
+        totals = self.totals
         self.ledger.add(
             Row(
                 step,
@@ -147,7 +151,7 @@ class LedgerKeeper(Observer):
                 totals.parameters,
                 totals.macs,
                 totals.bytes,
-                sparsity(run.model),
+                self.zeros,
                 _run_snr(run),
                 seconds,
                 tuple(run.context.remarks),

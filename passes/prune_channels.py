@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -16,7 +15,7 @@ from fxcompress.errors import ConfigError, PassError, VerificationError
 from fxcompress.graph.channels import Channels, analyse, predict
 from fxcompress.graph.channels.cut import Cut, UnprovableError, cut
 from fxcompress.graph.channels.kept import Kept
-from fxcompress.graph.channels.proof import prove
+from fxcompress.graph.channels.proof import Proof
 from fxcompress.graph.island import regions
 from fxcompress.graph.select import Selection
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
@@ -116,11 +115,12 @@ class PruneChannels(Pass):
         module = channels.walk.module
         if not channels.groups:
             return
-        dense = copy.deepcopy(module) if self.prove and context.example() is not None else None
+        call = context.example() if self.prove else None
         refused: dict[str, str] = {}
         while True:
             removed = self._removed(channels, context)
             folded = compensation(channels, removed, context) if self.policy == "compensate" else {}
+            proof = Proof(channels, removed, call, self.seed) if call is not None else None
             try:
                 done = cut(channels, removed)
                 break
@@ -128,11 +128,11 @@ class PruneChannels(Pass):
                 refused[error.node] = "no form of its numbers is proved right"
                 context.skip(error.node, f"nothing is cut through it: {error}")
                 channels = self.analyse(module, context, refused)
+        if proof is not None:
+            self._check(proof, context)
         fold(channels, removed, folded)
         module.meta.setdefault("pruning", []).append(self._record(channels, removed, done))
         self._account(channels, removed, context)
-        if dense is not None and not folded:
-            self._prove(channels, removed, dense, context)
 
     def analyse(self, module: fx.GraphModule, context: Context, refused: dict[str, str] | None = None) -> Channels:
         """The channel groups of one region under this pass's options."""
@@ -220,12 +220,11 @@ class PruneChannels(Pass):
 
     def _record(self, channels: Channels, removed: np.ndarray, done: Cut) -> dict[str, Any]:
         """What was done, as plain data: enough to do it again to a fresh model, and to know that it was the same."""
-        groups = {
-            group.name: GroupPlan(
-                group.size, np.flatnonzero(np.isin(group.blocks.ravel(), removed)).tolist(), len(group.blocks)
-            )
-            for group in channels.groups
-        }
+        lost, groups = np.zeros(len(channels.root), dtype=bool), {}
+        lost[removed] = True
+        for group in channels.groups:
+            gone = np.flatnonzero(lost[group.blocks]).tolist()
+            groups[group.name] = GroupPlan(group.size, gone, len(group.blocks))
         options = {name: getattr(self, name) for name in ANALYSIS if getattr(self, name) != getattr(type(self), name)}
         kept = {
             name: {dim: np.flatnonzero(mask).tolist() for dim, mask in masks.items()}
@@ -234,29 +233,30 @@ class PruneChannels(Pass):
         return {**PruningPlan(groups, options).as_data(), "kept": kept, "literals": dict(done.calls)}
 
     def _account(self, channels: Channels, removed: np.ndarray, context: Context) -> None:
-        total = sum(group.size for group in channels.groups)
-        gone = len(removed)
+        total, gone = sum(group.size for group in channels.groups), len(removed)
+        lost_by_class = np.zeros(len(channels.root), dtype=bool)
+        lost_by_class[removed] = True
         context.note("", f"{gone} of {total} units removed ({gone / total if total else 0.0:.2%})")
         for group in channels.groups:
-            lost = int(np.isin(group.blocks, removed).sum())
+            lost = int(lost_by_class[group.blocks].sum())
             asked = self.layers.get(group.name, self.sparsity) * group.size
             if self.plan is None and not self.target and not self.global_pruning and abs(lost - asked) >= len(group.blocks):
                 context.note(
                     group.name, f"{lost} of {group.size} units removed where {asked:.1f} were asked (round_to, min_kept)"
                 )
 
-    def _prove(self, channels: Channels, removed: np.ndarray, dense: fx.GraphModule, context: Context) -> None:
-        call = context.example()
-        assert call is not None
-        errors = prove(channels, removed, dense, call, self.seed)
-        tolerance = TOLERANCE.get(_precision(dense), 5e-2)
+    def _check(self, proof: Proof, context: Context) -> None:
+        errors = proof.errors()
+        tolerance = TOLERANCE.get(_precision(proof.channels.walk.module), 5e-2)
         for oracle, error in errors.items():
             if not error <= tolerance:
                 raise VerificationError(
                     f"the {oracle} oracle finds a relative error of {error:.2g} (rounding explains {tolerance:.0e}): "
-                    "the channel analysis of this model is wrong. Nothing was pruned in your model; please report it."
+                    "the channel analysis of this model is wrong. Your model is as it was; please report it."
                 )
         context.note("", "proved: " + ", ".join(f"{oracle} error {error:.1e}" for oracle, error in errors.items()))
+        if not proof.moved:
+            context.note("", "the outputs do not depend on what was removed, so the proof says little about this model")
 
 
 def _precision(module: fx.GraphModule) -> torch.dtype:

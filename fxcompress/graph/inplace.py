@@ -69,12 +69,13 @@ def _is_seen_elsewhere(node: fx.Node, order: dict[fx.Node, int]) -> bool:
 
 def is_in_place(node: fx.Node) -> bool:
     """Whether a node writes its result into its first input."""
-    call = ops.read(node) if node.all_input_nodes else None
-    if call is None or call.op.family not in _FAMILIES:
+    op = ops.lookup(node) if node.all_input_nodes else None
+    if op is None or op.family not in _FAMILIES:
         return False
     if node.op == "call_module":
         return bool(getattr(module_of(node), "inplace", False))
-    if node.target in _OPERATORS or call["inplace"] is True:
+    call = ops.read(node)
+    if node.target in _OPERATORS or (call is not None and call["inplace"] is True):
         return True
     return _name(node.target).endswith("_") and not _name(node.target).endswith("__")
 

@@ -122,7 +122,9 @@ class _Ladder:
         """How many channels of its layer one unit is."""
         for key, roots in self.group.slices.items():
             if channels.walk.roles.get(key) == "out":
-                return max(1, int(np.isin(roots, self.group.blocks).sum()) // self.group.size)
+                mine = np.zeros(len(channels.root), dtype=bool)
+                mine[self.group.blocks] = True
+                return max(1, int(mine[roots].sum()) // self.group.size)
         return 1
 
     def nearest(self, kept: float) -> int:

@@ -37,9 +37,9 @@ class UnprovableError(FxCompressError):
 
 @dataclass
 class Cut:
-    """What a cut did: ``tensors``, (old, new, masks) of every parameter and buffer by name; ``calls``, new spellings."""
+    """What a cut did: ``tensors``, (id of the old one, new one, masks) by name; ``calls``, new spellings by node."""
 
-    tensors: dict[str, tuple[torch.Tensor, torch.Tensor, dict[int, Mask]]] = field(default_factory=dict)
+    tensors: dict[str, tuple[int, torch.Tensor, dict[int, Mask]]] = field(default_factory=dict)
     calls: dict[str, str] = field(default_factory=dict)
 
 
@@ -59,7 +59,7 @@ def cut(channels: Channels, removed: np.ndarray) -> Cut:
         if kept.touches(value):
             masks = kept.masks(value)
             for same in (names[name], *([other] for other in walk.alike.get(name, ()))):
-                _cut_tensor(walk.module, same, masks, done)
+                _cut_tensor(walk, same, masks, done)
     for node, spelling in spellings.items():
         _respell(walk.module, node, spelling)
         done.calls[node.name] = str(node.format_node())
@@ -70,18 +70,21 @@ def cut(channels: Channels, removed: np.ndarray) -> Cut:
     return done
 
 
-def _cut_tensor(module: nn.Module, names: list[str], masks: dict[int, Mask], done: Cut) -> None:
-    """Replace the tensor known under ``names`` by its kept part; it stays one tensor, a parameter stays a parameter."""
+def _cut_tensor(walk: Walk, names: list[str], masks: dict[int, Mask], done: Cut) -> None:
+    """Replace the tensor known under ``names`` by its kept part; it stays one tensor, a parameter stays a parameter.
+
+    Nothing holds the old tensor afterwards, so that a cut needs little memory.
+    """
     held: dict[int, torch.Tensor] = {}
     for name in names:
-        owner = module.get_submodule(name.rpartition(".")[0])
+        owner = walk.module.get_submodule(name.rpartition(".")[0])
         leaf = name.rpartition(".")[2]
         place: Any = owner._parameters if leaf in owner._parameters else owner._buffers
         old = place[leaf]
         if id(old) not in held:
             held[id(old)] = _smaller(old, masks)
-        place[leaf] = held[id(old)]
-        done.tensors[name] = (old, held[id(old)], masks)
+        place[leaf] = walk.state[name] = held[id(old)]
+        done.tensors[name] = (id(old), held[id(old)], masks)
 
 
 def _smaller(old: torch.Tensor, masks: dict[int, Mask]) -> torch.Tensor:
@@ -109,7 +112,7 @@ class _Rewriting:
     def run(self) -> dict[fx.Node, Spelling]:
         for node in self.walk.module.graph.nodes:
             self.env[node] = self._new_value(node)
-            call = ops.read(node) if node.op.startswith("call") and node not in self.walk.opaque else None
+            call = self.walk.call(node) if node.op.startswith("call") and node not in self.walk.opaque else None
             if call is None:
                 continue
             if call.kind in ("factory", "new"):
@@ -263,7 +266,7 @@ ATTRIBUTES: dict[str, Callable[[Any], dict[str, int]]] = {
 def _restate(walk: Walk, kept: Kept) -> None:
     """Attributes that follow from the tensors, and the scale of attention, which stays the dense one."""
     for node in walk.module.graph.nodes:
-        call = ops.read(node) if node.op.startswith("call") else None
+        call = walk.call(node)
         if call is None:
             continue
         if node.op == "call_module" and call.kind in ATTRIBUTES:

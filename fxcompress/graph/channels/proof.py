@@ -10,8 +10,8 @@ the cut.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from fxcompress.graph.channels.walk import Walk
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.shapes import Recorder, module_of
 
-__all__ = ["permuted", "prove", "relative_error", "silenced"]
+__all__ = ["Proof", "permuted", "relative_error", "silenced"]
 
 
 def relative_error(expected: Any, found: Any) -> float:
@@ -46,38 +46,63 @@ def relative_error(expected: Any, found: Any) -> float:
     return worst
 
 
-def prove(channels: Channels, removed: Ints, dense: fx.GraphModule, call: Arguments, seed: int = 0) -> dict[str, float]:
-    """The relative errors of both oracles on ``call``: of the dense graph permuted, and of the graph that was cut.
+class Proof:
+    """Both oracles for one cut: built before it, asked after it. Everything runs in eval mode; four forward passes.
 
-    ``dense`` is a copy of the graph that was made before the cut. Everything runs in eval mode; four forward passes.
+    ``moved``  after :meth:`errors`: by how much the cut changed the outputs, relative to them
     """
-    small = channels.walk.module
-    flags = [(part, part.training) for module in (dense, small) for part in module.modules()]
+
+    def __init__(self, channels: Channels, removed: Ints, call: Arguments, seed: int = 0) -> None:
+        self.channels, self.call, self.moved = channels, call, 0.0
+        with _evaluating(channels.walk.module) as dense:
+            self.plain = Recorder(dense).record(call)
+            with permuted(channels, seed):
+                self.permutation = relative_error(self.plain, Recorder(dense).record(call))
+            self.expected = silenced(channels, removed, call)
+
+    def errors(self) -> dict[str, float]:
+        """Oracle → relative error, once the graph has been cut."""
+        with _evaluating(self.channels.walk.module) as small:
+            found = Recorder(small).record(self.call)
+        self.moved = relative_error(self.plain, found)
+        return {"permutation": self.permutation, "silence": relative_error(self.expected, found)}
+
+
+@contextmanager
+def _evaluating(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    flags = [(part, part.training) for part in module.modules()]
+    module.eval()
     try:
-        dense.eval()
-        small.eval()
-        plain = Recorder(dense).record(call)
-        exchanged = Recorder(permuted(channels, dense, seed)).record(call)
-        expected, found = silenced(channels, removed, dense, call), Recorder(small).record(call)
+        yield module
     finally:
         for part, flag in flags:
             part.training = flag
-    return {"permutation": relative_error(plain, exchanged), "silence": relative_error(expected, found)}
 
 
-def permuted(channels: Channels, dense: fx.GraphModule, seed: int = 0) -> fx.GraphModule:
-    """A copy of the dense graph with the units of every kind permuted, within their block, in every tensor."""
-    module = copy.deepcopy(dense)
-    exchanged = _exchange(channels, np.random.default_rng(seed))
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    with torch.no_grad():
-        for name, value in channels.walk.tensors.items():
-            dims = sorted(value.labels, key=lambda d: -int(value.labels[d].array.size))
-            for dim in dims if name in state else ():
-                roots = channels.root[value.labels[dim].array]
-                for same in (name, *channels.walk.alike.get(name, ())) if (exchanged[roots] != roots).any() else ():
-                    state[same].copy_(_permute(state[same], dim, roots, exchanged))
-    return module
+@contextmanager
+def permuted(channels: Channels, seed: int = 0) -> Iterator[None]:
+    """Inside, the units of every kind are permuted, within their block, in every tensor of the graph."""
+    walk, exchanged = channels.walk, _exchange(channels, np.random.default_rng(seed))
+    saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for name, value in walk.tensors.items():
+            dims = [d for d in value.labels if _moves(channels.root[value.labels[d].array], exchanged)]
+            dims.sort(key=lambda d, value=value: -int(value.labels[d].array.size))  # type: ignore[misc]
+            for same in (name, *walk.alike.get(name, ())) if dims and name in walk.state else ():
+                held = walk.state[same]
+                data = held.data
+                for dim in dims:
+                    data = _permute(data, dim, channels.root[value.labels[dim].array], exchanged)
+                saved.append((held, held.data))
+                held.data = data
+        yield
+    finally:
+        for held, data in saved:
+            held.data = data
+
+
+def _moves(roots: Ints, exchanged: Ints) -> bool:
+    return bool((exchanged[roots] != roots).any())
 
 
 def _exchange(channels: Channels, generator: np.random.Generator) -> Ints:
@@ -94,6 +119,8 @@ def _exchange(channels: Channels, generator: np.random.Generator) -> Ints:
 
 def _permute(tensor: torch.Tensor, dim: int, roots: Ints, exchanged: Ints) -> torch.Tensor:
     """The k-th slice of each unit takes the values of the k-th slice of the unit that replaces it."""
+    if roots.size == roots.shape[dim]:
+        return tensor.index_select(dim, torch.from_numpy(_positions(roots.ravel(), exchanged)).to(tensor.device))
     lines = np.moveaxis(roots, dim, -1)
     flat = lines.reshape(-1, lines.shape[-1])
     index = np.stack([_positions(line, exchanged) for line in np.unique(flat, axis=0)])
@@ -113,25 +140,20 @@ def _positions(line: Ints, exchanged: Ints) -> Ints:
     return found
 
 
-def silenced(channels: Channels, removed: Ints, dense: fx.GraphModule, call: Arguments) -> Any:
-    """What ``dense`` computes for ``call`` when the classes ``removed`` take no part.
-
-    ``dense`` is the graph as it was analysed (a copy that was made before the cut).
-    """
-    kept = Kept.without(channels.root, removed)
-    names = {node.name: node for node in channels.walk.module.graph.nodes}
-    return _Silent(dense, channels.walk, kept, names).record(call)
+def silenced(channels: Channels, removed: Ints, call: Arguments) -> Any:
+    """What the dense graph that was analysed computes for ``call`` when the classes ``removed`` take no part."""
+    return _Silent(channels.walk, Kept.without(channels.root, removed)).record(call)
 
 
 class _Silent(Recorder):
     """Runs the dense graph with removed entries kept out of sums and statistics."""
 
-    def __init__(self, module: fx.GraphModule, walk: Walk, kept: Kept, names: dict[str, fx.Node]) -> None:
-        super().__init__(module)
-        self.walk, self.left, self.names = walk, kept, names
+    def __init__(self, walk: Walk, kept: Kept) -> None:
+        super().__init__(walk.module)
+        self.walk, self.left = walk, kept
 
     def run_node(self, n: fx.Node) -> Any:
-        call = ops.read(n) if n.op.startswith("call") else None
+        call = self.walk.call(n) if n.op.startswith("call") else None
         rule = _SILENT.get(call.kind) or _SILENT.get(call.op.family) if call is not None else None
         if call is None or rule is None or not self._matters(n):
             return super().run_node(n)
@@ -139,22 +161,18 @@ class _Silent(Recorder):
         return rule(self, call)
 
     def _matters(self, node: fx.Node) -> bool:
-        values = [v for source in node.all_input_nodes for v in pytree.tree_leaves(self.value(source))]
+        values = [v for source in node.all_input_nodes for v in pytree.tree_leaves(self.walk.env.get(source))]
         owned = [
             v for name, v in self.walk.tensors.items() if node.op == "call_module" and name.startswith(f"{node.target}.")
         ]
         return any(isinstance(v, Value) and self.left.touches(v) for v in [*values, *owned])
-
-    def value(self, node: fx.Node) -> Any:
-        """The labels of a node of the dense graph, found under its name."""
-        return self.walk.env.get(self.names.get(node.name, node))
 
     def masks(self, argument: Any) -> dict[int, Mask]:
         """The masks of an operand."""
         if isinstance(argument, ops.Attr):
             value: Any = self.walk.tensors.get(self.walk.canonical.get(argument.name, argument.name))
         else:
-            value = self.value(argument)
+            value = self.walk.env.get(argument)
         return self.left.masks(value) if isinstance(value, Value) else {}
 
     def tensor(self, argument: Any) -> Any:

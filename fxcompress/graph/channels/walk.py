@@ -58,6 +58,7 @@ class Walk:
     opaque: dict[fx.Node, str] = field(default_factory=dict)
 
     refused: Mapping[str, str] = field(default_factory=dict)
+    calls: dict[fx.Node, ops.Call | None] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         named = [
@@ -92,6 +93,7 @@ class Walk:
             env={nodes[node]: value for node, value in self.env.items()},
             counts=[replace(count, node=nodes[count.node]) for count in self.counts],
             opaque={nodes[node]: reason for node, reason in self.opaque.items()},
+            calls={},
         )
 
     def run(self) -> Walk:
@@ -113,7 +115,7 @@ class Walk:
             return self._made(node)
         if node.name in self.refused:
             return self.give_up(node, self.refused[node.name])
-        call = ops.read(node)
+        call = self.call(node)
         if call is None:
             what = type(module_of(node)).__name__ if node.op == "call_module" else str(node.target)
             return self.give_up(node, f"{what} has no rule")
@@ -135,7 +137,7 @@ class Walk:
 
     def _made(self, node: fx.Node) -> Any:
         """A call on nothing but plain values and constant tensors."""
-        call = ops.read(node)
+        call = self.call(node)
         found = RULES.get(call.kind) if call is not None and call.kind in ("factory", "new") else None
         return found(self, call) if found is not None and call is not None else self.constant(node)
 
@@ -166,6 +168,12 @@ class Walk:
     def plain(self, structure: Any, device: str = "meta") -> Any:
         """Nodes replaced by their plain values, tensors by empty ones of their shape."""
         return plain(self.env, structure, device, {})
+
+    def call(self, node: fx.Node) -> ops.Call | None:
+        """A call read through the op table, as it was when first asked for; None for what is no call or is unknown."""
+        if node not in self.calls:
+            self.calls[node] = ops.read(node)
+        return self.calls[node]
 
     # what rules use
 
