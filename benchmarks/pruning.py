@@ -39,7 +39,7 @@ def ours(model: nn.Module, call: tuple[Any, ...], prove: bool = False) -> nn.Mod
 
 def torch_pruning(model: nn.Module, call: tuple[Any, ...]) -> None:
     """The same by Torch-Pruning, on a copy as it changes the model it is given."""
-    import torch_pruning as tp  # type: ignore[import-not-found]
+    import torch_pruning as tp
 
     model = copy.deepcopy(model)
     classifiers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
