@@ -26,6 +26,7 @@ from fxcompress.passes.prune_channels import PruneChannels
 from fxcompress.passes.prune_layers import PruneLayers
 from fxcompress.passes.quantize_dynamic import QuantizeDynamic
 from fxcompress.passes.recalibrate_batchnorm import RecalibrateBatchNorm
+from fxcompress.passes.recover_accuracy import RecoverAccuracy
 from fxcompress.passes.remove_dead import RemoveDead
 from fxcompress.passes.remove_taps import RemoveTaps
 from fxcompress.passes.require import Require
@@ -53,6 +54,7 @@ PASSES = (
     Calibrate,
     CorrectBias,
     AdaRound,
+    RecoverAccuracy,
     InsertFakeQuant,
     FreezeScales,
     FoldQuantization,

@@ -28,6 +28,10 @@ INT8 = [
     "fold-quantization",
     "lower",
 ]
+QUICK: dict[str, dict[str, Any]] = {
+    "adaround": {"iterations": 10},
+    "recover-accuracy": {"max_drop": 0.001, "adaround_iterations": 10},
+}
 UP_TO = {"float": 0, "observed": 5, "qdq": 6, "lowered": 7}
 common = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -69,7 +73,7 @@ def test_every_pass_keeps_the_contract(name: str, drawn: Drawn) -> None:
     model, call = drawn.model, drawn.call
     before = copy.deepcopy(model.state_dict())
     try:
-        result = compress(drawn, [*_prefix(name), name])
+        result = compress(drawn, [*_prefix(name), {name: QUICK.get(name, {})}])
     except PassError as error:
         assume("every one is frozen" not in str(error))  # some networks have nothing that can go
         raise

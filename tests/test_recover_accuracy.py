@@ -1,0 +1,148 @@
+"""Accuracy recovery: what was lost comes back, as cheaply as possible, within limits, and the ledger says how."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxcompress import PassManager, coverage
+from fxcompress.errors import ConfigError
+from fxcompress.passes import recover_accuracy as module
+from tests.imbalanced import imbalanced, mobile
+
+
+def data(labels: bool = False) -> list[Any]:
+    torch.manual_seed(2)
+    images = [torch.randn(16, 3, 12, 12) for _ in range(3)]
+    return [(x, torch.randint(10, (16,))) for x in images] if labels else images
+
+
+def run(model: nn.Module, batches: list[Any], bits: int = 8, **options: Any) -> tuple[Any, list[str]]:
+    observe = {"calibrator": "minmax", "per_channel": False, "overrides": {"*": {"weight_bits": bits}} if bits < 8 else {}}
+    options = {"adaround_iterations": 50, **options}
+    steps = [
+        "fuse-activations",
+        {"insert-observers": observe},
+        "calibrate",
+        {"recover-accuracy": options},
+        "fold-quantization",
+    ]
+    manager = PassManager(steps, reproducer=False, progress=False)
+    result = manager.run(model.eval(), data=batches)
+    return result, [f"{r.node}: {r.reason}" for r in manager.ledger.remarks("recover-accuracy")]
+
+
+def fidelity(model: nn.Module, result: nn.Module, batches: list[Tensor]) -> float:
+    """100·(1 − noise power / signal power), in float64."""
+    with torch.no_grad():
+        expected, found = (torch.cat([m(x) for x in batches]).double() for m in (model, result))
+    return float(100 * (1 - (found - expected).square().sum() / expected.square().sum()))
+
+
+def test_a_model_that_lost_little_is_left_as_it_is() -> None:
+    model = mobile()
+    result, said = run(model, data())
+    assert coverage(result).mac_share == 1.0
+    assert len(said) == 2 and "1 may be lost" in said[0] and "now costs" in said[1]
+
+
+def test_equalization_comes_first_and_is_enough_for_imbalanced_channels() -> None:
+    model, batches = imbalanced(mobile()), data()
+    result, said = run(model, batches, max_drop=0.1)
+    assert any("equalize-layers" in line and "became" in line for line in said)
+    assert not any("float:" in line or "adaround" in line for line in said)
+    assert coverage(result).mac_share == 1.0
+    assert fidelity(model, result, batches) >= 99.9
+
+
+def test_everything_is_tried_in_order_and_float_is_the_last_resort() -> None:
+    model, batches = imbalanced(mobile(), octaves=4), data()
+    result, said = run(model, batches, bits=2, max_drop=0.03)
+    words = ("equalize", "correct-bias", "adaround", "back to")
+    order = [next((i for i, line in enumerate(said) if word in line), -1) for word in words]
+    assert -1 not in order, said
+    assert order == sorted(order)
+    assert fidelity(model, result, batches) >= 99.97
+    in_float = {row.node for row in coverage(result).floats if row.reason == "quantizing it costs too much"}
+    assert in_float and len(in_float) == sum("back to float" in line for line in said)
+    assert coverage(result).mac_share > 0
+
+
+def test_the_costliest_layer_goes_first() -> None:
+    """A layer whose weights have one giant among them is worth more in float than any other."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for conv in self.convs:
+                x = x + conv(x)
+            return x
+
+    torch.manual_seed(0)
+    model = Residual()
+    with torch.no_grad():
+        model.convs[2].weight[0, 0, 0, 0] = 40.0  # type: ignore[index, operator]
+    _, said = run(model, data(), max_drop=0.0, adaround_layers=0)
+    first = next(line for line in said if "back to float" in line)
+    assert first.startswith("convs.2: ")
+
+
+def test_the_sweep_is_kept_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = imbalanced(mobile(), octaves=4), tmp_path / "deep" / "sweep.json"
+    options: Any = {"bits": 3, "max_drop": 0.01, "cache": str(path), "adaround_layers": 0, "allow_float": True}
+    run(model, data(), **options)
+    first = json.loads(path.read_text())
+    assert len(first["costs"]) == 11
+    interrupted = dict(list(first["costs"].items())[:5])
+    path.write_text(json.dumps({"key": first["key"], "costs": interrupted}))
+    calls = 0
+    true = module._quantized
+
+    def counted(graph: Any, *change: Any) -> Any:
+        nonlocal calls
+        calls += bool(change)
+        return true(graph, *change)
+
+    monkeypatch.setattr(module, "_quantized", counted)
+    _, said = run(model, data(), **options)
+    assert calls == 6
+    assert any("5 of 11 layers were measured before" in line for line in said)
+    assert json.loads(path.read_text()) == first
+    run(imbalanced(mobile(), octaves=5), data(), **options)
+    assert json.loads(path.read_text())["key"] != first["key"]
+    path.write_text("nonsense")
+    with pytest.raises(ConfigError, match="not a sensitivity sweep"):
+        run(model, data(), **options)
+
+
+def test_a_time_budget_stops_what_has_not_begun() -> None:
+    _, said = run(imbalanced(mobile()), data(), bits=2, time_budget=1e-9)
+    assert any("time budget" in line and "was not tried" in line for line in said)
+    assert not any("became" in line for line in said)
+
+
+def test_accuracy_is_that_of_the_targets_and_agreement_that_with_the_float_model() -> None:
+    model, batches = imbalanced(mobile()), data(labels=True)
+    for metric, other in (("accuracy", "targets"), ("agreement", "float")):
+        _, said = run(model, batches, metric=metric, max_drop=100.0)
+        plain, _ = run(model, batches, metric="fidelity", max_drop=100.0)
+        with torch.no_grad():
+            pairs = [(model(x).argmax(1), plain(x).argmax(1), y) for x, y in batches]
+        before = sum(int((a == (y if other == "targets" else a)).sum()) for a, _, y in pairs) / 48
+        after = sum(int((b == (y if other == "targets" else a)).sum()) for a, b, y in pairs) / 48
+        assert f"costs {100 * (before - after):.3g} points of {metric}" in said[0]
+
+
+def test_metrics_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match="integer target"):
+        run(mobile(), data(), metric="accuracy")
+    with pytest.raises(ConfigError, match="one row per sample"):
+        run(nn.Sequential(nn.Conv2d(3, 4, 1)), data(), metric="agreement")
