@@ -59,6 +59,7 @@ from fxcompress.pruning import (
     PruningPlan,
     PruningScheduler,
     RandomPruner,
+    SensitivityAnalyzer,
     StructuredPruner,
 )
 from fxcompress.pruning.pruning_scheduler import SCHEDULERS
@@ -148,6 +149,7 @@ __all__ = [
     "Recipe",
     "RelationDistiller",
     "ReviewKDDistiller",
+    "SensitivityAnalyzer",
     "StaticQuantizer",
     "StructuredPruner",
     "auto_fuse",

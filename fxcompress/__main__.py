@@ -58,6 +58,20 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="torch: a torch.export program")
     export.add_argument("--output", "-o", required=True, metavar="FILE")
     _shape(export)
+    sensitivity = _command(
+        sub, "sensitivity", commands.sensitivity, "measure what pruning each part of a model costs",
+        "fxcompress sensitivity --model resnet18 --data '{type: image-folder, root: val}' --target 0.6 -o report.md",
+    )  # fmt: skip
+    sensitivity.add_argument("--model", required=True, help="a name, a mapping, or a saved model's folder")
+    sensitivity.add_argument("--weights", metavar="FILE", help="weights for the model")
+    sensitivity.add_argument("--data", required=True, help="labelled data: a data set's name, or a mapping")
+    sensitivity.add_argument("--type", default="structured", help="structured, unstructured or semi_structured")
+    sensitivity.add_argument("--metric", default="accuracy")
+    sensitivity.add_argument("--range", type=float, nargs=2, default=[0.1, 0.9], metavar=("LOW", "HIGH"))
+    sensitivity.add_argument("--steps", type=int, default=9, help="sparsities tried")
+    sensitivity.add_argument("--target", type=float, help="recommend the largest sparsities that keep this metric")
+    sensitivity.add_argument("--cache", metavar="FILE", help="keep measurements there; an interrupted analysis goes on")
+    sensitivity.add_argument("--output", "-o", metavar="FILE", help="write the report: .json, .csv or .md")
     sub.add_parser("bench", help="measure compressed models (fxcompress bench --help)", add_help=False)
     _command(sub, "passes", commands.passes, "list the library of passes", "fxcompress passes")
     _command(

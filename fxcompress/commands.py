@@ -30,11 +30,12 @@ from fxcompress.manager import PassManager
 from fxcompress.models import build_data, build_model
 from fxcompress.pipeline import CompressionPipeline
 from fxcompress.plan import read_yaml
+from fxcompress.pruning.sensitivity_analyzer import SensitivityAnalyzer
 from fxcompress.schema import schema
 from fxcompress.training import evaluate
 from fxcompress.weights import load_weights
 
-__all__ = ["compress", "export", "inspect_model", "passes", "plan", "print_schema", "replay"]
+__all__ = ["compress", "export", "inspect_model", "passes", "plan", "print_schema", "replay", "sensitivity"]
 
 
 def compress(options: argparse.Namespace) -> int:
@@ -151,6 +152,38 @@ def _from_graph(model: fx.GraphModule) -> Arguments:
     if not metas or any(meta is None for meta in metas):
         raise ConfigError("the saved model does not say which inputs it takes: give --shape.")
     return Arguments(tuple(torch.zeros(meta.shape, dtype=meta.dtype) for meta in metas), {})
+
+
+def sensitivity(options: argparse.Namespace) -> int:
+    """What pruning every part of a model costs."""
+    for name in options.imports:
+        _import(name)
+    analyzer = SensitivityAnalyzer(
+        options.range,
+        options.steps,
+        options.metric,
+        options.type,
+        cache=options.cache,
+        progress=False if options.json else None,
+    )
+    analyzer.analyze(_model(options.model, options.weights), build_data(_inline(options.data), ("--data",)))
+    shares = analyzer.get_optimal_sparsity(options.target) if options.target is not None else {}
+    if not is_main():
+        return 0
+    if options.output is not None:
+        analyzer.export_report(_output(options.output))
+    scores = analyzer.get_sensitivity_scores()
+    if options.json:
+        curves = {name: {str(step): value for step, value in curve.items()} for name, curve in analyzer.curves.items()}
+        _print({"baseline": analyzer.baseline, "scores": scores, "curves": curves, "recommended": shares})
+        return 0
+    steps = sorted({step for curve in analyzer.curves.values() for step in curve})
+    order = sorted(scores, key=lambda name: -scores[name])
+    rows = [(n, scores[n], *(analyzer.curves[n].get(step, "") for step in steps), shares.get(n, "")) for n in order]
+    headers = ("part", "score", *(f"{step:.0%}" for step in steps), "recommended")
+    print(f"{options.metric} of the dense model: {analyzer.baseline:.4g}")
+    print(tabulate(rows, headers, floatfmt=".4g"))
+    return 0
 
 
 def passes(options: argparse.Namespace) -> int:

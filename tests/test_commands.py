@@ -107,6 +107,19 @@ def test_a_plan_is_printed_and_explained_layer_by_layer(place: Path, capsys: pyt
     assert "left alone" in run(capsys, "plan", "config.yaml", *MINE, "--explain")
 
 
+def test_sensitivity_is_measured_and_reported(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = "{type: random, samples: 16, shape: [1, 8, 8], classes: 4}"
+    common = ["sensitivity", *MINE, "--model", "commands-test", "--data", data, "--type", "unstructured", "--steps", "2"]
+    found = json.loads(run(capsys, *common, "--json", "-o", "report.md", "--target", "0.0"))
+    assert set(found["curves"]) == {"0", "4"}
+    assert set(found["curves"]["0"]) == {"0.1", "0.9"}
+    assert 0 <= found["baseline"] <= 1
+    assert set(found["recommended"]) == {"0", "4"}
+    assert (place / "report.md").stat().st_size > 50
+    assert "recommended" in run(capsys, *common)
+    assert "Did you mean 'accuracy'" in run(capsys, *common, "--metric", "acuracy", status=2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

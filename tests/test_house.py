@@ -75,6 +75,7 @@ PUBLIC = {
     "RelationDistiller",
     "ReviewKDDistiller",
     "SCHEDULERS",
+    "SensitivityAnalyzer",
     "StaticQuantizer",
     "StructuredPruner",
     "auto_fuse",
