@@ -199,7 +199,7 @@ class Trainer:
 
     def _backward(self, batch: Any, size: int, share: float) -> None:
         dtype = _PRECISIONS[self.recipe.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
             terms = loss_terms(self._forward, self.model, self.loss, batch, self.device)
         given: Mapping[str, float] = getattr(self.model, "loss_weights", None) or {}
         weights = {name: given.get(name, 1.0) for name in terms}
