@@ -166,7 +166,7 @@ PAIRS: dict[str, Any] = {
         {"teacher_layers": ["backbone.layer2", "backbone.layer4"], "student_layers": ["backbone.6", "backbone.16"]},
         {"teacher_layer": "backbone.layer4", "student_layer": "backbone.16"},
         {
-            "OFDDistiller": {"teacher_layers": ["backbone.layer2"], "student_layers": ["backbone.4"]},
+            "OFDDistiller": {"teacher_layers": ["backbone.layer2"], "student_layers": ["backbone.4:output"]},
             "CRDDistiller": {"mode": "batch"},
         },
     ),
