@@ -14,6 +14,7 @@ import gc
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -102,6 +103,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         if reason:
             rows.append({"model": name, "what": label, "note": reason})
             continue
+        _tell(f"{name}: {label}")
         row, quantized = ours(name, backend, model, batches, image, held_out, expected)
         rows.append(row)
         timers[label] = lambda quantized=quantized: _seconds(quantized, image)  # type: ignore[misc]
@@ -109,12 +111,14 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         folder = Path(place)
         peers = _started_peers(name, model, batches, image, held_out, folder, options)
         for peer in () if peers.process is None else _peers_of(name, options):
+            _tell(f"{name}: {peer}")
             answer = peers.ask("build", peer)
             rows.append({"model": name, "what": peer, "note": answer.get("error", "")})
             if "error" not in answer:
                 outputs = torch.load(folder / "outputs.pt", weights_only=True)
                 rows[-1]["SNR dB"] = output_snr(expected, outputs)
                 timers[peer] = lambda peer=peer: peers.ask("time", peer)["seconds"]  # type: ignore[misc]
+        _tell(f"{name}: {len(timers)} candidates take turns")
         taken = _rounds(timers, options.runs)
         peers.close()
     for row in rows:
@@ -209,6 +213,11 @@ def verdict(name: str, rows: list[dict[str, Any]]) -> str:
         f"{name}: auto {own['speed-up']:.2f}x at {own['SNR dB']:.1f} dB; the bar is {speed}x at {snr} dB; "
         f"the fastest peer here {fastest:.2f}x, the best static peer {clearest:.1f} dB"
     )
+
+
+def _tell(what: str) -> None:
+    """Where a long run stands, on a terminal or in a log, apart from the tables."""
+    print(time.strftime("%H:%M:%S"), what, file=sys.stderr, flush=True)
 
 
 def _cell(value: Any) -> str:
