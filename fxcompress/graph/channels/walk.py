@@ -34,6 +34,10 @@ class Count:
     per_atom: int = 1
 
 
+class _ShapelessError(PassError):
+    """A rule wants a tensor, and its operand is something else (a packed sequence), or its shape is not known."""
+
+
 @dataclass
 class Walk:
     """The state of one walk, and what it found.
@@ -122,7 +126,10 @@ class Walk:
         found = RULES.get(call.kind) or FAMILIES.get(call.op.family)
         if found is None:
             return self.give_up(node, f"{call.kind} has no rule")
-        return found(self, call)
+        try:
+            return found(self, call)
+        except _ShapelessError as error:
+            return self.give_up(node, str(error))
 
     def unlabelled(self, node: fx.Node) -> Any:
         meta = node.meta.get("tensor_meta")
@@ -190,7 +197,7 @@ class Walk:
         """An argument that must be a tensor, as a value."""
         found = self.value(argument)
         if found is None:
-            raise PassError(f"{argument} is not a tensor whose shape is known; trace the model with example inputs.")
+            raise _ShapelessError(f"{argument} is not a tensor whose shape is known; trace with example inputs.")
         return found
 
     def tensor(self, name: str) -> Value:
