@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
@@ -44,7 +44,7 @@ def explain(pipeline: CompressionPipeline, data: Iterable[Any] | None, example_i
     model = in_eval_mode(pipeline.model)
     layers = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
     watched = _Watched(layers)
-    plan = Plan(tuple(_cheap(step) for step in pipeline.plan if step.name != "lower"))
+    plan = Plan(tuple(_dry(pipeline.plan)))
     manager = PassManager(plan, verify=False, progress=False, reproducer=False, observers=[watched])
     feed = data if data is not None or example_inputs is None else [example_inputs]
     result = manager.run(model, example_inputs, feed, teacher=pipeline.teacher)
@@ -85,6 +85,15 @@ def _zeros(module: nn.Module) -> float:
     if not isinstance(weight, Tensor) or not weight.numel():
         return 0.0
     return 1 - int(weight.count_nonzero()) / weight.numel()
+
+
+def _dry(plan: Plan) -> Iterator[Pass]:
+    """The steps that decide: all but lowering, and none after fake-quantizers, whose ranges only training finds."""
+    for step in plan:
+        if step.name != "lower":
+            yield _cheap(step)
+        if step.name == "insert-fake-quant":
+            return
 
 
 _CHOOSING = ("criterion", "exclude_layers", "include_layers")

@@ -105,6 +105,10 @@ def test_a_plan_is_printed_and_explained_layer_by_layer(place: Path, capsys: pyt
     zeros = sum(float(layers[name]["zeros"].rstrip("%")) / 100 * size for name, size in (("0", 72), ("4", 2048)))
     assert zeros == pytest.approx(total / 2, rel=0.01)
     assert "left alone" in run(capsys, "plan", "config.yaml", *MINE, "--explain")
+    (place / "qat.yaml").write_text("compression: {type: QATQuantizer, exclude_layers: ['4']}")
+    explain = ["plan", "qat.yaml", *MINE, "--model", "commands-test", "--shape", "2", "1", "8", "8", "--explain", "--json"]
+    trained = {row["layer"]: row["runs_in"] for row in json.loads(run(capsys, *explain))["layers"]}
+    assert (trained["0"], trained["4"]) == ("int8", "float")
 
 
 def test_sensitivity_is_measured_and_reported(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
