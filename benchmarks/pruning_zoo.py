@@ -24,7 +24,6 @@ from benchmarks.zoo import build, inputs
 from fxcompress import PassManager
 from fxcompress.bench import models
 
-
 LARGE = 200_000_000
 """Models of more parameters run in float32."""
 
