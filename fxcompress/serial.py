@@ -292,6 +292,7 @@ def _graph_data(module: fx.GraphModule) -> dict[str, Any]:
         "pytree": tree,
         "stage": module.meta.get("stage", "float"),
         "quantization": module.meta.get("quantization"),
+        "pruning": module.meta.get("pruning"),
     }
 
 
@@ -334,8 +335,9 @@ def _build_graph_module(
         nodes[entry["name"]] = _build_node(graph, entry, nodes)
     module = TracedModule(root, graph, str(data["name"]))
     module.meta.update(stage=data["stage"], rungs=())
-    if data["quantization"] is not None:
-        module.meta["quantization"] = data["quantization"]
+    for key in ("quantization", "pruning"):
+        if data.get(key) is not None:
+            module.meta[key] = data[key]
     module.training = data["training"]
     return module
 

@@ -14,7 +14,7 @@ from torch import fx
 from fxcompress.errors import ConfigError, PassError, VerificationError
 from fxcompress.graph.channels import Channels, analyse, predict
 from fxcompress.graph.channels.cut import Cut, UnprovableError, cut
-from fxcompress.graph.channels.kept import Kept
+from fxcompress.graph.channels.kept import Kept, mask_data
 from fxcompress.graph.channels.proof import Proof
 from fxcompress.graph.island import regions
 from fxcompress.graph.select import Selection
@@ -131,7 +131,7 @@ class PruneChannels(Pass):
         if proof is not None:
             self._check(proof, context)
         fold(channels, removed, folded)
-        module.meta.setdefault("pruning", []).append(self._record(channels, removed, done))
+        module.meta["pruning"] = [*module.meta.get("pruning", []), self._record(channels, removed, done)]
         self._account(channels, removed, context)
 
     def analyse(self, module: fx.GraphModule, context: Context, refused: dict[str, str] | None = None) -> Channels:
@@ -226,10 +226,7 @@ class PruneChannels(Pass):
             gone = np.flatnonzero(lost[group.blocks]).tolist()
             groups[group.name] = GroupPlan(group.size, gone, len(group.blocks))
         options = {name: getattr(self, name) for name in ANALYSIS if getattr(self, name) != getattr(type(self), name)}
-        kept = {
-            name: {dim: np.flatnonzero(mask).tolist() for dim, mask in masks.items()}
-            for name, (_, _, masks) in done.tensors.items()
-        }
+        kept = {name: {dim: mask_data(mask) for dim, mask in masks.items()} for name, (_, _, masks) in done.tensors.items()}
         return {**PruningPlan(groups, options).as_data(), "kept": kept, "literals": dict(done.calls)}
 
     def _account(self, channels: Channels, removed: np.ndarray, context: Context) -> None:

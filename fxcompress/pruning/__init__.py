@@ -12,6 +12,7 @@ from fxcompress.pruning.pruning_scheduler import (
     OneShotScheduler,
     PruningScheduler,
 )
+from fxcompress.pruning.recipe import apply_recipe, carry_optimizer, get_recipe
 from fxcompress.pruning.sensitivity_analyzer import SensitivityAnalyzer
 from fxcompress.pruning.structured_pruner import ChannelPruner, FilterPruner, StructuredPruner
 
@@ -32,4 +33,7 @@ __all__ = [
     "RandomPruner",
     "SensitivityAnalyzer",
     "StructuredPruner",
+    "apply_recipe",
+    "carry_optimizer",
+    "get_recipe",
 ]

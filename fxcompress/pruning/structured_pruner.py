@@ -11,8 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.errors import ConfigError
 from fxcompress.graph.channels import ChannelGroup, Channels
-from fxcompress.graph.inputs import Arguments, arguments
-from fxcompress.graph.shapes import tensor_meta
+from fxcompress.graph.inputs import arguments
 from fxcompress.graph.trace import is_traced, region_inputs
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
@@ -20,6 +19,7 @@ from fxcompress.pass_base import Context
 from fxcompress.plan import Plan
 from fxcompress.pruning.finetuning import finetune
 from fxcompress.pruning.pruning_plan import GroupPlan, PruningPlan
+from fxcompress.pruning.recipe import inputs_of
 from fxcompress.training import History
 
 __all__ = ["ChannelPruner", "FilterPruner", "StructuredPruner"]
@@ -157,7 +157,10 @@ class StructuredPruner:
 
     def _inputs(self, model: nn.Module, example_inputs: Any) -> Any:
         given = self.example_inputs if example_inputs is None else example_inputs
-        return _from_metadata(model) if given is None else given
+        if given is None and is_traced(model):
+            assert isinstance(model, fx.GraphModule)
+            return inputs_of(model)
+        return given
 
     def _analysed(
         self, model: nn.Module, example_inputs: Any, data: Iterable[Any] | None, **options: Any
@@ -185,18 +188,6 @@ def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not nn.parameter.is_lazy(parameter) and not bool(torch.isfinite(parameter).all()):
             raise ConfigError(f"{name} holds NaN or infinite values; no criterion ranks them. Mend the weights first.")
-
-
-def _from_metadata(model: nn.Module) -> Any:
-    """Inputs of the shapes that a traced model was traced with; None where it does not tell."""
-    if not is_traced(model):
-        return None
-    assert isinstance(model, fx.GraphModule)
-    metas = {n.target: tensor_meta(n) for n in model.graph.nodes if n.op == "placeholder" and not n.args}
-    if not metas or any(meta is None for meta in metas.values()):
-        return None
-    made = [torch.zeros(meta.shape, dtype=meta.dtype) for meta in metas.values() if meta is not None]
-    return Arguments(tuple(made), {})
 
 
 class FilterPruner(StructuredPruner):

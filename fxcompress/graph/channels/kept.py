@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from fxcompress.errors import PassError
 from fxcompress.graph.channels.atoms import Ints
 from fxcompress.graph.channels.labels import Value
 
-__all__ = ["Kept", "Mask", "select"]
+__all__ = ["Kept", "Mask", "mask_data", "mask_from_data", "select"]
 
 Mask = NDArray[np.bool_]
 
@@ -64,6 +65,18 @@ def _left(masks: dict[int, Mask], dim: int) -> int:
     if len(counts) != 1:
         raise PassError(f"blocks that must keep equal numbers of channels keep {counts.tolist()}.")
     return int(counts[0])
+
+
+def mask_data(mask: Mask) -> dict[str, Any]:
+    """A mask as plain data: its shape, and the positions that stay, counted through it."""
+    return {"shape": list(mask.shape), "kept": np.flatnonzero(mask).tolist()}
+
+
+def mask_from_data(data: Mapping[str, Any]) -> Mask:
+    """The inverse of :func:`mask_data`."""
+    mask = np.zeros(int(np.prod(data["shape"])), dtype=bool)
+    mask[data["kept"]] = True
+    return mask.reshape(data["shape"])
 
 
 def select(tensor: torch.Tensor, masks: Mapping[int, Mask]) -> torch.Tensor:
