@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.backends.onnx_graph import WORST, Flat, flatten, in_half, missing, to_onnx
+from fxcompress.backends.onnx_graph import Flat, flatten, in_half, least_agreement, missing, to_onnx
 from fxcompress.backends.onnxruntime import onnxruntime
 from fxcompress.errors import BackendError, ConfigError, VerificationError
 from fxcompress.graph import trace
@@ -96,7 +96,7 @@ def _check(flat: Flat, data: bytes, half: bool) -> None:
         expected: tuple[Tensor, ...] = flat.module(*flat.examples)
     found = session([example.contiguous() for example in flat.examples])
     rounds = any(node.target in (quantize, dequantize) for node in flat.module.graph.nodes)
-    least = WORST if rounds else _HALF_WORST if half else _FLOAT_WORST
+    least = least_agreement(flat, expected) if rounds else _HALF_WORST if half else _FLOAT_WORST
     agreement = output_snr(expected, tuple(found))
     if not agreement >= least:
         raise VerificationError(

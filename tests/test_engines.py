@@ -18,6 +18,7 @@ import fxcompress
 from fxcompress import PassManager, PTQQuantizer, backends, coverage
 from fxcompress.backends import onnxruntime
 from fxcompress.backends.engine import lower_to
+from fxcompress.backends.onnx_graph import flatten, least_agreement
 from fxcompress.errors import BackendError
 from fxcompress.graph import qdq
 from fxcompress.observe import output_snr
@@ -87,8 +88,6 @@ def test_what_is_counted_is_what_was_placed(backend: str) -> None:
 
 
 def test_relu6_that_the_quantize_does_anyway_goes_and_any_other_stays() -> None:
-    from fxcompress.backends.onnx_graph import flatten
-
     _, result = converted("onnxruntime")
     kept = [node.kwargs.get("activation") for node in flatten(result.meta["portable"]).module.graph.nodes]
     assert not any(kept)
@@ -143,3 +142,14 @@ def test_a_runtime_that_computes_something_else_is_refused(monkeypatch: pytest.M
     monkeypatch.setitem(backends.BACKENDS, "onnxruntime", broken)
     with pytest.raises(BackendError, match="wrong computes something else than the graph"):
         converted.__wrapped__("onnxruntime")
+
+
+def test_what_a_runtime_must_reach_falls_with_the_sensitivity_of_the_graph_only() -> None:
+    class Chaotic(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(1e5 * x)
+
+    steady = flatten(PassManager([]).run(nn.Linear(4, 4).eval(), torch.randn(8, 4)))
+    wild = flatten(PassManager([]).run(Chaotic(), torch.randn(8, 4)))
+    assert least_agreement(steady, steady.module(*steady.examples)) == 10.0
+    assert least_agreement(wild, wild.module(*wild.examples)) < 0
