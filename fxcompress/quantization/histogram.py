@@ -71,11 +71,10 @@ class Histogram:
     def _count(self, values: Tensor, negatives: bool) -> None:
         base = (self.top + 1) * self.per_octave - self.width
         flat = self._counts.view(-1)
-        lanes = _lanes()
         for patterns in values.view(torch.int32).split(_CHUNK):  # a chunk and its keys stay in the cache
             keys = (patterns & 0x7FFFFFFF).bitwise_right_shift_(self.shift) if negatives else patterns >> self.shift
             keys.sub_(base)
-            torch.maximum(keys, lanes[: keys.numel()], out=keys)
+            _spread_zeros(keys)
             if negatives and self.signed:
                 keys.add_((patterns >> 31).bitwise_and_(self.width))
             found = torch.bincount(keys)
@@ -148,13 +147,23 @@ def _octave(magnitude: float) -> int:
     return max(math.frexp(magnitude)[1] + 126, 0) if magnitude else 0
 
 
-@functools.cache
-def _lanes() -> Tensor:
-    """0 to 7 over and over: zeros, half of all values behind a ReLU, are spread over as many bins and gathered afterwards.
+def _spread_zeros(keys: Tensor) -> None:
+    """Raise keys to the lowest bins, in turn: zeros, half of all values behind a ReLU, are gathered from there afterwards.
 
     Counting into one bin again and again waits for its own last store each time.
     """
-    return (torch.arange(_CHUNK) % _LANES).to(torch.int32)
+    lanes = _lanes()
+    tail = keys.numel() % lanes.numel()
+    rows = keys[: keys.numel() - tail].view(-1, lanes.numel())
+    torch.maximum(rows, lanes, out=rows)
+    rest = keys[keys.numel() - tail :]
+    torch.maximum(rest, lanes[:tail], out=rest)
+
+
+@functools.cache
+def _lanes() -> Tensor:
+    """0 to 7 over and over; a row that stays in the nearest cache."""
+    return (torch.arange(1024) % _LANES).to(torch.int32)
 
 
 def _lowered(counts: Tensor, step: int) -> Tensor:

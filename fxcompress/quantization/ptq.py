@@ -25,7 +25,7 @@ class PTQQuantizer(Quantizer):
                                  ``onnxruntime``, ``openvino``, ``tensorrt``; ``auto``: the fastest of those installed
     ``dtype``                    ``int8``, or ``uint8``: both name 8-bit integers; the backend's table says which of its
                                  tensors are signed. ``fp16``: weights and activations in half precision, fragile operators
-                                 in fp32, no calibration
+                                 in fp32, no calibration; it runs in torch whatever the backend
     ``per_channel``              a weight scale per output channel, where the backend has it
     ``symmetric``                symmetric weights; False: affine ones, where the backend has them (activations are as the
                                  backend wants them)
