@@ -108,14 +108,16 @@ def carry_optimizer(optimizer: Optimizer, before: nn.Module, after: nn.Module) -
     names = {id(parameter): name for name, parameter in before.named_parameters()}
     parameters = dict(after.named_parameters())
     masks = _masks(after, before)
-    groups, moved = [], {}
+    groups: list[dict[str, Any]] = []
+    moved: dict[torch.Tensor, Any] = {}
     for group in optimizer.param_groups:
         kept = [(old, parameters[names[id(old)]]) for old in group["params"] if names.get(id(old)) in parameters]
         groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": [new for _, new in kept]})
         for old, new in kept:
             if old in optimizer.state:
                 moved[new] = _sliced(optimizer.state[old], old, masks.get(names[id(old)], []))
-    made = type(optimizer)(groups)
+    kind: Any = type(optimizer)
+    made: Optimizer = kind(groups)
     made.state.update(moved)
     return made
 
