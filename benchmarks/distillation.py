@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,21 +49,22 @@ class Small(nn.Module):
 
 
 STAGES = ["stage1", "stage2"]
-"""Weights are those of the literature where it has some, scaled so that labels and teacher weigh alike at the start."""
+"""Weights bring what the teacher says to the scale of the labels' loss, found on other seeds than are shown."""
 RECIPES: dict[str, Any] = {
     "LogitDistiller": {"alpha": 1.0, "beta": 0.1},
-    "DKDDistiller": {"warmup_epochs": 20},
+    "DKDDistiller": {},
     "DISTDistiller": {"temperature": 4.0, "distill_weight": 2.0},
-    "FeatureDistiller": {"teacher_layers": STAGES, "distill_weight": 3.0},
-    "FitNetDistiller": {"teacher_layers": ["stage2"], "distill_weight": 10.0},
-    "ATDistiller": {"teacher_layers": STAGES, "distill_weight": 1000.0},
-    "FSPDistiller": {"teacher_layers": STAGES, "distill_weight": 50.0},
-    "OFDDistiller": {},
-    "ReviewKDDistiller": {"teacher_layers": STAGES, "distill_weight": 1.0},
-    "RelationDistiller": {"relation_type": "similarity", "distill_weight": 3000.0},
-    "RKDDistiller": {},
-    "CRDDistiller": {"num_negatives": 1024, "distill_weight": 0.8},
-    "PKTDistiller": {"distill_weight": 30000.0},
+    "FeatureDistiller": {"teacher_layers": STAGES},
+    "FitNetDistiller": {"teacher_layers": ["stage2"]},
+    "ATDistiller": {"teacher_layers": STAGES, "distill_weight": 10.0},
+    "FSPDistiller": {"teacher_layers": STAGES},
+    "OFDDistiller": {"distill_weight": 0.1},
+    "ReviewKDDistiller": {"teacher_layers": STAGES},
+    "RelationDistiller": {"relation_type": "similarity", "distill_weight": 300.0},
+    "RKDDistiller": {"distill_weight": 0.1},
+    "CRDDistiller": {"num_negatives": 64, "temperature": 0.3, "distill_weight": 0.3},
+    "CRDDistiller, in the batch": {"mode": "batch", "temperature": 0.2, "distill_weight": 0.3},
+    "PKTDistiller": {"distill_weight": 3000.0},
     "CCDistiller": {"distill_weight": 10.0},
 }
 
@@ -78,7 +79,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[~test], labels[~test], images[test], labels[test]
 
 
-def fit(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: int, lr: float = 5e-3) -> None:
+def fit(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: int, lr: float = 1e-2) -> None:
     """Train a classifier, or a distiller, in place."""
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr)
@@ -113,7 +114,7 @@ def learn_digits(seeds: int, epochs: int, share: int, width: int) -> None:
     images, labels, test_images, test_labels = digits()
     torch.manual_seed(0)
     teacher = Small(32)
-    fit(teacher, images, labels, 30, seed=0)
+    fit(teacher, images, labels, 20, seed=0)
     few = torch.arange(len(labels)) % share == 0
     images, labels = images[few], labels[few]
     student = Small(width)
@@ -122,14 +123,14 @@ def learn_digits(seeds: int, epochs: int, share: int, width: int) -> None:
         f"student {size(student):,} parameters, {len(labels)} labelled digits, {epochs} epochs, {seeds} seeds"
     )
     found: dict[str, list[float]] = {"student alone": []}
-    for seed in range(seeds):
+    for seed in range(100, 100 + seeds):
         torch.manual_seed(seed)
         start = Small(width)
         alone = copy.deepcopy(start)
         fit(alone, images, labels, epochs, seed)
         found["student alone"].append(accuracy(alone, test_images, test_labels))
         for name, options in RECIPES.items():
-            config = {"type": name, "seed": seed, **options}
+            config = {"type": name.partition(",")[0], "seed": seed, **options}
             if name == "CRDDistiller":
                 config["samples"] = len(labels)
             distiller = make_distiller(config, teacher=teacher, student=start, example_inputs=images[:2])
@@ -182,7 +183,7 @@ def run_pairs() -> None:
         images, rows = torch.randn(4, 3, 64, 64), []
         dense = "deeplab" in pair
         targets = torch.randint(21, (4, 64, 64)) if dense else torch.randint(1000, (4,))
-        for name in RECIPES:
+        for name in (name for name in RECIPES if "," not in name):
             options = by_layers if name in _BY_LAYERS else by_embedding if name in _BY_EMBEDDING else {}
             config = {"type": name, **options, **special.get(name, {})}
             distiller = make_distiller(config, teacher=teacher, student=student, example_inputs=images)
@@ -313,7 +314,8 @@ def peak(which: str) -> None:
     step = stepping(ByHand() if which == "hand" else ours(), images, targets)
     for _ in range(3):
         step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    status = Path("/proc/self/status").read_text()  # getrusage would report the parent's peak where that is higher
+    print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
 
 
 def memory() -> None:
@@ -332,7 +334,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=["digits", "pairs", "cost", "memory"])
     parser.add_argument("--quick", action="store_true", help="fewer seeds, epochs and rounds, a smaller bank")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--share", type=int, default=12, help="students see one label in so many")
     parser.add_argument("--width", type=int, default=9)
     parser.add_argument("--rounds", type=int, default=15)
@@ -345,7 +347,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, one thread")
     parts: dict[str, Callable[[], None]] = {
         "digits": lambda: learn_digits(
-            2 if options.quick else options.seeds, 20 if options.quick else options.epochs, options.share, options.width
+            2 if options.quick else options.seeds, 50 if options.quick else options.epochs, options.share, options.width
         ),
         "pairs": run_pairs,
         "cost": lambda: cost(5 if options.quick else options.rounds, 100_000 if options.quick else 1_000_000),

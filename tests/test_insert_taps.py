@@ -373,6 +373,25 @@ def test_the_view_shares_parameters_modes_and_devices_and_copies_and_pickles() -
     assert view(X.double())[1]["body"].dtype == torch.float64
 
 
+def test_the_view_overwrites_only_what_nothing_else_reads() -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.relu = nn.Linear(3, 3), nn.Linear(3, 3), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.b(self.relu(self.a(x))))  # type: ignore[no-any-return]
+
+    x = torch.randn(2, 3)
+    view = features(tapped(Chain().eval(), x, "a"))
+    output, values = view(x)
+    assert float(values["a"].detach().min()) < 0
+    assert torch.equal(output, view.model(x))
+    in_place = [node for node in view.__dict__["_view"].graph.nodes if node.kwargs.get("inplace")]
+    assert [node.all_input_nodes[0].name for node in in_place] == ["b"]
+    output.sum().backward()
+
+
 def test_gradients_flow_from_taps_and_the_view_compiles_to_export() -> None:
     view = features(tapped(net(), X, "body.block"))
     view(X)[1]["body.block"].sum().backward()

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import ConfigError, TraceError, did_you_mean
 from fxcompress.graph import edit, ops
-from fxcompress.graph.inplace import VIEWS, writes
+from fxcompress.graph.inplace import VIEWS, reuse_memory, writes
 from fxcompress.graph.island import TOP, Island
 from fxcompress.graph.shapes import shape_of
 
@@ -317,6 +317,7 @@ def _view(module: fx.GraphModule) -> fx.GraphModule:
     for table in ("_modules", "_parameters", "_buffers"):
         view.__dict__[table] = module.__dict__[table]
     view.graph = graph
+    reuse_memory(view)
     return view
 
 
