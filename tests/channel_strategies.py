@@ -1,0 +1,326 @@
+"""Random networks for pruning: maps and sequences of channels that are convolved, normalised, joined, moved and attended.
+
+A network is drawn as a program over a pool of live values. It runs on any batch and any image size that 4 divides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.channel_cases import lived_in
+
+__all__ = ["Drawn", "Program", "channel_networks"]
+
+WIDTHS = [4, 6, 8, 12]
+
+
+class Program(nn.Module):
+    """Runs drawn steps: (what, operands, layer), where a layer of -1 means that ``what`` names a function."""
+
+    def __init__(self, steps: list[tuple[str, tuple[int, ...], int]], layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.steps, self.layers = steps, nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Any:
+        pool = [x]
+        for what, operands, layer in self.steps:
+            values = [pool[i] for i in operands]
+            pool.append(self.layers[layer](*values) if layer >= 0 else FUNCTIONS[what](*values))
+        return pool[-1] if len(pool[-1].shape) == 2 else pool[-1].mean((-1, -2))
+
+
+class Attention(nn.Module):
+    """Self-attention with two heads; ``packed``: one projection for all three."""
+
+    def __init__(self, width: int, packed: bool) -> None:
+        super().__init__()
+        self.packed = packed
+        self.inner = nn.Linear(width, 24) if packed else nn.ModuleList(nn.Linear(width, 8) for _ in range(3))
+        self.out = nn.Linear(8, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed:
+            q, k, v = self.inner(x).reshape(x.shape[0], x.shape[1], 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            layers: Any = self.inner
+            q, k, v = (layer(x).view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2) for layer in layers)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Excite(nn.Module):
+    """Squeeze and excite."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(width, 4, 1), nn.Conv2d(4, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.up(F.silu(self.down(x.mean((2, 3), keepdim=True)))))
+
+
+class Norm2d(nn.LayerNorm):
+    """Layer normalisation over the channels of a map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+def shuffled(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def gated(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, 1)
+    return a * torch.sigmoid(b)
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "relu": lambda x: F.relu(x),
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "hardswish": F.hardswish,
+    "times two": lambda x: x * 2.0,
+    "plus one": lambda x: 1.0 + x,
+    "negative": lambda x: -x,
+    "add": lambda a, b: a + b,
+    "multiply": lambda a, b: a * torch.tanh(b),
+    "average": lambda a, b: torch.stack([a, b]).mean(0),
+    "cat": lambda a, b: torch.cat([a, b], 1),
+    "cat last": lambda a, b: torch.cat((a, b), dim=-1),
+    "first half": lambda x: x.chunk(2, dim=1)[0],
+    "second half": lambda x: torch.split(x, x.shape[1] // 2, dim=1)[1],
+    "halves gate": gated,
+    "F.glu": lambda x: F.glu(x, 1),
+    "all but one": lambda x: x[:, 1:],
+    "every other": lambda x: x[:, ::2],
+    "listed": lambda x: x[:, [3, 0, 2, 1]],
+    "flip": lambda x: x.flip(1),
+    "roll": lambda x: torch.roll(x, 1, 1),
+    "twice": lambda x: x.repeat(1, 2, 1, 1),
+    "each twice": lambda x: x.repeat_interleave(2, 1),
+    "interleaved": lambda a, b: torch.stack((a, b), 2).flatten(1, 2),
+    "padded": lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)),
+    "shuffled": shuffled,
+    "pixel shuffle": lambda x: F.pixel_shuffle(x, 2),
+    "pixel unshuffle": lambda x: F.pixel_unshuffle(x, 2),
+    "max pool": lambda x: F.max_pool2d(x, 2),
+    "upsample": lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"),
+    "strongest gates": lambda x: x * torch.sigmoid(x.amax(1, keepdim=True)),
+    "to sequence": lambda x: x.flatten(2).transpose(1, 2),
+    "to map": lambda t, like: t.transpose(1, 2).reshape(t.shape[0], -1, like.shape[2], like.shape[3]),
+    "pooled": lambda x: x.mean((2, 3)),
+    "flat": lambda x: F.adaptive_avg_pool2d(x, 2).flatten(1),
+    "flat, channels last": lambda x: F.adaptive_avg_pool2d(x, 2).permute(0, 2, 3, 1).reshape(x.shape[0], -1),
+    "over the sequence": lambda t: t.mean(1),
+}
+
+ACTIVATIONS = ["relu", "sigmoid", "gelu", "hardswish", "times two", "plus one", "negative"]
+RESHAPED = {"twice": 2.0, "each twice": 2.0, "every other": 0.5, "first half": 0.5, "second half": 0.5}
+RESHAPED |= {"halves gate": 0.5, "F.glu": 0.5, "flip": 1.0, "roll": 1.0, "shuffled": 1.0, "strongest gates": 1.0}
+
+
+@dataclass(frozen=True)
+class Live:
+    """A value: its channels, its size as a power of two of the input's, and the map a sequence was made from."""
+
+    channels: int
+    scale: int = 0
+    like: int | None = None
+
+
+@dataclass
+class Draft:
+    """The program while it is drawn."""
+
+    draw: Callable[[Any], Any]
+    live: list[Live] = field(default_factory=lambda: [Live(3)])
+    steps: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)
+    layers: list[nn.Module] = field(default_factory=list)
+
+    def emit(self, what: str | nn.Module, operands: tuple[int, ...], live: Live) -> int:
+        layer = -1
+        if isinstance(what, nn.Module):
+            self.layers.append(what)
+            layer, what = len(self.layers) - 1, type(what).__name__
+        self.steps.append((what, operands, layer))
+        self.live.append(live)
+        return len(self.live) - 1
+
+    def pick(self, sequence: bool = False) -> int | None:
+        """A live value, the newest most often; not the input."""
+        fitting = [i for i, live in enumerate(self.live) if i and (live.like is not None) == sequence]
+        return fitting[-1 - self.draw(st.integers(0, min(3, len(fitting) - 1)))] if fitting else None
+
+    def partner(self, index: int, same_width: bool) -> int:
+        own = self.live[index]
+        fitting = [
+            i
+            for i, live in enumerate(self.live)
+            if i
+            and (live.scale, live.like) == (own.scale, own.like)
+            and (live.channels == own.channels if same_width else live.channels + own.channels <= 24)
+        ]
+        return int(self.draw(st.sampled_from(fitting or [index])))
+
+
+def convolution(draft: Draft, source: int) -> None:
+    live = draft.live[source]
+    width, kind = (
+        live.channels,
+        draft.draw(st.sampled_from(["plain", "plain", "1x1", "depth", "depth2", "groups", "transposed"])),
+    )
+    bias = draft.draw(st.booleans())
+    if kind == "depth":
+        conv: nn.Module = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=bias)
+        out = width
+    elif kind == "depth2":
+        conv, out = nn.Conv2d(width, 2 * width, 1, groups=width, bias=bias), 2 * width
+    else:
+        out = draft.draw(st.sampled_from(WIDTHS))
+        groups = 2 if kind in ("groups", "transposed") and width % 2 == 0 and draft.draw(st.booleans()) else 1
+        if kind == "transposed":
+            conv = nn.ConvTranspose2d(width, out, 3, padding=1, groups=groups, bias=bias)
+        elif kind == "1x1":
+            conv = nn.Conv2d(width, out, 1, bias=bias)
+        else:
+            conv = nn.Conv2d(width, out, 3, padding=1, groups=groups, bias=bias)
+    draft.emit(conv, (source,), Live(out, live.scale))
+
+
+def normalise(draft: Draft, source: int) -> None:
+    live = draft.live[source]
+    width = live.channels
+    norms = [nn.BatchNorm2d(width), nn.InstanceNorm2d(width, affine=True), nn.PReLU(width), Norm2d(width)]
+    norms += [nn.GroupNorm(2, width)] if width % 2 == 0 and width > 2 else []
+    draft.emit(norms[draft.draw(st.integers(0, len(norms) - 1))], (source,), live)
+
+
+def activate(draft: Draft, source: int) -> None:
+    draft.emit(draft.draw(st.sampled_from(ACTIVATIONS)), (source,), draft.live[source])
+
+
+def combine(draft: Draft, source: int) -> None:
+    other = draft.partner(source, same_width=True)
+    draft.emit(draft.draw(st.sampled_from(["add", "multiply", "average"])), (source, other), draft.live[source])
+
+
+def join(draft: Draft, source: int) -> None:
+    live, sequence = draft.live[source], draft.live[source].like is not None
+    other = draft.partner(source, same_width=False)
+    total = live.channels + draft.live[other].channels
+    if sequence:
+        draft.emit("cat last", (source, other), Live(total, live.scale, live.like))
+    elif live.channels == draft.live[other].channels and draft.draw(st.booleans()):
+        draft.emit("interleaved", (source, other), Live(total, live.scale))
+    else:
+        draft.emit("cat", (source, other), Live(total, live.scale))
+
+
+def rearrange(draft: Draft, source: int) -> None:
+    live = draft.live[source]
+    what = draft.draw(st.sampled_from([*RESHAPED, "all but one", "listed", "padded"]))
+    width = live.channels
+    if what in RESHAPED and width % 2 == 0 and 2 <= width * RESHAPED[what] <= 24:
+        draft.emit(what, (source,), Live(int(width * RESHAPED[what]), live.scale))
+    elif what == "all but one" and width > 2:
+        draft.emit(what, (source,), Live(width - 1, live.scale))
+    elif what == "listed" and width >= 4:
+        draft.emit(what, (source,), Live(4, live.scale))
+    elif what == "padded":
+        draft.emit(what, (source,), Live(width + 3, live.scale))
+
+
+def resize(draft: Draft, source: int) -> None:
+    live = draft.live[source]
+    what = draft.draw(st.sampled_from(["max pool", "upsample", "pixel shuffle", "pixel unshuffle"]))
+    if what == "max pool" and live.scale > -2:
+        draft.emit(what, (source,), Live(live.channels, live.scale - 1))
+    elif what == "upsample" and live.scale < 0:
+        draft.emit(what, (source,), Live(live.channels, live.scale + 1))
+    elif what == "pixel shuffle" and live.scale < 1 and live.channels % 4 == 0:
+        draft.emit(what, (source,), Live(live.channels // 4, live.scale + 1))
+    elif what == "pixel unshuffle" and live.scale > -2 and live.channels <= 6:
+        draft.emit(what, (source,), Live(live.channels * 4, live.scale - 1))
+
+
+def excite(draft: Draft, source: int) -> None:
+    draft.emit(Excite(draft.live[source].channels), (source,), draft.live[source])
+
+
+def to_sequence(draft: Draft, source: int) -> None:
+    live = draft.live[source]
+    made = draft.emit("to sequence", (source,), Live(live.channels, live.scale, source))
+    for _ in range(draft.draw(st.integers(1, 3))):
+        made = sequence_step(draft, made)
+    if draft.draw(st.booleans()):
+        draft.emit("to map", (made, source), Live(draft.live[made].channels, live.scale))
+
+
+def sequence_step(draft: Draft, source: int) -> int:
+    live = draft.live[source]
+    width = live.channels
+    what = draft.draw(st.sampled_from(["linear", "attention", "norm", "act", "add", "cat"]))
+    if what == "linear":
+        out = draft.draw(st.sampled_from(WIDTHS))
+        return draft.emit(nn.Linear(width, out, bias=draft.draw(st.booleans())), (source,), Live(out, live.scale, live.like))
+    if what == "attention":
+        return draft.emit(Attention(width, draft.draw(st.booleans())), (source,), live)
+    if what == "norm":
+        return draft.emit(draft.draw(st.sampled_from([nn.LayerNorm, nn.RMSNorm]))(width), (source,), live)
+    {"act": activate, "add": combine, "cat": join}[what](draft, source)
+    return len(draft.live) - 1
+
+
+STEPS = (convolution, convolution, convolution, normalise, activate, combine, join, rearrange, rearrange, resize, excite)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A network in float64 and eval mode, and images of two sizes for it."""
+
+    model: Program
+    small: Tensor
+    large: Tensor
+
+    def __repr__(self) -> str:
+        return f"{self.model.steps} with {[*self.model.layers]}"
+
+
+@st.composite
+def channel_networks(draw: Any, max_steps: int = 10) -> Drawn:
+    """A network of up to ``max_steps`` steps after its first convolution, with one or two heads added up."""
+    seed = draw(st.integers(0, 2**16))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        draft = Draft(draw)
+        first = draw(st.sampled_from(WIDTHS))
+        draft.emit(nn.Conv2d(3, first, 3, padding=1), (0,), Live(first))
+        for _ in range(draw(st.integers(1, max_steps))):
+            source = draft.pick()
+            assert source is not None
+            draw(st.sampled_from((*STEPS, to_sequence)))(draft, source)
+        heads = [head(draft, i) for i in {len(draft.live) - 1, draft.pick()} if i is not None]
+        if len(heads) > 1:
+            draft.emit("add", (heads[0], heads[1]), Live(3))
+        model = lived_in(Program(draft.steps, draft.layers), seed)
+        small, large = (torch.randn(n, 3, size, size, dtype=torch.float64) for n, size in ((2, 8), (3, 12)))
+    return Drawn(model, small, large)
+
+
+def head(draft: Draft, source: int) -> int:
+    live = draft.live[source]
+    if live.like is not None:
+        flat, width = "over the sequence", live.channels
+    else:
+        flat = draft.draw(st.sampled_from(["pooled", "flat", "flat, channels last"]))
+        width = live.channels * (1 if flat == "pooled" else 4)
+    made = draft.emit(flat, (source,), Live(width))
+    return draft.emit(nn.Linear(width, 3), (made,), Live(3))
