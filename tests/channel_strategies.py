@@ -22,18 +22,23 @@ WIDTHS = [4, 6, 8, 12]
 
 
 class Program(nn.Module):
-    """Runs drawn steps: (what, operands, layer), where a layer of -1 means that ``what`` names a function."""
+    """Runs drawn steps: (what, operands, layer), where a layer of -1 means that ``what`` names a function.
 
-    def __init__(self, steps: list[tuple[str, tuple[int, ...], int]], layers: list[nn.Module]) -> None:
+    ``asks`` for the size of its input, so that it is captured by export.
+    """
+
+    def __init__(self, steps: list[tuple[str, tuple[int, ...], int]], layers: list[nn.Module], asks: bool) -> None:
         super().__init__()
-        self.steps, self.layers = steps, nn.ModuleList(layers)
+        self.steps, self.layers, self.asks = steps, nn.ModuleList(layers), asks
 
     def forward(self, x: Tensor) -> Any:
+        if self.asks and x.shape[1] != 3:
+            raise ValueError("it takes three channels")
         pool = [x]
         for what, operands, layer in self.steps:
             values = [pool[i] for i in operands]
             pool.append(self.layers[layer](*values) if layer >= 0 else FUNCTIONS[what](*values))
-        return pool[-1] if len(pool[-1].shape) == 2 else pool[-1].mean((-1, -2))
+        return pool[-1]
 
 
 class Attention(nn.Module):
@@ -282,13 +287,11 @@ def sequence_step(draft: Draft, source: int) -> int:
 STEPS = (convolution, convolution, convolution, normalise, activate, combine, join, rearrange, rearrange, resize, excite)
 
 
-@dataclass(frozen=True)
 class Drawn:
     """A network in float64 and eval mode, and images of two sizes for it."""
 
-    model: Program
-    small: Tensor
-    large: Tensor
+    def __init__(self, model: Program, small: Tensor, large: Tensor) -> None:
+        self.model, self.small, self.large = model, small, large
 
     def __repr__(self) -> str:
         return f"{self.model.steps} with {[*self.model.layers]}"
@@ -310,7 +313,7 @@ def channel_networks(draw: Any, max_steps: int = 10) -> Drawn:
         heads = [head(draft, i) for i in {len(draft.live) - 1, draft.pick()} if i is not None]
         if len(heads) > 1:
             draft.emit("add", (heads[0], heads[1]), Live(3))
-        model = lived_in(Program(draft.steps, draft.layers), seed)
+        model = lived_in(Program(draft.steps, draft.layers, draw(st.sampled_from([False, False, True]))), seed)
         small, large = (torch.randn(n, 3, size, size, dtype=torch.float64) for n, size in ((2, 8), (3, 12)))
     return Drawn(model, small, large)
 
