@@ -27,11 +27,11 @@ def score(weight: Tensor, criterion: str, generator: torch.Generator, name: str 
     if criterion not in CRITERIA:
         hint = did_you_mean(criterion, CRITERIA)
         raise ConfigError(f"there is no criterion {criterion!r}.{hint} Known: {', '.join(CRITERIA)}.")
-    if not bool(torch.isfinite(weight).all()):
+    exact = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    if weight.numel() and not bool(torch.isfinite(exact.abs().amax())):
         owner = f"the weight of {name!r}" if name else "a weight"
         raise ConfigError(f"{owner} holds NaN or infinite values; no criterion ranks them.")
-    exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return CRITERIA[criterion](weight.detach().to(exact), generator)
+    return CRITERIA[criterion](exact, generator)
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -87,13 +87,13 @@ def n_of_m(scores: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
 
     ``m`` must divide the size of ``dim``.
     """
-    grouped = scores.movedim(dim, -1)
-    parts = grouped.reshape(*grouped.shape[:-1], -1, m).unbind(-1)
-    kept = []
-    for i, own in enumerate(parts):
-        rank = torch.zeros(own.shape, dtype=torch.int8, device=own.device)
-        for j, other in enumerate(parts):
-            if j != i:
-                rank += (other >= own) if j < i else (other > own)
-        kept.append(rank < n)
-    return torch.stack(kept, -1).reshape(grouped.shape).movedim(-1, dim)
+    dim %= scores.dim()
+    parts = scores.unflatten(dim, (-1, m)).unbind(dim + 1)
+    ahead = [torch.zeros(parts[0].shape, dtype=torch.int8, device=scores.device) for _ in parts]
+    for i in range(m):
+        for j in range(i + 1, m):
+            first = (parts[i] >= parts[j]).view(torch.int8)  # a tie goes to the one that comes first
+            ahead[j] += first
+            ahead[i] -= first
+    kept = [count < n - (m - 1 - i) for i, count in enumerate(ahead)]  # of the m − 1 − i after it, wins counted −1
+    return torch.stack(kept, dim + 1).flatten(dim, dim + 1)

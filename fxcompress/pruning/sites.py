@@ -125,7 +125,7 @@ def _put_on(module: nn.Module, leaf: str, mask: Mask) -> None:
     weight = module._parameters.get(leaf)
     if weight is not None:
         module._parameters[leaf] = _stand_in(weight)
-    parametrize.register_parametrization(module, leaf, mask)
+    parametrize.register_parametrization(module, leaf, mask, unsafe=True)  # a mask keeps shape and dtype
     module.get_submodule("parametrizations").train(module.training)
     if weight is not None:
         _list(module, leaf)._parameters["original"] = weight
