@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from fxcompress import backends
 from fxcompress.data import split_batch
 from fxcompress.graph import edit, ops
 from fxcompress.graph.module import shared_copy
-from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise, hidden
+from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise, Remark, hidden
 from fxcompress.passes.adaround import AdaRound
 from fxcompress.passes.correct_bias import CorrectBias, walkable
 from fxcompress.passes.equalize_layers import EqualizeLayers
@@ -36,9 +36,9 @@ class RecoverAccuracy(Pass):
     """Apply the cheapest remedies until quantization costs no more than ``max_drop``, and say what was done.
 
     In this order, each on a trial copy that is kept only where it helps: cross-layer equalization (ranges are then observed
-    again), bias correction, adaptive rounding of the layers that cost most, and last of all float for one layer after the
-    other, costliest first. What a layer costs is measured once: the noise of the quantized model less that with the layer in
-    float.
+    again; where replacing ReLU6 harms, once more around it), bias correction, adaptive rounding of the layers that cost
+    most, and last of all float for one layer after the other, costliest first. What a layer costs is measured once: the
+    noise of the quantized model less that with the layer in float.
 
     Options: ``max_drop``, in points of ``metric``: ``accuracy`` (batches hold targets), ``agreement`` of the largest output
     with the float model's, ``fidelity`` (100 less the noise's share of the output power, in percent), or ``auto``;
@@ -76,6 +76,7 @@ class _Recovery:
     def __init__(self, options: RecoverAccuracy, model: fx.GraphModule, context: Context, judge: Judge) -> None:
         self.options, self.model, self.context, self.judge = options, model, context, judge
         self.started = time.monotonic()
+        self.heard: list[Remark] = []
         self.weights: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor | None] = {}
 
@@ -83,9 +84,12 @@ class _Recovery:
         self.judge.listen(self.model)
         self.drop, self.noise = self.judge.drop(_quantized(self.model))
         self.context.note("", f"quantization costs {self._points(self.drop)}; {self.options.max_drop:g} may be lost")
-        for name, remedy in (("equalize-layers", self._equalize), ("correct-bias", self._correct_bias)):
-            if self._goes_on(name):
-                self._try(name, remedy)
+        if self._goes_on("equalize-layers") and not self._try("equalize-layers", self._equalize):
+            kept = "equalize-layers, ReLU6 kept"
+            if any("ReLU6" in remark.reason for remark in self.heard) and self._goes_on(kept):
+                self._try(kept, lambda trial: self._equalize(trial, "keep"))
+        if self._goes_on("correct-bias"):
+            self._try("correct-bias", self._correct_bias)
         ranked: list[str] = []
         if self.options.adaround_layers and self._goes_on("the sensitivity sweep"):
             ranked = self._rank()
@@ -112,13 +116,13 @@ class _Recovery:
             return False
         return True
 
-    def _try(self, name: str, remedy: Callable[[fx.GraphModule], str | None]) -> None:
-        """Apply a remedy to a copy, and keep it where there is less noise."""
+    def _try(self, name: str, remedy: Callable[[fx.GraphModule], str | None]) -> bool:
+        """Apply a remedy to a copy, and keep it where there is less noise; returns whether it was kept."""
         trial, before = shared_copy(self.model), (self.weights, self.biases)
         reason = remedy(trial)
         if reason is not None:
             self.context.note("", f"{name} was not tried: {reason}")
-            return
+            return False
         edit.finish(trial)
         drop, noise = self.judge.drop(_quantized(trial))
         kept = noise < self.noise
@@ -129,11 +133,14 @@ class _Recovery:
             become(self.model, trial)
         else:
             self.weights, self.biases = before
+        return kept
 
-    def _equalize(self, trial: fx.GraphModule) -> str | None:
+    def _equalize(self, trial: fx.GraphModule, relu6: Literal["replace", "keep"] = "replace") -> str | None:
         if fake_quantizers(trial):
             return "its scales were trained"
-        EqualizeLayers().run(trial, self._quiet())
+        quiet = self._quiet()
+        EqualizeLayers(relu6=relu6).run(trial, quiet)
+        self.heard = quiet.remarks
         watching = observers(trial).values()
         for observer in watching:
             observer.calibrator.reset()

@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 import fxcompress
 from benchmarks.digits import TRAINED, DigitsNet, accuracy, finetuned, trained
 from fxcompress import LSQQuantizer, PassManager, QATQuantizer, coverage
+from fxcompress.backends import fbgemm
+from fxcompress.backends.saturation import largest_activation
 from fxcompress.errors import ConfigError, DataError, PlanError
 from fxcompress.graph import qdq
 from fxcompress.quantization.fake_quant import LearnedFakeQuantize, RangeFakeQuantize, fake_quantizers
@@ -323,6 +325,20 @@ def test_replicas_agree(tmp_path: Path) -> None:
     for name in ("qat", "lsq"):
         first, second = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in (0, 1))
         assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_nothing_saturates_where_the_cpu_adds_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounded weights with observed ranges; 7-bit activations where a learned step may leave any 8-bit weight."""
+    monkeypatch.setattr(fbgemm, "has_vnni", lambda: False)
+    for quantizer, top in ((QATQuantizer(), 255), (LSQQuantizer(), 127)):
+        prepared = quantizer.prepare(lively(DigitsNet()).train(), images()[0])
+        train(prepared, *images())
+        graph = reference(prepared.eval(), images()[0])
+        highest = {n.args[4] for n in graph.graph.nodes if n.target is qdq.quantize}
+        assert highest == {top}
+        weights = [b for name, b in graph.named_buffers() if b.dtype == torch.int8]
+        assert len(weights) == 8
+        assert all(largest_activation(w) >= top for w in weights)
 
 
 def test_real_digits_survive_narrow_grids_and_learned_steps_do_best() -> None:
