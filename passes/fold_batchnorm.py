@@ -75,7 +75,7 @@ def _obstacle(module: fx.GraphModule, norm: ops.Call, reading: dict[str, list[fx
         return f"{source.name!r} before it is also used elsewhere"
     if layer["activation"]:
         return "an activation stands between it and the layer before it"
-    if not isinstance(layer["weight"], ops.Attr) or not _is_stored(module, layer["weight"].name):
+    if not isinstance(layer["weight"], ops.Attr) or not edit.is_stored(module, layer["weight"].name):
         return "the weight before it is computed, not stored"
     if id(edit.get_tensor(module, layer["weight"].name)) in tied:
         return "the weight before it is tied to another layer's"
@@ -86,12 +86,6 @@ def _obstacle(module: fx.GraphModule, norm: ops.Call, reading: dict[str, list[fx
         return "the weight before it is fake-quantized on a scale that still moves; freeze-scales comes first"
     others = [reader for reader in reading[layer["weight"].name] if not _same_norm(reader, norm)]
     return f"its weights are also used by {others[0].name!r} without this normalisation" if others else None
-
-
-def _is_stored(module: fx.GraphModule, name: str) -> bool:
-    prefix, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(prefix)
-    return leaf in owner._parameters or leaf in owner._buffers
 
 
 def _same_norm(layer: fx.Node, norm: ops.Call) -> bool:

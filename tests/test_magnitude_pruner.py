@@ -141,6 +141,15 @@ def test_masked_then_baked_then_quantized_keeps_its_zeros_and_saves(tmp_path: An
     assert torch.equal(load(tmp_path / "model")(X), result(X))
 
 
+def test_masks_that_are_not_baked_stay_in_float_by_name_when_quantized() -> None:
+    plan = [{"mask-weights": {"include_layers": ["5"]}}, "insert-observers", "calibrate", "fold-quantization", "lower"]
+    manager = PassManager(plan)
+    result = manager.run(model(), data=[X])
+    reasons = {remark.node: remark.reason for remark in manager.ledger.remarks("insert-observers")}
+    assert "'bake-masks' makes masks permanent" in reasons["5"]
+    assert MagnitudePruner(include_layers=["5"]).get_sparsity(result) == 0.5
+
+
 def test_selection_takes_only_what_is_named() -> None:
     result: Any = MagnitudePruner(0.5, exclude_layers=["0", "3"]).prune(model())
     assert (result.get_submodule("0").weight != 0).all()

@@ -20,6 +20,7 @@ __all__ = [
     "has_hooks",
     "insert_after",
     "insert_before",
+    "is_stored",
     "readers",
     "replace",
     "set_argument",
@@ -40,6 +41,13 @@ def get_tensor(module: nn.Module, name: str) -> Tensor:
     value = getattr(module.get_submodule(prefix), leaf)
     assert isinstance(value, Tensor)
     return value
+
+
+def is_stored(module: nn.Module, name: str) -> bool:
+    """Whether ``name`` is a parameter or buffer itself, not computed from others (by a mask, a parametrization)."""
+    prefix, leaf = _split(name)
+    owner = module.get_submodule(prefix)
+    return leaf in owner._parameters or leaf in owner._buffers
 
 
 def set_tensor(module: nn.Module, name: str, value: Tensor, *, buffer: bool = False) -> None:

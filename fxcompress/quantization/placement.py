@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxcompress.backends import Backend, Rule
-from fxcompress.graph import ops
+from fxcompress.graph import edit, ops
 from fxcompress.graph.select import Selection
 from fxcompress.graph.shapes import dtype_of
 from fxcompress.quantization.grid import Grid, grid
@@ -104,7 +104,7 @@ def _obstacle(node: fx.Node, call: ops.Call | None, placed: Placement, backend: 
         return f"its input {wrong[0].name!r} is {dtype_of(wrong[0])}"
     reason = rule.refuse(call)
     if reason or rule.weighted:
-        return reason
+        return reason or _computed(call)
     if rule.residual and len(sources) == len(call.inputs):
         return "neither operand is the result of a layer for it alone"
     if rule.demanding or rule.residual:
@@ -113,6 +113,14 @@ def _obstacle(node: fx.Node, call: ops.Call | None, placed: Placement, backend: 
         return "its inputs are in float"
     lonely = [s for s in sources if s not in placed.integers and s.op != "placeholder"]
     return f"its input {lonely[0].name!r} is in float" if lonely else None
+
+
+def _computed(call: ops.Call) -> str | None:
+    """Why a weight that is computed as the graph runs cannot be quantized ahead, or None."""
+    weight, owner = call["weight"], call.node.graph.owning_module
+    if isinstance(weight, ops.Attr) and owner is not None and not edit.is_stored(owner, weight.name):
+        return "its weight is masked or computed by a parametrization; 'bake-masks' makes masks permanent"
+    return None
 
 
 def _observed(module: fx.GraphModule, placed: Placement) -> Iterator[fx.Node]:
