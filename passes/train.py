@@ -34,7 +34,7 @@ class Train(Pass, Recipe):
 
     name: ClassVar[str] = "train"
     takes: ClassVar[tuple[str, ...]] = ("float", "observed")
-    needs: ClassVar[tuple[str, ...]] = ("data",)
+    needs: ClassVar[tuple[str, ...]] = ("data", "labels")
     promise: ClassVar[Promise] = APPROXIMATE
     costly: ClassVar[bool] = True
 
