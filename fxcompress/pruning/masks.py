@@ -12,11 +12,11 @@ from fxcompress.errors import ConfigError, did_you_mean
 __all__ = ["CRITERIA", "check_sparsity", "n_of_m", "score", "smallest"]
 
 CRITERIA: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
-    "l1": lambda weight, generator: weight.abs(),
-    "l2": lambda weight, generator: weight.abs(),  # ranks as w² does, and does not underflow
-    "random": lambda weight, generator: torch.rand(weight.shape, generator=generator).to(weight.device),
+    "l1": lambda magnitude, generator: magnitude,
+    "l2": lambda magnitude, generator: magnitude,  # ranks as w² does, and does not underflow
+    "random": lambda magnitude, generator: torch.rand(magnitude.shape, generator=generator).to(magnitude.device),
 }
-"""Criterion → the score of every weight; the smallest go first."""
+"""Criterion → the score of every weight from |w|; the smallest go first."""
 
 
 def score(weight: Tensor, criterion: str, generator: torch.Generator, name: str = "") -> Tensor:
@@ -27,11 +27,11 @@ def score(weight: Tensor, criterion: str, generator: torch.Generator, name: str 
     if criterion not in CRITERIA:
         hint = did_you_mean(criterion, CRITERIA)
         raise ConfigError(f"there is no criterion {criterion!r}.{hint} Known: {', '.join(CRITERIA)}.")
-    exact = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    if weight.numel() and not bool(torch.isfinite(exact.abs().amax())):
+    magnitude = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32).abs()
+    if weight.numel() and not bool(torch.isfinite(magnitude.amax())):
         owner = f"the weight of {name!r}" if name else "a weight"
         raise ConfigError(f"{owner} holds NaN or infinite values; no criterion ranks them.")
-    return CRITERIA[criterion](exact, generator)
+    return CRITERIA[criterion](magnitude, generator)
 
 
 def check_sparsity(sparsity: float) -> float:
