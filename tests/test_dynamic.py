@@ -199,6 +199,7 @@ def test_layers_are_chosen_and_their_weights_have_bits() -> None:
     assert {row.node: row.reason for row in coverage(result).floats}["head"] == "it is excluded by name"
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 def test_what_has_no_dynamic_kernel_stays_in_float_and_says_why() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
