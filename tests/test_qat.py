@@ -94,6 +94,21 @@ def test_conversion_keeps_what_the_trained_model_computes(name: str) -> None:
     assert coverage(quantizer.convert(prepared)).mac_share == 1.0
 
 
+@pytest.mark.parametrize("name", ["qat", "qat affine per tensor", "lsq 4 bits per tensor"])
+def test_transposed_convolutions_have_one_scale_and_convert(name: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.ConvTranspose2d(1, 6, 2, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(6, 4, 1)]
+    quantizer = QUANTIZERS[name]()
+    prepared = quantizer.prepare(lively(nn.Sequential(*layers)).train(), images()[0])
+    train(prepared, *images())
+    prepared.eval()
+    graph, x = reference(prepared, images()[0]), images()[1]
+    assert graph.get_buffer("0.weight_scale").numel() == 1
+    with torch.no_grad():
+        gap = (prepared(x) - quantizer.convert(prepared)(x)).abs()
+    assert (gap <= output_step(graph) * 1.01).double().mean() >= 0.999
+
+
 @given(networks())
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_conversion_keeps_what_drawn_networks_compute(drawn: Drawn) -> None:

@@ -106,7 +106,8 @@ class FakeQuantize(nn.Module):
         """
         rounded: Tensor = fake_quantize(weight, self.scale, self.zero_point, self.axis, self.quant_min, self.quant_max)
         grown = self.scale * factor.abs().to(self.scale)
-        self.scale = torch.where(grown > 0, grown, torch.ones_like(grown))
+        largest = grown.amax()
+        self.scale = torch.where(grown > 0, grown, torch.where(largest > 0, largest, 1.0))  # a silenced channel takes any
         if bool((self.zero_point != 0).any()) or not self.symmetric:
             mirrored = self.quant_min + self.quant_max - self.zero_point
             self.zero_point = torch.where(factor < 0, mirrored, self.zero_point).to(torch.int32)

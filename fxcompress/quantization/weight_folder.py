@@ -63,10 +63,12 @@ class WeightFolder:
     def _store(self, stored: str, call: ops.Call) -> None:
         weight = edit.get_tensor(self.module, stored)
         self.module.meta.setdefault("float_weights", {})[stored] = weight.detach()
+        options = weight_options(call, self.backend, self.settings)
         if stored in self.learned:
             levels, scale, zero_point = self.learned[stored].levels(weight)
+            if not options["per_channel"]:  # one scale in all, shared out over the channels while it trained
+                scale, zero_point = scale.amax().reshape(1), None if zero_point is None else zero_point[:1]
         else:
-            options = weight_options(call, self.backend, self.settings)
             levels, scale, zero_point = quantize_weight(weight, weight_axis(call), **options)
         edit.set_tensor(self.module, stored, levels, buffer=True)
         edit.set_tensor(self.module, f"{stored}_scale", scale, buffer=True)
