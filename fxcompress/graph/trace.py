@@ -115,7 +115,7 @@ def _is_plain(part: nn.Module) -> bool:
 
 def _copy_layer(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
     made = type(part).__new__(type(part))
-    made.__dict__.update({k: copy.copy(v) if isinstance(v, (dict, set)) else v for k, v in part.__dict__.items()})
+    made.__dict__.update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in part.__dict__.items()})
     tensors: Any = (made._parameters, made._buffers)
     for held in tensors:
         held.update({name: copy.deepcopy(tensor, memo) for name, tensor in held.items()})
