@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxcompress import trace
+from fxcompress import PassManager, trace
 from fxcompress.errors import DataError, TraceError
 from fxcompress.graph import kind, regions, verify
 from fxcompress.graph.shapes import shape_of
@@ -250,3 +250,10 @@ def test_a_shape_that_does_not_fit_is_refused_with_the_node() -> None:
 def test_only_modules_are_traced() -> None:
     with pytest.raises(TraceError, match=r"takes an nn\.Module"):
         trace(torch.relu)  # type: ignore[arg-type]
+
+
+def test_a_traced_model_takes_inputs_of_another_size() -> None:
+    small = PassManager(["fold-batchnorm"]).run(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(2, 3, 8, 8))
+    again = PassManager(["fuse-activations"]).run(small, torch.randn(5, 3, 12, 12))
+    (conv,) = (node for node in again.graph.nodes if node.op == "call_module")
+    assert conv.meta["tensor_meta"].shape == (5, 4, 10, 10)

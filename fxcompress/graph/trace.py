@@ -27,7 +27,7 @@ from fxcompress.graph.inputs import Arguments, arguments, bind, record_calls
 from fxcompress.graph.island import TOP, Island, regions
 from fxcompress.graph.module import TracedModule
 from fxcompress.graph.rungs import Rung, join
-from fxcompress.graph.shapes import propagate
+from fxcompress.graph.shapes import describe, placeholder_values, propagate
 from fxcompress.graph.symbolic import (
     LadderTracer,
     concrete_arguments,
@@ -64,14 +64,19 @@ def trace(model: nn.Module, example_inputs: Any = None, *, copied: bool = False)
     if call is not None:
         bind(model, call)
     model = model if copied else _copy(model)
-    if is_traced(model):
-        assert isinstance(model, fx.GraphModule)
-        return model
-    traced = _trace(model, call)
+    traced = model if is_traced(model) else _trace(model, call)
+    assert isinstance(traced, fx.GraphModule)
     if call is not None:
         for name, inputs in region_inputs(traced, call).items():
-            propagate(regions(traced)[name], inputs)
+            if traced is not model or not _fits_metadata(regions(traced)[name], inputs):
+                propagate(regions(traced)[name], inputs)
     return traced
+
+
+def _fits_metadata(module: fx.GraphModule, call: Arguments) -> bool:
+    """Whether the shapes noted in a graph are those that ``call`` makes."""
+    stated = [node.meta.get("tensor_meta") for node in module.graph.nodes if node.op == "placeholder"]
+    return stated == [describe(value) for value in placeholder_values(module, call)]
 
 
 def region_inputs(model: fx.GraphModule, call: Arguments) -> dict[str, Arguments]:

@@ -18,11 +18,12 @@ from fxcompress.manager import PassManager
 from fxcompress.pass_base import Context
 from fxcompress.plan import Plan
 from fxcompress.pruning.finetuning import finetune
+from fxcompress.pruning.layer_pruner import LayerPruner
 from fxcompress.pruning.pruning_plan import GroupPlan, PruningPlan
 from fxcompress.pruning.recipe import inputs_of
 from fxcompress.training import History
 
-__all__ = ["ChannelPruner", "FilterPruner", "StructuredPruner"]
+__all__ = ["ChannelPruner", "FilterPruner", "LayerPruner", "StructuredPruner"]
 
 
 class StructuredPruner:
