@@ -21,7 +21,7 @@ from fxcompress.graph.channels.blocks import resolve
 from fxcompress.graph.channels.cut import cut
 from fxcompress.graph.channels.kept import Kept
 from fxcompress.graph.channels.labels import Value
-from fxcompress.graph.channels.proof import prove
+from fxcompress.graph.channels.proof import Proof
 from fxcompress.graph.channels.walk import Count
 from fxcompress.graph.inputs import arguments
 from tests.channel_cases import LeaveOutTheSilent, error, silenced
@@ -148,16 +148,12 @@ MUTATIONS = (forget_a_dimension, shift_a_label, swap_two_atoms, forget_a_count)
 def noticed(subject: Subject) -> bool:
     """Whether the cut, a run, an oracle, or an attribute that contradicts its tensors gives the mistake away."""
     channels, drawn = subject.channels, subject.drawn
-    dense = copy.deepcopy(channels.walk.module)
     try:
+        proofs = [Proof(channels, subject.removed, arguments(drawn.small), seed) for seed in range(3)]
         cut(channels, subject.removed)
         small = channels.walk.module
         small(drawn.large)
-        gaps = [
-            gap
-            for seed in range(3)
-            for gap in prove(channels, subject.removed, dense, arguments(drawn.small), seed).values()
-        ]
+        gaps = [gap for proof in proofs for gap in proof.errors().values()]
     except Exception:  # whatever the mistake makes fail: it was noticed
         return True
     return max(gaps) > 1e-10 or contradictory(small)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
@@ -15,7 +14,7 @@ from fxcompress import trace
 from fxcompress.graph.channels import Channels, analyse, predict
 from fxcompress.graph.channels.cut import UnprovableError, cut
 from fxcompress.graph.channels.kept import Kept
-from fxcompress.graph.channels.proof import prove
+from fxcompress.graph.channels.proof import Proof
 from fxcompress.graph.cost import macs
 from fxcompress.graph.inputs import arguments
 from fxcompress.pruning.selection import Budget, choose, removed_classes
@@ -40,16 +39,16 @@ def picked(channels: Channels, share: float, seed: int) -> np.ndarray:
     return removed_classes(channels, choose(channels, found, Budget(share, round_to=1)))
 
 
-def pruned(drawn: Drawn, share: float, seed: int, **options: Any) -> tuple[Channels, np.ndarray, Any]:
-    """(channels after the cut, classes removed, the dense graph)."""
+def pruned(drawn: Drawn, share: float, seed: int, **options: Any) -> tuple[Channels, np.ndarray, Proof]:
+    """(channels after the cut, classes removed, the proof that was begun before it)."""
     refused: dict[str, str] = {}
     while True:
         channels = analysed(drawn, refused, **options)
-        dense = copy.deepcopy(channels.walk.module)
         removed = picked(channels, share, seed)
+        proof = Proof(channels, removed, arguments(drawn.small))
         try:
             cut(channels, removed)
-            return channels, removed, dense
+            return channels, removed, proof
         except UnprovableError as found:
             refused[found.node] = "no form of its numbers is proved right"
 
@@ -57,9 +56,9 @@ def pruned(drawn: Drawn, share: float, seed: int, **options: Any) -> tuple[Chann
 @many
 @given(drawn=channel_networks(), share=st.sampled_from([0.25, 0.5, 0.7]), seed=st.integers(0, 99), heads=st.booleans())
 def test_what_is_left_computes_what_it_did(drawn: Drawn, share: float, seed: int, heads: bool) -> None:
-    channels, removed, dense = pruned(drawn, share, seed, heads=heads)
+    channels, _, proof = pruned(drawn, share, seed, heads=heads)
     small = channels.walk.module
-    for oracle, gap in prove(channels, removed, dense, arguments(drawn.small)).items():
+    for oracle, gap in proof.errors().items():
         assert gap <= 1e-10, oracle
     truth = silenced(drawn.model, small)
     for images in (drawn.small, drawn.large):
