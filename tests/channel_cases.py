@@ -151,6 +151,11 @@ def _mean(func: Any, x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs
     return (x * heard).sum(dims, keepdim=keepdim) / heard.sum(dims, keepdim=keepdim)
 
 
+def _amax(func: Any, x: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
+    dims = [dim] if isinstance(dim, int) else list(dim)
+    return func(x.masked_fill(_heard(x, dims) == 0, -torch.inf), dim, keepdim)
+
+
 LEAVING_OUT: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
@@ -159,6 +164,7 @@ LEAVING_OUT: dict[Any, Callable[..., Any]] = {
     torch.softmax: _softmax,
     torch.mean: _mean,
     Tensor.mean: _mean,
+    Tensor.amax: _amax,
     Tensor.softmax: _softmax,
 }
 

@@ -18,7 +18,6 @@ from fxcompress.graph import ops
 from fxcompress.graph.channels import Channels
 from fxcompress.graph.channels.analysis import _Grouping
 from fxcompress.graph.channels.blocks import resolve
-from fxcompress.graph.channels.cut import cut
 from fxcompress.graph.channels.kept import Kept
 from fxcompress.graph.channels.labels import Value
 from fxcompress.graph.channels.proof import Proof
@@ -26,7 +25,7 @@ from fxcompress.graph.channels.walk import Count
 from fxcompress.graph.inputs import arguments
 from tests.channel_cases import LeaveOutTheSilent, error, silenced
 from tests.channel_strategies import Drawn, channel_networks
-from tests.test_channel_random import EXAMPLES, analysed, picked
+from tests.test_channel_random import EXAMPLES, analysed, picked, shrink
 
 some = settings(max_examples=max(1, EXAMPLES // 6), deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -150,7 +149,7 @@ def noticed(subject: Subject) -> bool:
     channels, drawn = subject.channels, subject.drawn
     try:
         proofs = [Proof(channels, subject.removed, arguments(drawn.small), seed) for seed in range(3)]
-        cut(channels, subject.removed)
+        shrink(channels, subject.removed)
         small = channels.walk.module
         small(drawn.large)
         gaps = [gap for proof in proofs for gap in proof.errors().values()]

@@ -39,6 +39,12 @@ def picked(channels: Channels, share: float, seed: int) -> np.ndarray:
     return removed_classes(channels, choose(channels, found, Budget(share, round_to=1)))
 
 
+def shrink(channels: Channels, removed: np.ndarray) -> None:
+    """Cut, and regenerate the code."""
+    cut(channels, removed)
+    channels.walk.module.recompile()
+
+
 def pruned(drawn: Drawn, share: float, seed: int, **options: Any) -> tuple[Channels, np.ndarray, Proof]:
     """(channels after the cut, classes removed, the proof that was begun before it)."""
     refused: dict[str, str] = {}
@@ -47,7 +53,7 @@ def pruned(drawn: Drawn, share: float, seed: int, **options: Any) -> tuple[Chann
         removed = picked(channels, share, seed)
         proof = Proof(channels, removed, arguments(drawn.small))
         try:
-            cut(channels, removed)
+            shrink(channels, removed)
             return channels, removed, proof
         except UnprovableError as found:
             refused[found.node] = "no form of its numbers is proved right"
@@ -77,7 +83,7 @@ def test_what_is_predicted_is_what_is_counted(drawn: Drawn, share: float, seed: 
     kept = Kept.without(channels.root, removed)
     parameters, operations = predict.parameters(channels, kept), predict.macs(channels, kept)
     try:
-        cut(channels, removed)
+        shrink(channels, removed)
     except UnprovableError:
         return
     small = channels.walk.module
@@ -91,7 +97,7 @@ def test_what_is_predicted_is_what_is_counted(drawn: Drawn, share: float, seed: 
 def test_a_cut_of_nothing_changes_no_bit(drawn: Drawn) -> None:
     channels = analysed(drawn)
     code = channels.walk.module.code
-    cut(channels, np.empty(0, dtype=np.int64))
+    shrink(channels, np.empty(0, dtype=np.int64))
     assert channels.walk.module.code == code
     assert torch.equal(channels.walk.module(drawn.small), drawn.model(drawn.small))
 
@@ -104,7 +110,7 @@ def test_one_cut_after_another_is_both_at_once_in_either_order(drawn: Drawn, see
     parts = [np.intersect1d(group.blocks, removed) for group in channels.groups]
     first, second = (np.concatenate([*parts[i::2], np.empty(0, dtype=np.int64)]) for i in (0, 1))
     try:
-        cut(channels, removed)
+        shrink(channels, removed)
         both = channels.walk.module
         orders = [one_after_another(drawn, [first, second]), one_after_another(drawn, [second, first])]
     except UnprovableError:
@@ -122,7 +128,7 @@ def one_after_another(drawn: Drawn, removals: list[np.ndarray]) -> Any:
         if position:
             channels = analyse(channels.walk.module)
             removal = translated(original, channels, removals[0], removal)
-        cut(channels, removal)
+        shrink(channels, removal)
     return channels.walk.module
 
 
