@@ -92,9 +92,10 @@ def _stays(reason: str) -> bool:
     return not reason.startswith(quiet) and "units" not in reason and "symbolic" not in reason
 
 
-def _other_sizes(model: nn.Module, small: nn.Module, call: tuple[Any, ...]) -> str:
+def _other_sizes(model: nn.Module, small: Any, call: tuple[Any, ...]) -> str:
     """Which other batch and image sizes both models take, and whether the shapes agree."""
     done = []
+    rungs: Any = small.meta["rungs"]
     for batch, scale in ((3, 1.0), (2, 1.25)):
         other = pytree.tree_map_only(torch.Tensor, functools.partial(_resized, batch=batch, scale=scale), call)
         with torch.no_grad():
@@ -105,7 +106,7 @@ def _other_sizes(model: nn.Module, small: nn.Module, call: tuple[Any, ...]) -> s
             try:
                 found = small(*other)
             except RuntimeError:
-                if not any(rung.rung in ("sized", "exported") for rung in small.meta["rungs"]):  # type: ignore[union-attr]
+                if not any(rung.rung in ("sized", "exported") for rung in rungs):
                     raise
                 done.append("image size fixed by tracing")
                 continue

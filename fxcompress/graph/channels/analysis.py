@@ -10,7 +10,13 @@ import numpy as np
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxcompress.graph.channels import contractions, elementwise, moving  # noqa: F401 - each fills the table of rules
+from fxcompress.graph.channels import (  # noqa: F401 - each fills the table of rules
+    contractions,
+    convolutions,
+    elementwise,
+    moving,
+    sequences,
+)
 from fxcompress.graph.channels.atoms import Classes, Ints
 from fxcompress.graph.channels.blocks import EqualCounts, resolve
 from fxcompress.graph.channels.labels import Value
