@@ -7,6 +7,7 @@ with the logarithm of the longest chain.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ class Atoms:
 
     def new(self, *shape: int) -> Ints:
         """Fresh atoms in an array of this shape."""
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         made = np.arange(self.count, self.count + size, dtype=np.int64).reshape(shape)
         self.count += size
         return made
