@@ -15,7 +15,7 @@ from fxcompress.errors import ConfigError, PassError, VerificationError
 from fxcompress.graph.channels import Channels, analyse, predict
 from fxcompress.graph.channels.cut import Cut, UnprovableError, cut
 from fxcompress.graph.channels.kept import Kept, mask_data
-from fxcompress.graph.channels.proof import Proof
+from fxcompress.graph.channels.proof import Proof, tolerance
 from fxcompress.graph.island import regions
 from fxcompress.graph.select import Selection
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
@@ -27,9 +27,6 @@ from fxcompress.pruning.pruning_plan import GroupPlan, PruningPlan
 from fxcompress.pruning.selection import Budget, choose, removed_classes
 
 __all__ = ["PruneChannels"]
-
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
-"""The relative error that rounding may cause, by the precision of the parameters; anything coarser: 5e-2."""
 
 ANALYSIS = ("exclude_layers", "prune_heads", "prune_head_dim", "policy", "dimension")
 """The options that decide which groups there are."""
@@ -244,19 +241,15 @@ class PruneChannels(Pass):
 
     def _check(self, proof: Proof, context: Context) -> None:
         errors = proof.errors()
-        tolerance = TOLERANCE.get(_precision(proof.channels.walk.module), 5e-2)
+        allowed = tolerance(proof.channels.walk.module)
         for oracle, error in errors.items():
-            if not error <= tolerance:
+            if not error <= allowed:
                 raise VerificationError(
-                    f"the {oracle} oracle finds a relative error of {error:.2g} (rounding explains {tolerance:.0e}): "
+                    f"the {oracle} oracle finds a relative error of {error:.2g} (rounding explains {allowed:.0e}): "
                     "the channel analysis of this model is wrong. Your model is as it was; please report it."
                 )
         context.note("", "proved: " + ", ".join(f"{oracle} error {error:.1e}" for oracle, error in errors.items()))
+        if proof.left_out:
+            context.note("", f"{proof.left_out} units with several slices in one tensor were not exchanged for the proof")
         if not proof.moved:
             context.note("", "the outputs do not depend on what was removed, so the proof says little about this model")
-
-
-def _precision(module: fx.GraphModule) -> torch.dtype:
-    """The coarsest floating-point type among the parameters."""
-    kinds = {p.dtype for p in module.parameters() if p.is_floating_point()}
-    return max(kinds, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)

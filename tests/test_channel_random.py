@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from fxcompress import trace
 from fxcompress.graph.channels import Channels, analyse, predict
@@ -105,6 +106,8 @@ def test_a_cut_of_nothing_changes_no_bit(drawn: Drawn) -> None:
 @some
 @given(drawn=channel_networks(), seed=st.integers(0, 99))
 def test_one_cut_after_another_is_both_at_once_in_either_order(drawn: Drawn, seed: int) -> None:
+    grouped = [part for part in drawn.model.modules() if isinstance(part, nn.Conv2d) and part.groups > 1]
+    assume(not grouped)  # a group that is down to one channel goes as a whole from then on
     channels = analysed(drawn)
     removed = picked(channels, 0.5, seed)
     parts = [np.intersect1d(group.blocks, removed) for group in channels.groups]

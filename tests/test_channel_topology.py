@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fxcompress import PassManager
 from fxcompress.errors import PassError
 from tests.channel_cases import Case, check, image, lived_in, net, prune, tokens
 
@@ -422,3 +423,23 @@ def test_an_outer_product_that_is_flattened_keeps_its_channels_and_says_so() -> 
     model = lived_in(net(outer, a=linear(6, 4), b=linear(6, 4), head=linear(16, 3)))
     with pytest.raises(PassError, match="two dimensions are merged"):
         prune(model, (tokens()[:, 0],))
+
+
+def test_slices_in_another_order_do_not_alarm_the_proof() -> None:
+    class Rolled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Linear(12, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            x = torch.cat([self.norm(x), x], 1).roll(3, 1)
+            out: torch.Tensor = self.fc(x.mean((2, 3)))
+            return out
+
+    torch.manual_seed(0)
+    manager = PassManager([{"prune-channels": {"round_to": 1}}], progress=False)
+    manager.run(Rolled().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    reasons = [remark.reason for remark in manager.ledger.remarks("prune-channels")]
+    assert any("were not exchanged" in reason for reason in reasons)
+    assert any(reason.startswith("proved") for reason in reasons)
