@@ -194,6 +194,8 @@ class _Recovery:
         for name in ranked:
             if not self._goes_on(f"float for {name!r}"):
                 return
+            if name not in self._layers(self.model):  # it went back with another that reads its weight
+                continue
             before = self.drop
             node = self._put_back(self.model, name)
             self.drop, self.noise = self.judge.drop(_quantized(self.model))
@@ -210,11 +212,18 @@ class _Recovery:
         return found
 
     def _put_back(self, module: fx.GraphModule, name: str) -> fx.Node:
-        """Leave a layer in float, with the weight it had; biases that were corrected are corrected for what is left."""
-        call = self._layers(module)[name]
+        """Leave a layer in float, with the weight it had; biases that were corrected are corrected for what is left.
+
+        Whatever else reads the weight goes back with it.
+        """
+        layers = self._layers(module)
+        call = layers[name]
+        weight = edit.get_tensor(module, call["weight"].name)
+        for other in layers.values():
+            if edit.get_tensor(module, other["weight"].name) is weight:
+                other.node.meta |= {"integer": False, "float": "quantizing it costs too much"}
         if name in self.weights:
             edit.set_tensor(module, call["weight"].name, self.weights[name])
-        call.node.meta |= {"integer": False, "float": "quantizing it costs too much"}
         _follow(module)
         if self.biases:
             self._restore_biases(module)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from fxcompress.graph import edit, qdq
+from fxcompress.graph.module import shared_copy
 
 __all__ = ["Component", "components", "extract", "put_back"]
 
@@ -102,7 +103,7 @@ def extract(module: fx.GraphModule, component: Component) -> fx.GraphModule:
         if node in inside or node in component.outputs:
             copied(node)
     graph.output(tuple(values[node] for node in component.outputs))
-    made = fx.GraphModule(module, graph)
+    made = shared_copy(fx.GraphModule(module, graph))  # layers of its own, so that sweeping up leaves the model's alone
     made.meta = dict(module.meta)
     return made
 
