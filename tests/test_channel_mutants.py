@@ -94,7 +94,8 @@ def shift_a_label(subject: Subject) -> str | None:
 
     def changes(roots: np.ndarray) -> bool:
         line = roots.reshape(-1)
-        return bool(live[line].all()) and roots.size == max(roots.shape) and bool((np.roll(line, 1) != line).any())
+        goes = np.isin(line, subject.removed)
+        return bool(live[line].all()) and roots.size == max(roots.shape) and bool((np.roll(goes, 1) != goes).any())
 
     place = subject.place(changes)
     if place is None:
@@ -110,7 +111,8 @@ def swap_two_atoms(subject: Subject) -> str | None:
 
     def several(roots: np.ndarray) -> bool:
         line = roots.reshape(-1)
-        return roots.size == max(roots.shape) and len(np.unique(line[live[line]])) > 1
+        goes = np.isin(line, subject.removed)
+        return roots.size == max(roots.shape) and bool((live[line] & goes).any() and (live[line] & ~goes).any())
 
     place = subject.place(several)
     if place is None:
@@ -119,8 +121,9 @@ def swap_two_atoms(subject: Subject) -> str | None:
     array = subject.channels.walk.tensors[name].labels[dim].array.copy()
     line = array.reshape(-1)
     units = root[line]
-    first = int(subject.chance.choice(np.flatnonzero(live[units])))
-    second = int(subject.chance.choice(np.flatnonzero(live[units] & (units != units[first]))))
+    goes = np.isin(units, subject.removed)  # two that stay, or the two of a pair, are swapped without a trace
+    first = int(subject.chance.choice(np.flatnonzero(live[units] & goes)))
+    second = int(subject.chance.choice(np.flatnonzero(live[units] & ~goes)))
     line[first], line[second] = line[second], line[first]
     return rearranged(subject, name, dim, array)
 

@@ -440,6 +440,4 @@ def test_slices_in_another_order_do_not_alarm_the_proof() -> None:
     torch.manual_seed(0)
     manager = PassManager([{"prune-channels": {"round_to": 1}}], progress=False)
     manager.run(Rolled().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64))
-    reasons = [remark.reason for remark in manager.ledger.remarks("prune-channels")]
-    assert any("were not exchanged" in reason for reason in reasons)
-    assert any(reason.startswith("proved") for reason in reasons)
+    assert any(remark.reason.startswith("proved") for remark in manager.ledger.remarks("prune-channels"))

@@ -28,6 +28,15 @@ def contract(walk: Walk, labels: list[Label | None], where: str, weight: Label |
         walk.atoms.doubt(joined.array, f"what it leaves behind is not zero at {where}")
 
 
+def bind(weight: Value, dim: int, read: Label | None, channel: int) -> None:
+    """Let a weight's inputs be known by the atoms of the channels they read, which tell where each comes from."""
+    own = weight.labels.get(dim)
+    if own is None or read is None or read.array.size != read.array.shape[channel] or own.array.size != read.array.size:
+        return
+    if (read.array > 0).all():
+        weight.labels[dim] = Label(read.array.reshape(own.array.shape), own.zero, own.sites)
+
+
 def independent(walk: Walk, label: Label, of: int, rank: int) -> Label:
     """``label`` without dependence on dimension ``of``, which goes away."""
     array = aligned(label.array, rank)
@@ -43,6 +52,7 @@ def linear(walk: Walk, call: ops.Call) -> Value:
     column = wanted.with_array(moved(wanted.array, {1: last}, rank)) if wanted else None
     if weight.shape[1] > 1:
         contract(walk, [value.labels.get(last)], where, column)
+        bind(weight, 1, value.labels.get(last), last)
     walk.role(call["weight"], 0, "out")
     walk.role(call["weight"], 1, "in")
     shape = (*value.shape[:-1], weight.shape[0])

@@ -6,7 +6,7 @@ import numpy as np
 
 from fxcompress.graph import ops
 from fxcompress.graph.channels.atoms import Ints
-from fxcompress.graph.channels.contractions import contract, produce
+from fxcompress.graph.channels.contractions import bind, contract, produce
 from fxcompress.graph.channels.labels import Label, Value, moved
 from fxcompress.graph.channels.walk import Count, Walk, place, rule
 
@@ -40,6 +40,7 @@ def _convolved(walk: Walk, call: ops.Call, transposed: bool) -> Value:
     column = wanted.with_array(moved(wanted.array, {read: channel}, len(value.shape))) if wanted else None
     if weight.shape[read] > 1:
         contract(walk, [value.labels.get(channel)], place(call.node), column)
+        bind(weight, read, value.labels.get(channel), channel)
     produce(walk, call, result, found.with_array(moved(found.array, {made: 0}, 1)) if found else None, channel)
     return result
 

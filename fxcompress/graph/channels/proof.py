@@ -49,26 +49,16 @@ def relative_error(expected: Any, found: Any) -> float:
 class Proof:
     """Both oracles for one cut: built before it, asked after it. Everything runs in eval mode; four forward passes.
 
-    ``moved``     after :meth:`errors`: by how much the cut changed the outputs, relative to them
-    ``left_out``  units that were not exchanged, as nothing tells which of their several slices in one tensor answers to
-                  which slice of another unit
+    ``moved``  after :meth:`errors`: by how much the cut changed the outputs, relative to them
     """
 
     def __init__(self, channels: Channels, removed: Ints, call: Arguments, seed: int = 0) -> None:
-        self.channels, self.call, self.seed, self.moved = channels, call, seed, 0.0
+        self.channels, self.call, self.moved = channels, call, 0.0
         with _evaluating(channels.walk.module) as dense:
             self.plain = Recorder(dense).record(call)
-            self.left_out = 0
-            self.permutation = self._exchanged(channels.root[:0])
-            if self.permutation > tolerance(dense):
-                several = _several(channels)
-                self.left_out, self.permutation = len(several), self._exchanged(several)
+            with permuted(channels, seed):
+                self.permutation = relative_error(self.plain, Recorder(dense).record(call))
             self.expected = silenced(channels, removed, call)
-
-    def _exchanged(self, left_out: Ints) -> float:
-        """The relative error of the dense graph with its units exchanged, but for these."""
-        with permuted(self.channels, self.seed, left_out):
-            return relative_error(self.plain, Recorder(self.channels.walk.module).record(self.call))
 
     def errors(self) -> dict[str, float]:
         """Oracle → relative error, once the graph has been cut."""
@@ -90,9 +80,9 @@ def _evaluating(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 
 @contextmanager
-def permuted(channels: Channels, seed: int = 0, left_out: Ints | None = None) -> Iterator[None]:
+def permuted(channels: Channels, seed: int = 0) -> Iterator[None]:
     """Inside, the units of every kind are permuted, within their block, in every tensor of the graph."""
-    walk, exchanged = channels.walk, _exchange(channels, np.random.default_rng(seed), left_out)
+    walk, exchanged = channels.walk, _exchange(channels, np.random.default_rng(seed))
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for name, value in walk.tensors.items():
@@ -102,7 +92,7 @@ def permuted(channels: Channels, seed: int = 0, left_out: Ints | None = None) ->
                 held = walk.state[same]
                 data = held.data
                 for dim in dims:
-                    data = _permute(data, dim, channels.root[value.labels[dim].array], exchanged)
+                    data = _permute(data, dim, value.labels[dim].array, channels.root, exchanged)
                 saved.append((held, held.data))
                 held.data = data
         yield
@@ -122,51 +112,41 @@ def tolerance(module: fx.GraphModule) -> float:
     return {torch.float64: 1e-10, torch.float32: 1e-3}.get(coarsest, 5e-2)
 
 
-def _several(channels: Channels) -> Ints:
-    """The classes with several slices in one dimension of one tensor."""
-    found = np.zeros(len(channels.root), dtype=bool)
-    for value in channels.walk.tensors.values():
-        for dim, label in value.labels.items():
-            lines = np.moveaxis(channels.root[label.array], dim, -1).reshape(-1, label.array.shape[dim])
-            for line in lines[:1] if label.array.size == label.array.shape[dim] else lines:
-                classes, counts = np.unique(line, return_counts=True)
-                found[classes[counts > 1]] = True
-    return np.flatnonzero(found)
-
-
-def _exchange(channels: Channels, generator: np.random.Generator, left_out: Ints | None = None) -> Ints:
+def _exchange(channels: Channels, generator: np.random.Generator) -> Ints:
     """By class: which class takes its place."""
-    stays = np.zeros(len(channels.root), dtype=bool)
-    stays[left_out if left_out is not None else []] = True
     exchanged = np.arange(len(channels.root), dtype=np.int64)
     for group in channels.groups:
         for row in group.blocks:
             kinds = channels.signature[row]
             for kind in np.unique(kinds):
-                units = row[(kinds == kind) & ~stays[row]]
+                units = row[kinds == kind]
                 exchanged[units] = generator.permutation(units)
     return exchanged
 
 
-def _permute(tensor: torch.Tensor, dim: int, roots: Ints, exchanged: Ints) -> torch.Tensor:
-    """The k-th slice of each unit takes the values of the k-th slice of the unit that replaces it."""
-    if roots.size == roots.shape[dim]:
-        return tensor.index_select(dim, torch.from_numpy(_positions(roots.ravel(), exchanged)).to(tensor.device))
-    lines = np.moveaxis(roots, dim, -1)
+def _permute(tensor: torch.Tensor, dim: int, atoms: Ints, root: Ints, exchanged: Ints) -> torch.Tensor:
+    """The k-th slice of each unit takes the values of the k-th slice of the unit that replaces it.
+
+    Slices of one unit are counted in the order of their atoms, which follows where they come from, and then by position.
+    """
+    if atoms.size == atoms.shape[dim]:
+        found = _positions(atoms.ravel(), root, exchanged)
+        return tensor.index_select(dim, torch.from_numpy(found).to(tensor.device))
+    lines = np.moveaxis(atoms, dim, -1)
     flat = lines.reshape(-1, lines.shape[-1])
-    index = np.stack([_positions(line, exchanged) for line in np.unique(flat, axis=0)])
-    which = np.unique(flat, axis=0, return_inverse=True)[1].reshape(-1)
-    order = np.moveaxis(index[which].reshape(lines.shape), -1, dim)
+    rows, which = np.unique(flat, axis=0, return_inverse=True)
+    index = np.stack([_positions(row, root, exchanged) for row in rows])[which.reshape(-1)]
+    order = np.moveaxis(index.reshape(lines.shape), -1, dim)
     return tensor.gather(dim, torch.from_numpy(np.ascontiguousarray(order)).to(tensor.device).expand(tensor.shape))
 
 
-def _positions(line: Ints, exchanged: Ints) -> Ints:
-    order = np.argsort(line, kind="stable")
+def _positions(atoms: Ints, root: Ints, exchanged: Ints) -> Ints:
+    line = root[atoms]
+    order = np.lexsort((np.arange(len(line)), atoms, line))
     ordered = line[order]
-    first = np.searchsorted(ordered, line)
     rank = np.empty_like(line)
     rank[order] = np.arange(len(line))
-    rank -= first
+    rank -= np.searchsorted(ordered, line)
     found: Ints = order[np.searchsorted(ordered, exchanged[line]) + rank]
     return found
 
