@@ -122,6 +122,7 @@ def test_zeros_survive_the_stages_after_pruning() -> None:
 
 
 def test_a_pipeline_builds_the_model_that_the_configuration_names() -> None:
+    pytest.importorskip("torchvision")
     config = {"compression": {"type": "MagnitudePruner"}, "model": {"type": "ResNet", "depth": 18, "num_classes": 3}}
     pipeline = build_compression_pipeline(config)
     assert pipeline.model is not None
@@ -262,6 +263,8 @@ def test_data_sets_are_named_by_registry() -> None:
     ],
 )
 def test_an_error_names_the_file_the_line_and_the_key(text: str, line: int, message: str, tmp_path: Path) -> None:
+    if "resnet18" in text:
+        pytest.importorskip("torchvision")
     path = written(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         build_compression_pipeline(path)
