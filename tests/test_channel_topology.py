@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxcompress import PassManager
+from fxcompress import PassManager, trace
 from fxcompress.errors import PassError
+from fxcompress.graph.channels import analyse
 from tests.channel_cases import Case, check, image, lived_in, net, prune, tokens
 
 conv, linear = nn.Conv2d, nn.Linear
@@ -441,3 +442,18 @@ def test_slices_in_another_order_do_not_alarm_the_proof() -> None:
     manager = PassManager([{"prune-channels": {"round_to": 1}}], progress=False)
     manager.run(Rolled().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64))
     assert any(remark.reason.startswith("proved") for remark in manager.ledger.remarks("prune-channels"))
+
+
+@pytest.mark.parametrize(("gate", "exact"), [(lambda x: 1 - x, False), (lambda x: x + 1, False), (lambda x: x + 0, True)])
+def test_a_constant_that_a_channel_leaves_behind_is_not_exact(gate: Any, exact: bool) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.last(gate(self.first(x)))
+            return out
+
+    (group,) = analyse(trace(Gated().eval(), torch.randn(2, 6))).groups
+    assert (group.inexact == "") is exact

@@ -33,7 +33,7 @@ def _zero_of(walk: Walk, call: ops.Call, values: list[Value]) -> str:
     if call.kind in ZERO_IF_FIRST:
         return "all" if len(values) == 1 and _first_is_value(walk, call) and _keeps_zero(walk, call) else "never"
     if call.kind in ZERO_IF_ALL:
-        return "all" if all(v in (0, 1, None) or walk.value(v) is not None for v in _operands(call)) else "never"
+        return "all" if all(v in (0, None) or walk.value(v) is not None for v in _operands(call)) else "never"
     return "all" if _keeps_zero(walk, call) else "never"
 
 

@@ -76,7 +76,6 @@ def _put(atoms: Atoms, result: Value, dim: int, label: Label, where: str) -> Non
     if dim in result.labels:
         atoms.freeze(result.labels.pop(dim).array, f"two dimensions are merged at {where}")
         atoms.freeze(label.array, f"two dimensions are merged at {where}")
-        result.shape = tuple(result.shape)
     else:
         result.labels[dim] = label
 
@@ -167,7 +166,8 @@ def _varies(coordinate: Ints, dim: int) -> bool:
 def _stride(coordinate: Ints, dim: int) -> int:
     """By how much the coordinate moves with one step along ``dim``: the larger, the coarser the part."""
     steps = np.abs(np.diff(coordinate, axis=dim))
-    return int(np.median(steps[steps > 0])) if (steps > 0).any() else 0
+    moving = steps[steps > 0]
+    return int(moving.min()) if moving.size else 0
 
 
 def _contiguous(block: Ints, dim: int) -> bool:
