@@ -152,7 +152,10 @@ def test_a_crd_step_takes_the_index_from_the_data() -> None:
     loader = torch.utils.data.DataLoader(dataset, 8, shuffle=True)
     options = {"samples": 32, "num_negatives": 16, "feature_dim": 8}
     plan: list[Any] = [{"distill": {"type": "CRDDistiller", "options": options, "epochs": 2}}]
-    PassManager(plan, reproducer=False, progress=False).run(net(4), X, loader, teacher=net(8, 1))
+    trained = PassManager(plan, reproducer=False, progress=False).run(net(4), X, loader, teacher=net(8, 1))
+    before = net(4).state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+    assert all(bool(value.isfinite().all()) for value in trained.state_dict().values())
 
 
 def test_masked_weights_stay_zero_while_distilling() -> None:
