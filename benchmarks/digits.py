@@ -1,20 +1,17 @@
-"""A small residual network on scikit-learn's handwritten digits: trained, quantized after and during training, compared.
-
-python benchmarks/digits.py [--seed S]
-"""
+"""A small residual network on scikit-learn's handwritten digits: trained, quantized after and during training, compared."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.figure import Figure
+from benchmarks.run import Run
 from fxcompress import LSQQuantizer, PTQQuantizer, QATQuantizer, coverage
 from fxcompress.quantization import CALIBRATORS
 
@@ -113,26 +110,32 @@ def finetuned(quantizer: QATQuantizer | LSQQuantizer, model: nn.Module, epochs: 
     return quantizer.convert(prepared.eval())
 
 
-def row(name: str, model: nn.Module, quantized: nn.Module) -> tuple[str, ...]:
-    drop = accuracy(model) - accuracy(quantized)
-    return name, f"{accuracy(quantized):.2f}", f"{drop:+.2f}", f"{coverage(quantized).mac_share:.1%}"
+DROPS = {"QAT 8 bits": 0.5, "QAT 4 bits": 2.0}
+"""Points of accuracy that training at few bits may cost."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    model = trained(options.seed)
+def measure(run: Run) -> Iterator[Figure]:
+    """Test accuracy of every calibrator, and of training at 8, 4 and 2 bits."""
+    model = trained(run.seed)
     images, _, _, _ = digits()
     batches = list(images.split(64))
-    rows: list[tuple[str, ...]] = [("fp32", f"{accuracy(model):.2f}", "", "")]
+    top = accuracy(model)
+    yield Figure("fp32: test accuracy", top, "%")
     for method in CALIBRATORS:
         quantized = PTQQuantizer(calibration_method=method, num_calibration_batches=len(batches)).quantize(model, batches)
-        rows.append(row(f"int8 {method}", model, quantized))
+        yield Figure(
+            f"int8, {method}: points lost", top - accuracy(quantized), "points", at_most=0.5, note=_integers(quantized)
+        )
+    reached = {}
     for name, quantizer in TRAINED.items():
-        rows.append(row(name, model, finetuned(quantizer(), model, seed=options.seed)))
-    print(tabulate(rows, ("model", "test accuracy %", "drop", "int8 MACs"), disable_numparse=True))
+        learnt = finetuned(quantizer(), model, epochs=run.pick(4, 1), seed=run.seed)
+        reached[name] = accuracy(learnt)
+        yield Figure(f"{name}: points lost", top - reached[name], "points", at_most=DROPS.get(name), note=_integers(learnt))
+    for name, value in reached.items():
+        if name.startswith("LSQ 2 bits"):
+            gain = value - reached[name.replace("LSQ", "QAT")]
+            yield Figure(f"{name}: points above QAT", gain, "points", at_least=0.01)
 
 
-if __name__ == "__main__":
-    main()
+def _integers(model: nn.Module) -> str:
+    return f"{coverage(model).mac_share:.1%} of MACs in integers"

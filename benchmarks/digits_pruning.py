@@ -1,21 +1,18 @@
-"""The digits network pruned and fine-tuned: by magnitude, 2:4, by channels and by layers, beside pruning at random.
-
-python -m benchmarks.digits_pruning [--seeds 0 1 2] [--epochs N] [--quick]
-"""
+"""The digits network pruned and fine-tuned: by magnitude, 2:4, by channels and by layers, beside pruning at random."""
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import nn
 
 from benchmarks.digits import accuracy, digits, trained
+from benchmarks.figure import Figure
+from benchmarks.run import Run
 from fxcompress.graph.cost import cost
 from fxcompress.manager import PassManager
 from fxcompress.pruning import AGPScheduler, MagnitudePruner, RandomPruner, StructuredPruner
@@ -85,37 +82,34 @@ WAYS: dict[str, tuple[Prune, float | None]] = {
 """What is done → how, and the points of accuracy it may lose."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=8, help="epochs of training after (or while) pruning")
-    parser.add_argument("--quick", action="store_true", help="one seed")
-    options = parser.parse_args()
-    seeds = options.seeds[:1] if options.quick else options.seeds
+def measure(run: Run) -> Iterator[Figure]:
+    """Mean loss of accuracy over seeds, eight epochs of training with or after pruning."""
+    seeds, epochs = range(run.seed, run.seed + run.pick(3, 1)), run.pick(8, 2)
     image = digits()[0][:2]
     dense = {seed: trained(seed) for seed in seeds}
     tops = {seed: accuracy(model) for seed, model in dense.items()}
-    base = cost(PassManager([]).run(dense[seeds[0]], image))
-    rows = [
-        ("dense", f"{statistics.mean(tops.values()):.2f}", "", "", "", f"{base.parameters:,}", f"{base.macs / 1e6:.2f}M")
-    ]
+    base = cost(PassManager([]).run(dense[run.seed], image))
+    rows = [{"model": "dense", "test accuracy %": statistics.mean(tops.values()), "parameters": base.parameters}]
+    rows[0]["MACs"] = base.macs
     for name, (prune, allowed) in WAYS.items():
+        run.tell(name)
         reached, gaps, model = [], [], nn.Module()
         for seed in seeds:
-            model = prune(copy.deepcopy(dense[seed]), options.epochs, seed)
+            model = prune(copy.deepcopy(dense[seed]), epochs, seed)
             reached.append(accuracy(model))
             gaps.append(tops[seed] - reached[-1])
-        worst, mean = max(gaps), statistics.mean(gaps)
-        verdict = "" if allowed is None else f"{'holds' if mean <= allowed else 'MISSED'} (at most {allowed:g})"
         left = cost(PassManager([]).run(model, image))
         weights = sum(int(p.count_nonzero()) for p in model.parameters())
-        kept = f"{weights:,} of {left.parameters:,}"
-        figures = (f"{statistics.mean(reached):.2f}", f"{mean:+.2f}", f"{worst:+.2f}")
-        rows.append((name, *figures, verdict, kept, f"{left.macs / 1e6:.2f}M"))
-    header = ("model", "test accuracy %", "mean drop", "worst drop", "asked", "non-zero parameters", "MACs")
-    print(f"digits, seeds {seeds}, {options.epochs} epochs of training with pruning")
-    print(tabulate(rows, header, disable_numparse=True))
-
-
-if __name__ == "__main__":
-    main()
+        rows.append(
+            {
+                "model": name,
+                "test accuracy %": statistics.mean(reached),
+                "parameters": left.parameters,
+                "MACs": left.macs,
+                "not zero": weights,
+                "worst drop": max(gaps),
+            }
+        )
+        note = f"worst of {len(gaps)} seeds {max(gaps):+.2f}"
+        yield Figure(f"{name}: points lost", statistics.mean(gaps), "points", at_most=allowed, note=note)
+    run.table("digits, pruned and fine-tuned", rows)

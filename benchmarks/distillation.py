@@ -1,7 +1,5 @@
 """What distillation brings and what it costs.
 
-python benchmarks/distillation.py [digits] [pairs] [cost] [memory] [--quick] [--seeds N] [--rounds N]
-
 digits  a student of a tenth of its teacher's size on a small labelled share of handwritten digits: alone, and with every
         distiller; mean ± standard deviation of the last epoch's test accuracy
 pairs   ResNet-50 → ResNet-18 at 64×64 and a segmentation pair: forward and backward with every applicable distiller
@@ -12,21 +10,22 @@ memory  peak memory of a step beside one written by hand, each in a process of i
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.digits import digits
+from benchmarks.figure import Figure
+from benchmarks.run import Run
+from benchmarks.turns import Turns, in_turns, stopwatch
 from fxcompress.distillation import BaseDistiller, make_distiller
 from fxcompress.graph import features, taps, trace
 
@@ -69,16 +68,6 @@ RECIPES: dict[str, Any] = {
 }
 
 
-def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images and labels, test images and labels (every fifth digit)."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images, labels = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
-    test = torch.arange(len(labels)) % 5 == 0
-    return images[~test], labels[~test], images[test], labels[test]
-
-
 def fit(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: int, lr: float = 1e-2) -> None:
     """Train a classifier, or a distiller, in place."""
     torch.manual_seed(seed)
@@ -109,23 +98,36 @@ def size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def learn_digits(seeds: int, epochs: int, share: int, width: int) -> None:
-    """The teacher sees all training digits; students see one label in ``share``."""
+NOT_BELOW = (
+    "LogitDistiller",
+    "DKDDistiller",
+    "DISTDistiller",
+    "FeatureDistiller",
+    "ATDistiller",
+    "RKDDistiller",
+    "CRDDistiller",
+)
+"""Whose students must not be below the one that learns alone."""
+SHARE, WIDTH = 12, 9
+"""Students see one label in so many; the channels of their first layer."""
+
+
+def learn_digits(run: Run) -> Iterator[Figure]:
+    """The teacher sees all training digits; students see one label in twelve."""
     images, labels, test_images, test_labels = digits()
     torch.manual_seed(0)
     teacher = Small(32)
     fit(teacher, images, labels, 20, seed=0)
-    few = torch.arange(len(labels)) % share == 0
+    few = torch.arange(len(labels)) % SHARE == 0
     images, labels = images[few], labels[few]
-    student = Small(width)
-    print(
-        f"teacher {accuracy(teacher, test_images, test_labels):.2f} %, {size(teacher):,} parameters; "
-        f"student {size(student):,} parameters, {len(labels)} labelled digits, {epochs} epochs, {seeds} seeds"
-    )
+    seeds, epochs = range(100, 100 + run.pick(5, 2)), run.pick(100, 5)
+    yield Figure("teacher: test accuracy", accuracy(teacher, test_images, test_labels), "%", at_least=98.0)
+    yield Figure("parameters of the student / of the teacher", size(Small(WIDTH)) / size(teacher), "", at_most=0.12)
     found: dict[str, list[float]] = {"student alone": []}
-    for seed in range(100, 100 + seeds):
+    for seed in seeds:
+        run.tell(f"seed {seed}")
         torch.manual_seed(seed)
-        start = Small(width)
+        start = Small(WIDTH)
         alone = copy.deepcopy(start)
         fit(alone, images, labels, epochs, seed)
         found["student alone"].append(accuracy(alone, test_images, test_labels))
@@ -136,12 +138,15 @@ def learn_digits(seeds: int, epochs: int, share: int, width: int) -> None:
             distiller = make_distiller(config, teacher=teacher, student=start, example_inputs=images[:2])
             fit(distiller, images, labels, epochs, seed)
             found.setdefault(name, []).append(accuracy(distiller.student, test_images, test_labels))
-    bare = statistics.mean(found["student alone"])
-    rows = [
-        (name, f"{statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}", f"{statistics.mean(v) - bare:+.2f}")
-        for name, v in found.items()
-    ]
-    print(tabulate(rows, ("trained", "test accuracy %", "gain"), disable_numparse=True))
+    spread = {name: f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %" for name, values in found.items()}
+    means = {name: statistics.mean(values) for name, values in found.items()}
+    bare = means.pop("student alone")
+    yield Figure("student alone: test accuracy", bare, "%", note=f"{spread['student alone']}, {len(labels)} labels")
+    for name, mean in means.items():
+        bound = 0.0 if name in NOT_BELOW else None
+        yield Figure(f"{name}: points above the student alone", mean - bare, "points", at_least=bound, note=spread[name])
+    best = max(means, key=lambda name: means[name])
+    yield Figure("the best distiller: points above the student alone", means[best] - bare, "points", at_least=2.0, note=best)
 
 
 # pairs
@@ -176,7 +181,7 @@ _BY_LAYERS = ("FeatureDistiller", "FitNetDistiller", "ATDistiller", "FSPDistille
 _BY_EMBEDDING = ("RelationDistiller", "RKDDistiller", "CRDDistiller", "PKTDistiller", "CCDistiller")
 
 
-def run_pairs() -> None:
+def run_pairs(run: Run) -> Iterator[Figure]:
     """Forward and backward with every distiller: losses and gradients are finite."""
     for pair, (by_layers, by_embedding, special) in PAIRS.items():
         teacher, student = (build(name) for name in pair.split(" → "))
@@ -188,12 +193,16 @@ def run_pairs() -> None:
             config = {"type": name, **options, **special.get(name, {})}
             distiller = make_distiller(config, teacher=teacher, student=student, example_inputs=images)
             _, losses = distiller(images, targets, torch.arange(4))
-            torch.stack(list(losses.values())).sum().backward()
+            total = torch.stack(list(losses.values())).sum()
+            total.backward()
             gradients = [p.grad for p in distiller.student.parameters() if p.grad is not None]
-            finite = all(bool(g.isfinite().all()) for g in gradients)
+            finite = bool(total.isfinite()) and bool(gradients) and all(bool(g.isfinite().all()) for g in gradients)
             values = ", ".join(f"{key} {float(value.detach()):.3g}" for key, value in losses.items())
-            rows.append((name, values, "finite" if finite else "NOT FINITE"))
-        print(tabulate(rows, (pair, "losses", "gradients"), disable_numparse=True))
+            rows.append({"distiller": name, "losses": values, "finite": finite})
+        run.table(pair, rows)
+        bad = [str(row["distiller"]) for row in rows if not row["finite"]]
+        yield Figure(f"{pair}: distillers run", len(rows), at_least=14)
+        yield Figure(f"{pair}: distillers whose loss or gradients are not finite", len(bad), at_most=0, note=", ".join(bad))
 
 
 # cost
@@ -234,7 +243,7 @@ def ours() -> BaseDistiller:
     return make_distiller(config, teacher=build("resnet50"), student=build("resnet18"))
 
 
-def stepping(model: nn.Module, *batch: Tensor) -> Callable[[], None]:
+def stepping(model: nn.Module, *batch: Tensor) -> Callable[[], object]:
     """A training step as a function without arguments."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-4, momentum=0.9)
     model.train()
@@ -249,67 +258,62 @@ def stepping(model: nn.Module, *batch: Tensor) -> Callable[[], None]:
     return step
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median time of each, measured in turns after a warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 2):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            if number >= 2:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+def against(rounds: int, first: Callable[[], object], second: Callable[[], object]) -> Turns:
+    """Both in turns, under the names "first" and "second"."""
+    return in_turns({"first": stopwatch(first), "second": stopwatch(second)}, rounds, warmup=2)
 
 
-def cost(rounds: int, bank: int) -> None:
-    images, targets = torch.randn(16, 3, 64, 64), torch.randint(1000, (16,))
-    rows = []
+def ratio(name: str, turns: Turns, at_most: float) -> Figure:
+    """The second's seconds in the first's."""
+    note = f"{1e3 * turns.median('second'):.1f} / {1e3 * turns.median('first'):.1f} ms"
+    return Figure(name, turns.ratio("second", "first"), "x", at_most=at_most, note=note)
 
-    def compare(label: str, limit: str, calls: Mapping[str, Callable[[], object]], times: int = rounds) -> None:
-        medians = list(in_turns(calls, times).values())
-        rows.append((label, f"{medians[0] * 1e3:.1f}", f"{medians[1] * 1e3:.1f}", f"{medians[1] / medians[0]:.3f}", limit))
 
-    compare(
-        "distillation step, by hand / ours",
-        "1.03",
-        {"hand": stepping(ByHand(), images, targets), "ours": stepping(ours(), images, targets)},
-    )
+def cost(run: Run) -> Iterator[Figure]:
+    """A step, a tapped forward, a cached teacher, a large bank: each beside what it is held against."""
+    rounds = run.pick(15, 2)
+    images, targets, index = torch.randn(16, 3, 64, 64), torch.randint(1000, (16,)), torch.arange(16)
+    hand = stepping(ByHand(), images, targets)
+    yield ratio("distillation step / by hand", against(rounds, hand, stepping(ours(), images, targets)), 1.03)
     plain = trace(build("resnet18").eval(), images)
     tapped = copy.deepcopy(plain)
     taps.insert(tapped, LAYERS)
     view = features(tapped)
     with torch.no_grad():
-        compare(
-            "forward, plain / tapped", "1.02", {"plain": lambda: plain(images), "tapped": lambda: view(images)}, 4 * rounds
-        )
-    index = torch.arange(16)
+        turns = against(4 * rounds, lambda: plain(images), lambda: view(images))
+    yield ratio("forward with taps / plain", turns, 1.02)
     cached = make_distiller(
         {"type": "LogitDistiller", "cache_teacher": "memory"}, teacher=build("resnet50"), student=build("resnet18")
     )
     alone = BaseDistiller(build("resnet18"), build("resnet18"), cache_teacher="memory")
-    compare(
-        "step, student alone / teacher cached",
-        "1.10",
-        {"alone": stepping(alone, images, targets, index), "cached": stepping(cached, images, targets, index)},
-    )
-    banks = {}
-    for samples in (bank // 100, bank):
-        config = {"type": "CRDDistiller", "samples": samples}
+    turns = against(rounds, stepping(alone, images, targets, index), stepping(cached, images, targets, index))
+    yield ratio("step with a cached teacher / of the student alone", turns, 1.10)
+    yield from banks(run.pick(1_000_000, 100_000), rounds, images, targets)
+
+
+def banks(samples: int, rounds: int, images: Tensor, targets: Tensor) -> Iterator[Figure]:
+    """CRD with 16,384 negatives over a large bank, and over one of a hundredth."""
+    steps = []
+    for count in (samples // 100, samples):
+        config = {"type": "CRDDistiller", "samples": count}
         distiller = make_distiller(config, teacher=build("resnet18"), student=build("resnet18"))
-        where = torch.randint(samples, (16,), generator=torch.Generator().manual_seed(0))
-        banks[str(samples)] = stepping(distiller, images, targets, where)
-        memory = distiller.get_submodule("memory")
-        held = sum(buffer.numel() * buffer.element_size() for buffer in memory.buffers())
-        print(
-            f"a bank of {samples:,} samples holds {held / 1e6:.1f} MB, "
-            f"{samples * 128 * 8 / 1e6:.1f} MB of it the two embeddings"
+        where = torch.randint(count, (16,), generator=torch.Generator().manual_seed(0))
+        steps.append(stepping(distiller, images, targets, where))
+        held = sum(buffer.numel() * buffer.element_size() for buffer in distiller.get_submodule("memory").buffers())
+        two = 2 * count * 128 * 4
+        yield Figure(
+            f"CRD, {count:,} samples: bytes / of the two banks", held / two, "x", at_most=1.1, note=f"{held / 1e6:.1f} MB"
         )
-    compare(f"CRD step, bank of {bank // 100:,} / {bank:,}", "does not grow", banks)
-    print(tabulate(rows, ("milliseconds", "first", "second", "ratio", "limit"), disable_numparse=True))
+    turns = against(rounds, steps[0], steps[1])
+    yield ratio(f"CRD step, bank of {samples:,} / of {samples // 100:,}", turns, 1.10)
+
+
+# memory
 
 
 def peak(which: str) -> None:
     """Print this process's peak memory after three steps, in MB."""
+    torch.set_num_threads(1)
     images, targets = torch.randn(16, 3, 64, 64), torch.randint(1000, (16,))
     step = stepping(ByHand() if which == "hand" else ours(), images, targets)
     for _ in range(3):
@@ -318,46 +322,12 @@ def peak(which: str) -> None:
     print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
 
 
-def memory() -> None:
+def memory(run: Run) -> Iterator[Figure]:
+    """Peak memory of a step beside one written by hand, each in a process of its own."""
     found = {}
     for which in ("hand", "ours"):
-        command = [sys.executable, __file__, "--peak", which]
-        found[which] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    print(
-        f"peak memory: by hand {found['hand']:.0f} MB, ours {found['ours']:.0f} MB, "
-        f"ratio {found['ours'] / found['hand']:.3f} (limit 1.05)"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["digits", "pairs", "cost", "memory"])
-    parser.add_argument("--quick", action="store_true", help="fewer seeds, epochs and rounds, a smaller bank")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--share", type=int, default=12, help="students see one label in so many")
-    parser.add_argument("--width", type=int, default=9)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--peak", choices=("hand", "ours"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.peak:
-        peak(options.peak)
-        return
-    print(f"torch {torch.__version__}, one thread")
-    parts: dict[str, Callable[[], None]] = {
-        "digits": lambda: learn_digits(
-            2 if options.quick else options.seeds, 50 if options.quick else options.epochs, options.share, options.width
-        ),
-        "pairs": run_pairs,
-        "cost": lambda: cost(5 if options.quick else options.rounds, 100_000 if options.quick else 1_000_000),
-        "memory": memory,
-    }
-    for part in options.parts:
-        if part not in parts:
-            parser.error(f"there is no part {part!r}; known: {', '.join(parts)}")
-        parts[part]()
-
-
-if __name__ == "__main__":
-    main()
+        command = [sys.executable, "-c", f"from benchmarks.distillation import peak; peak({which!r})"]
+        place = Path(__file__).parent.parent
+        found[which] = float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=place).stdout)
+    note = f"{found['ours']:.0f} / {found['hand']:.0f} MB"
+    yield Figure("peak memory of a step / by hand", found["ours"] / found["hand"], "x", at_most=1.05, note=note)

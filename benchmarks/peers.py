@@ -1,16 +1,20 @@
-"""Other quantizers, each built from the same weights and the same batches, in a process and an environment of their own.
+"""Others' quantizers and pruners, in a process and an environment of their own.
 
-Started by benchmarks/quantization.py: reads one JSON command per line, answers with one JSON line. The environment holds
-what it can of: torch with torch.ao, torchao, nncf and openvino, onnxruntime and onnx.
+Started by benchmarks/peer_process.py: reads one JSON command per line, answers with one JSON line. The environment holds
+what it can of: torch with torch.ao, torchao, nncf and openvino, onnxruntime and onnx, torch-pruning, nvidia-modelopt.
+Nothing of fxcompress is imported here.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -156,50 +160,110 @@ PEERS: dict[str, Callable[[nn.Module, list[Tensor], Path], Call]] = {
 }
 
 
+PACKAGES = ("torch", "torchao", "nncf", "openvino", "onnx", "onnxruntime", "torch-pruning", "nvidia-modelopt")
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Package → its version here; what is not installed is left out."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 class Server:
-    """Builds peers and times them, command by command."""
+    """Answers commands: builds peers and times them."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        import torchvision
-
         torch.set_num_threads(threads)
         self.folder = folder
         self.calls: dict[str, Call] = {}
-        name = json.loads((folder / "model.json").read_text())["model"]
-        self.model = torchvision.models.get_model(name, weights=None).eval()
-        self.model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
-        self.batches = torch.load(folder / "batches.pt", weights_only=True)
-        self.image = torch.load(folder / "image.pt", weights_only=True)
-        self.held_out = torch.load(folder / "held_out.pt", weights_only=True)
+
+    @functools.cached_property
+    def batches(self) -> list[Tensor]:
+        return self._read("batches")  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def image(self) -> Tensor:
+        return self._read("image")  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def lived_in(self) -> nn.Module:
+        """The model of the folder, with its weights."""
+        found = self.model(json.loads((self.folder / "model.json").read_text())["model"])
+        found.load_state_dict(self._read("weights"))
+        return found
+
+    @functools.cache  # noqa: B019 - a server lives as long as its process
+    def model(self, name: str) -> nn.Module:
+        """torchvision's, weights drawn at random."""
+        import torchvision
+
+        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        return torchvision.models.get_model(name, weights=None, **options).eval()  # type: ignore[no-any-return]
+
+    def _read(self, word: str) -> Any:
+        return torch.load(self.folder / f"{word}.pt", weights_only=True)
+
+    def versions(self, name: str) -> dict[str, Any]:
+        return {"versions": versions()}
 
     def build(self, name: str) -> dict[str, Any]:
-        import copy
-
-        self.calls[name] = PEERS[name](copy.deepcopy(self.model), self.batches, self.folder)
-        outputs = torch.cat([self.calls[name](image).detach() for image in self.held_out])
+        """A quantizer, by name; its outputs on held-out images are left in the folder."""
+        with torch.no_grad():
+            self.calls[name] = PEERS[name](copy.deepcopy(self.lived_in), self.batches, self.folder)
+            outputs = torch.cat([self.calls[name](image).detach() for image in self._read("held_out")])
         torch.save(outputs, self.folder / "outputs.pt")
         return {}
 
     def time(self, name: str) -> dict[str, Any]:
+        with torch.no_grad():
+            started = time.perf_counter()
+            self.calls[name](self.image)
+            return {"seconds": time.perf_counter() - started}
+
+    def prune(self, name: str) -> dict[str, Any]:
+        """Torch-Pruning on a copy: dependency graph, groups, step; half of the channels, by l1 norm, in eights."""
+        import torch_pruning as tp
+
+        model = copy.deepcopy(self.model(name))
+        size = 299 if name == "inception_v3" else 224
+        image = torch.randn(1, 3, size, size)
         started = time.perf_counter()
-        self.calls[name](self.image)
+        classifiers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
+        heads = {m: m.num_heads for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+        importance = tp.importance.MagnitudeImportance(p=1)
+        options = {"pruning_ratio": 0.5, "ignored_layers": classifiers, "round_to": 8, "num_heads": heads}
+        tp.pruner.MagnitudePruner(model, image, importance=importance, **options).step()
         return {"seconds": time.perf_counter() - started}
+
+    def sparsify(self, name: str) -> dict[str, Any]:
+        """ModelOpt's 2:4 masks on a copy of a model."""
+        import modelopt.torch.sparsity as mts  # type: ignore[import-not-found]
+
+        model = copy.deepcopy(self.model(name))
+        started = time.perf_counter()
+        model = mts.sparsify(model, "sparse_magnitude")
+        taken = time.perf_counter() - started
+        rows = model.get_submodule("layer3.1.conv2").weight.detach().movedim(1, -1).reshape(-1, 4)
+        return {"seconds": taken, "exact": bool((rows.count_nonzero(1) == 2).all())}
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
     answers, sys.stdout = sys.stdout, sys.stderr
     server = Server(Path(sys.argv[1]), int(sys.argv[2]))
-    with torch.no_grad():
-        for line in sys.stdin:
-            command = json.loads(line)
-            try:
-                answer = getattr(server, command["do"])(command["name"])
-            except Exception as error:  # a peer that fails is a row of the table
-                answer = {
-                    "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:120]
-                }
-            print(json.dumps(answer), file=answers, flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            answer = getattr(server, command["do"])(command["name"])
+        except Exception as error:  # a peer that fails is a row of the table
+            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            answer = {"error": f"{type(error).__name__}: {first}"[:120]}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

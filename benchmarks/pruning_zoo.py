@@ -1,6 +1,4 @@
-"""Every torchvision model without half of its channels: run at other sizes, held against the dense model. Prints a table.
-
-python -m benchmarks.pruning_zoo [--models NAME ...] [--seed S --sample N] [--shares 0.1 0.25 0.5 0.75] [--json FILE]
+"""Every torchvision model without half of its channels: run at other sizes, held against the dense model.
 
 Weights are random, with statistics and scales drawn so that every layer matters; everything runs in float64 where the model
 can.
@@ -8,18 +6,17 @@ can.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import random
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from benchmarks.figure import Figure
+from benchmarks.run import Run
 from benchmarks.zoo import build, inputs
 from fxcompress import PassManager
 from fxcompress.bench import models
@@ -44,7 +41,7 @@ def lived_in(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def examine(name: str, shares: list[float]) -> dict[str, Any]:
+def examine(name: str, shares: Sequence[float]) -> dict[str, Any]:
     """One row."""
     model, call = _precise(lived_in(build(name)), inputs(name))
     started = time.perf_counter()
@@ -64,10 +61,13 @@ def examine(name: str, shares: list[float]) -> dict[str, Any]:
         "sizes": _other_sizes(model, small, call),
         "precision": "float64" if next(model.parameters()).dtype == torch.float64 else "float32",
         "seconds": round(seconds, 1),
+        "failed": "",
     }
+    missed = 0
     for share in shares:
-        row[f"{share:.0%}"] = _achieved(model, call, share)
-    return row
+        row[f"{share:.0%}"], groups = _achieved(model, call, share)
+        missed += groups
+    return {**row, "groups missed": missed}
 
 
 def _precise(model: nn.Module, call: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
@@ -129,14 +129,14 @@ def _resized(tensor: torch.Tensor, batch: int, scale: float) -> torch.Tensor:
     return torch.randn(shape, dtype=tensor.dtype)
 
 
-def _achieved(model: nn.Module, call: tuple[Any, ...], share: float) -> str:
-    """Units removed where ``share`` was asked without rounding, and the largest miss of a group in units."""
+def _achieved(model: nn.Module, call: tuple[Any, ...], share: float) -> tuple[str, int]:
+    """The share removed where ``share`` was asked without rounding, and how many groups miss it by a unit or more."""
     options = {"sparsity": share, "round_to": 1, "prove": False}
     manager = PassManager(["open-attention", {"prune-channels": options}], progress=False, verify=False)
     manager.run(model, call)
     missed = [n for n in manager.ledger.remarks("prune-channels") if "units removed where" in n.reason]
     done = [n.reason for n in manager.ledger.remarks("prune-channels") if "units removed (" in n.reason]
-    return f"{done[0].split('(')[1].rstrip(')')}, {len(missed)} missed" if done else "nothing"
+    return ", ".join(reason.split("(")[1].rstrip(")") for reason in done) or "nothing", len(missed)
 
 
 def _is_wrong(row: dict[str, Any]) -> bool:
@@ -144,33 +144,20 @@ def _is_wrong(row: dict[str, Any]) -> bool:
     return (row.get("worst") or 0.0) > tolerance or "WRONG" in row.get("sizes", "")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*")
-    parser.add_argument("--sample", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shares", nargs="*", type=float, default=[])
-    parser.add_argument("--json")
-    options = parser.parse_args()
-    chosen = options.models or models.names()
-    if options.sample:
-        chosen = sorted(random.Random(options.seed).sample(chosen, options.sample))
-    rows = []
-    for name in chosen:
-        try:
-            rows.append(examine(name, options.shares))
-        except Exception as error:  # a failure is a row of the table
-            rows.append({"model": name, "proof": f"FAILED {type(error).__name__}: {str(error)[:400]}"})
-        print(tabulate([rows[-1]], headers="keys", tablefmt="plain"), flush=True)
-    print(tabulate(rows, headers="keys"))
-    failed = [row["model"] for row in rows if row["proof"].startswith("FAILED")]
-    wrong = [row["model"] for row in rows if _is_wrong(row)]
-    print(f"{len(rows) - len(failed)} of {len(rows)} pruned; failed: {', '.join(failed) or 'none'}")
-    print(f"wrong: {', '.join(wrong) or 'none'}")
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
-
-
-if __name__ == "__main__":
-    main()
+def measure(run: Run) -> Iterator[Figure]:
+    """The whole zoo at 50 %, and the shares achieved where 10, 25, 50 and 75 % are asked."""
+    shares = run.pick((0.1, 0.25, 0.5, 0.75), (0.5,))
+    rows = run.sweep(lambda name: examine(name, shares), models.names())
+    run.table("models without half of their channels", rows)
+    failed = [row["model"] for row in rows if row["failed"]]
+    done = [row for row in rows if not row["failed"]]
+    wrong = [row["model"] for row in done if _is_wrong(row)]
+    missed = [row["model"] for row in done if row["groups missed"]]
+    whole = [row["model"] for row in done if row["parameters"] == "100.0%"]
+    yield Figure("models tried", len(rows))
+    yield Figure("models that fail", len(failed), at_most=0, note=", ".join(failed))
+    yield Figure("models pruned wrong", len(wrong), at_most=0, note=", ".join(wrong))
+    yield Figure("models that lose nothing", len(whole), note=", ".join(whole))
+    yield Figure("largest relative error of the proofs", max((row["worst"] or 0.0 for row in done), default=None))
+    total = sum(row["groups missed"] for row in done)
+    yield Figure("channel groups a unit or more off the share asked", total, at_most=0, note=", ".join(missed))

@@ -1,21 +1,18 @@
-"""What the training loop costs beside one written by hand: processor seconds per step, in turns.
-
-python benchmarks/training.py [--quick] [--rounds N]
-"""
+"""What the training loop costs beside one written by hand: processor seconds, in turns."""
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.figure import Figure
+from benchmarks.run import Run
+from benchmarks.turns import in_turns, stopwatch
 from fxcompress.bench import models
 from fxcompress.training import Recipe, train
 
@@ -64,27 +61,20 @@ def by_us(model: nn.Module, loader: Loader, recipe: Recipe, loss: str | None) ->
     train(model, loader, recipe, loss=loss, progress=False)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=24, help="optimizer steps per round")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="one round of few steps")
-    options = parser.parse_args()
-    rounds, steps = (1, 4) if options.quick else (options.rounds, options.steps)
-    torch.set_num_threads(options.threads)
+def measure(run: Run) -> Iterator[Figure]:
+    """Three models; gradient norms off."""
+    steps = run.pick(24, 4)
     torch.manual_seed(0)
     recipe = Recipe(epochs=1, lr=1e-3, optimizer="sgd", optimizer_options={"momentum": 0.9}, gradient_norms=False)
-    rows = []
     cases: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], str | None]] = [
         (
-            "small MLP, 64",
+            "small MLP, batch 64",
             lambda: nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)),
             (64, 64),
             "cross_entropy",
         ),
         ("ResNet-18, 16 × 64²", lambda: models.build("resnet18"), (16, 3, 64, 64), "cross_entropy"),
-        ("ResNet-50 → 18, 16 × 64²", Distilling, (16, 3, 64, 64), None),
+        ("ResNet-50 → ResNet-18, 16 × 64²", Distilling, (16, 3, 64, 64), None),
     ]
     for title, build, shape, loss in cases:
         count = steps if len(shape) == 4 else steps * 20
@@ -95,25 +85,8 @@ def main() -> None:
             "hand": lambda: by_hand(model, loader, supervised if loss else distilled),  # noqa: B023 - called in this turn
             "ours": lambda: by_us(model, loader, recipe, loss),  # noqa: B023
         }
-        taken: dict[str, list[float]] = {name: [] for name in candidates}
-        for round_ in range(rounds + 1):
-            for name, candidate in candidates.items():
-                started = time.process_time()
-                candidate()
-                if round_:
-                    taken[name].append((time.process_time() - started) / count)
-        hand, ours = (statistics.median(times) for times in taken.values())
-        pairs = sorted(b / a for a, b in zip(*taken.values(), strict=True))
-        row = (
-            f"{hand * 1e3:.3f}",
-            f"{ours * 1e3:.3f}",
-            f"{statistics.median(pairs):.3f}",
-            f"{pairs[0]:.3f}–{pairs[-1]:.3f}",
-        )
-        rows.append((title, *row))
-    print(f"torch {torch.__version__}, {options.threads} thread(s), {rounds} rounds in turns, gradient norms off")
-    print(tabulate(rows, ("step", "by hand, CPU ms", "train(), CPU ms", "ratio", "range"), disable_numparse=True))
-
-
-if __name__ == "__main__":
-    main()
+        timers = {name: stopwatch(work, time.process_time) for name, work in candidates.items()}
+        turns = in_turns(timers, run.pick(5, 1))
+        milliseconds = [1e3 * turns.median(name) / count for name in ("ours", "hand")]
+        note = "{:.2f} / {:.2f} ms a step".format(*milliseconds)
+        yield Figure(f"{title}: train() / a loop by hand", turns.ratio("ours", "hand"), "x", note=note)

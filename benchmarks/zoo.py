@@ -1,23 +1,19 @@
-"""Every torchvision model: traced, verified against eager, quantized; islands named. Prints a table.
-
-python benchmarks/zoo.py [--models NAME ...] [--seed S --sample N] [--json FILE]
-"""
+"""Every torchvision model: traced, verified against eager, quantized; islands named."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import random
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch.utils import _pytree as pytree
 
+from benchmarks.figure import Figure
+from benchmarks.run import Run
 from fxcompress import PassManager, coverage
 from fxcompress.bench import models
-from fxcompress.graph import trace
+from fxcompress.graph import regions, trace
 from fxcompress.observe import output_snr
 
 _SMALL = {"classification": (96, 96), "segmentation": (96, 96)}
@@ -63,7 +59,7 @@ def examine(name: str) -> dict[str, Any]:
     report = coverage(quantized)
     return {
         "model": name,
-        "nodes": sum(len(region.graph.nodes) for region in _regions(traced)),
+        "nodes": sum(len(region.graph.nodes) for region in regions(traced).values()),
         "trace s": round(seconds, 2),
         "eager": "equal" if output_snr(expected, found) == float("inf") else f"{output_snr(expected, found):.0f} dB",
         "rungs": "; ".join(f"{r.module or 'top'}: {r.rung}" for r in traced.meta["rungs"] if r.rung != "note"),
@@ -71,39 +67,23 @@ def examine(name: str) -> dict[str, Any]:
         "int8 nodes": f"{report.integer_nodes}/{report.total_nodes}",
         "boundaries": report.boundaries,
         "finite": all(bool(t.isfinite().all()) for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)),
+        "failed": "",
     }
 
 
-def _regions(model: Any) -> list[Any]:
-    from fxcompress.graph import regions
-
-    return list(regions(model).values())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="*")
-    parser.add_argument("--sample", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json")
-    options = parser.parse_args()
-    chosen = options.models or models.names()
-    if options.sample:
-        chosen = sorted(random.Random(options.seed).sample(chosen, options.sample))
-    rows = []
-    for name in chosen:
-        try:
-            rows.append(examine(name))
-        except Exception as error:  # a failure is a row of the table
-            rows.append({"model": name, "eager": f"FAILED {type(error).__name__}: {str(error)[:300]}"})
-        print(tabulate([rows[-1]], tablefmt="plain"), flush=True)
-    print(tabulate(rows, headers="keys"))
-    failed = [row["model"] for row in rows if "FAILED" in row["eager"]]
-    print(f"{len(rows) - len(failed)} of {len(rows)} models; failed: {', '.join(failed) or 'none'}")
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
-
-
-if __name__ == "__main__":
-    main()
+def measure(run: Run) -> Iterator[Figure]:
+    """The whole zoo, small inputs."""
+    rows = run.sweep(examine, models.names())
+    run.table("models captured and quantized", rows)
+    failed = [row["model"] for row in rows if row["failed"]]
+    done = [row for row in rows if not row["failed"]]
+    wrong = [row["model"] for row in done if row["eager"] != "equal"]
+    bad = [row["model"] for row in done if not row["finite"]]
+    yield Figure("models tried", len(rows))
+    yield Figure("models that fail", len(failed), at_most=0, note=", ".join(failed))
+    yield Figure("captured models that differ from eager in a bit", len(wrong), at_most=0, note=", ".join(wrong))
+    yield Figure("quantized models with an output that is not finite", len(bad), at_most=0, note=", ".join(bad))
+    shares = sorted(float(row["int8 MACs"].rstrip("%")) for row in done)
+    if shares:
+        yield Figure("share of MACs in integers, median", shares[len(shares) // 2], "%")
+        yield Figure("share of MACs in integers, lowest", shares[0], "%")

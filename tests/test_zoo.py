@@ -1,4 +1,7 @@
-"""A seeded sample of torchvision's models: captured, equal to eager, quantized. The whole sweep is ``benchmarks/zoo.py``."""
+"""A seeded sample of torchvision's models: captured, equal to eager, quantized.
+
+The whole sweep is ``python -m benchmarks quantized-zoo``.
+"""
 
 from __future__ import annotations
 
