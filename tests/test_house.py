@@ -1,10 +1,9 @@
-"""The house itself: packaging, import directions, public names, README blocks."""
+"""The house itself: packaging, import directions, public names."""
 
 from __future__ import annotations
 
 import ast
 import re
-import runpy
 import subprocess
 import sys
 import tomllib
@@ -181,25 +180,3 @@ def test_imports_run_one_way(file: Path) -> None:
 def test_nothing_rests_on_the_deprecated_quantization_package() -> None:
     for file in [*PACKAGE.rglob("*.py"), *(ROOT / "passes").glob("*.py")]:
         assert not re.search(r"torch\.(ao|quantization)\b", file.read_text()), file
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-
-
-@pytest.mark.parametrize("block", blocks("python"), ids=range(len(blocks("python"))))
-def test_every_python_block_of_the_readme_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "torchvision" in block:
-        pytest.importorskip("torchvision")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "block.py").write_text(block)
-    runpy.run_path(str(tmp_path / "block.py"))
-
-
-def test_the_readme_has_two_commands_and_they_name_what_exists() -> None:
-    commands = blocks("sh")
-    assert len(commands) == 2
-    assert "-m fxcompress.bench" in commands[0]
-    assert "-m pytest" in commands[1]
-    for path in re.findall(r"`((?:benchmarks|fxcompress|passes|tests)/[\w./]*)`", (ROOT / "README.md").read_text()):
-        assert (ROOT / path).exists(), path

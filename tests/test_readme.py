@@ -1,0 +1,111 @@
+"""The READMEs, English and Chinese: every block runs, what is printed is printed, what is named exists."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxcompress import library
+from fxcompress.__main__ import main, parser
+
+ROOT = Path(__file__).parent.parent
+TEXTS = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("README*.md"))}
+ENGLISH = TEXTS["README.md"]
+every_readme = pytest.mark.parametrize("text", TEXTS.values(), ids=list(TEXTS))
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def code(block: str) -> str:
+    """A Python block without its comments and layout."""
+    return ast.dump(ast.parse(block))
+
+
+PYTHON = {code(block): block for text in TEXTS.values() for block in blocks(text, "python")}
+"""Every Python block of any README, once."""
+
+
+@pytest.mark.parametrize("block", PYTHON.values(), ids=range(len(PYTHON)))
+def test_every_python_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "torchvision" in block:
+        pytest.importorskip("torchvision")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "block.py").write_text(block, encoding="utf-8")
+    runpy.run_path(str(tmp_path / "block.py"))
+
+
+def test_the_ledger_shown_is_the_ledger_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchvision")
+    block = next(block for block in blocks(ENGLISH, "python") if "print(manager.ledger)" in block)
+    assert len(block.splitlines()) == 12
+    (tmp_path / "block.py").write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(tmp_path / "block.py"))
+    printed = _steady(capsys.readouterr().out)
+    for name, text in TEXTS.items():
+        (shown,) = blocks(text, "text")
+        assert _steady(shown) == printed, name
+
+
+def _steady(table: str) -> list[list[str]]:
+    """The words of every line, without what depends on the machine: zeros, SNR and seconds."""
+    lines = [line.split() for line in table.splitlines() if line and not line.startswith("---")]
+    return [words[:-3] if len(words) == 8 else words for words in lines]
+
+
+def test_what_is_said_to_run_on_many_processes_does(tmp_path: Path) -> None:
+    (block,) = (block for block in PYTHON.values() if block.startswith("# mine.py"))
+    (tmp_path / "mine.py").write_text(block, encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "mine.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert (tmp_path / "mine" / "graph.json").is_file()
+
+
+def test_there_are_two_commands_and_they_run(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision")
+    commands = {name: blocks(text, "sh") for name, text in TEXTS.items()}
+    measure, check = commands["README.md"]
+    assert all(found == [measure, check] for found in commands.values())
+    assert all(command.startswith("python3 -m venv ") and "pip install " in command for command in (measure, check))
+    assert check.endswith("-m pytest\n")  # which runs this
+    module, *words = shlex.split(measure.split(" -m ")[-1])
+    assert module == "fxcompress.bench"
+    threads = torch.get_num_threads()
+    assert main(["bench", *words, "--shape", "64", "64", "--runs", "2", "--no-progress"]) == 0
+    torch.set_num_threads(threads)
+    assert "int8" in capsys.readouterr().out
+
+
+@every_readme
+def test_what_is_named_exists(text: str) -> None:
+    for path in re.findall(r"`((?:benchmarks|fxcompress|passes|tests)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_pass_has_a_row() -> None:
+    rows = [row for row in ENGLISH.splitlines() if row.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`([a-z-]+)`", row.split(" | ")[0])}
+    assert set(library.passes()) <= named
+
+
+@every_readme
+def test_commands_in_the_text_parse(text: str) -> None:
+    commands = [c for c in re.findall(r"`fxcompress ([^`]+)`", text) if not c.isidentifier()]
+    assert len(commands) >= 4
+    for command in commands:
+        parser().parse_args(shlex.split(command))
