@@ -38,7 +38,7 @@ from fxcompress.distillation import (
     RKDDistiller,
 )
 from fxcompress.errors import FxCompressError
-from fxcompress.export import export_onnx
+from fxcompress.export import export_onnx, export_tensorrt
 from fxcompress.graph import trace
 from fxcompress.graph.coverage import coverage
 from fxcompress.ledger import Ledger
@@ -165,6 +165,7 @@ __all__ = [
     "coverage",
     "dequantize_tensor",
     "export_onnx",
+    "export_tensorrt",
     "fuse_modules",
     "get_model_size",
     "get_quantizable_modules",

@@ -55,7 +55,10 @@ def parser() -> argparse.ArgumentParser:
         "fxcompress export small --format onnx --output small.onnx",
     )  # fmt: skip
     export.add_argument("model", help="the folder of a saved model")
-    export.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="torch: a torch.export program")
+    export.add_argument(
+        "--format", choices=("onnx", "torch", "tensorrt"), default="onnx",
+        help="torch: a torch.export program; tensorrt: an engine for this GPU",
+    )  # fmt: skip
     export.add_argument("--output", "-o", required=True, metavar="FILE")
     _shape(export)
     sensitivity = _command(

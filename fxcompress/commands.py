@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from fxcompress.builder import build_compression_pipeline
 from fxcompress.config import Config, read_config
 from fxcompress.distributed import is_main
 from fxcompress.errors import ConfigError, PlanError
-from fxcompress.export import export_onnx
+from fxcompress.export import export_onnx, export_tensorrt
+from fxcompress.files import whole
 from fxcompress.graph.cost import cost, node_costs
 from fxcompress.graph.coverage import coverage
 from fxcompress.graph.inputs import Arguments
@@ -124,10 +126,7 @@ def export(options: argparse.Namespace) -> int:
     model = _saved(options.model, options)
     target = _output(options.output)
     call = _example(options.shape)
-    if options.format == "onnx":
-        export_onnx(model, target, call)
-    else:
-        _export_program(copy.deepcopy(model.meta.get("portable", model)), target, call)
+    _FORMATS[options.format](model, target, call)
     if options.json:
         _print({"output": str(target), "format": options.format, "bytes": target.stat().st_size})
     else:
@@ -136,15 +135,22 @@ def export(options: argparse.Namespace) -> int:
 
 
 def _export_program(model: fx.GraphModule, target: Path, call: Arguments | None) -> None:
+    model = copy.deepcopy(model.meta.get("portable", model))
     if target.suffix != ".pt2":
         raise ConfigError(f"a torch.export program is a .pt2 file, not {target.name!r}.")
     example = call if call is not None else _from_graph(model)
     for node in model.graph.nodes:
         node.meta.pop("nn_module_stack", None)  # ours names owners only, and torch.export wants classes
     program = torch.export.export(model, example.args, example.kwargs)
-    partial = target.with_name(f".partial-{target.name}")
-    torch.export.save(program, partial)
-    os.replace(partial, target)
+    with whole(target) as draft:
+        torch.export.save(program, draft)
+
+
+_FORMATS: dict[str, Callable[[fx.GraphModule, Path, Arguments | None], object]] = {
+    "onnx": export_onnx,
+    "torch": _export_program,
+    "tensorrt": export_tensorrt,
+}
 
 
 def _from_graph(model: fx.GraphModule) -> Arguments:

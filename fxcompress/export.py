@@ -1,18 +1,20 @@
-"""ONNX files: any graph, float or quantized, written by our own mapping and checked by running what was written."""
+"""ONNX files and TensorRT engines: any graph, float or quantized, by our own mapping, checked by running what is written."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxcompress.backends import tensorrt
+from fxcompress.backends.engine import Session
 from fxcompress.backends.onnx_graph import Flat, flatten, in_half, least_agreement, missing, to_onnx
 from fxcompress.backends.onnxruntime import onnxruntime
 from fxcompress.errors import BackendError, ConfigError, VerificationError
+from fxcompress.files import whole
 from fxcompress.graph import trace
 from fxcompress.graph.inputs import arguments, tensors_in
 from fxcompress.graph.island import TOP
@@ -20,7 +22,7 @@ from fxcompress.graph.qdq import dequantize, quantize
 from fxcompress.graph.shapes import propagate
 from fxcompress.graph.verify import output_snr
 
-__all__ = ["export_onnx"]
+__all__ = ["export_onnx", "export_tensorrt"]
 
 _FLOAT_WORST, _HALF_WORST = 60.0, 30.0
 """dB: what float32 kernels, and float16 ones, of two libraries agree to."""
@@ -50,22 +52,64 @@ def export_onnx(
     reason = missing("onnx", "onnxscript", "onnxruntime")
     if reason:
         raise BackendError(f"export_onnx needs more than is here: {reason}. pip install 'fxcompress[onnx]'.")
+    target = _file(path)
+    graph = _portable(model, example_inputs)
+    flat = _with_examples(flatten(graph), example_inputs)
+    half = _backend(graph) == "tensorrt" if half is None else half
+    data: bytes = to_onnx(in_half(flat) if half else flat, dynamic=dynamic_batch).SerializeToString()
+    _check(flat, onnxruntime(data, torch.get_num_threads(), optimize=False), half)
+    return _written(data, target)
+
+
+def export_tensorrt(
+    model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None, *, half: bool | None = None
+) -> Path:
+    """Write ``model`` as a TensorRT engine at ``path``, run the engine, and compare; returns the path.
+
+    The engine is for inputs of exactly the shapes of ``example_inputs`` (or of those that the model was traced with), for
+    this GPU and this TensorRT. ``half`` is that of :func:`export_onnx`, whose file is what the engine is built from.
+
+    Raises BackendError where TensorRT or a GPU is missing, or where the model was quantized for a backend whose integers
+    TensorRT does not take; VerificationError where the engine computes something else than the model.
+    """
+    graph = trace(model, example_inputs)
+    quantized_for = _backend(graph)
+    if quantized_for not in (None, "tensorrt"):
+        raise BackendError(
+            f"the model is quantized for {quantized_for!r}, whose activations TensorRT does not take: "
+            "quantize it with backend='tensorrt'."
+        )
+    reason = tensorrt.BACKEND.unavailable()
+    if reason:
+        raise BackendError(f"a TensorRT engine cannot be built here: {reason}. Its ONNX can be exported anywhere.")
+    target = _file(path)
+    flat = _with_examples(flatten(_portable(graph, example_inputs)), example_inputs)
+    half = quantized_for == "tensorrt" if half is None else half
+    data: bytes = to_onnx(in_half(flat) if half else flat, dynamic=False).SerializeToString()
+    plan = tensorrt.engine(data, [tuple(example.shape) for example in flat.examples])
+    run = tensorrt.session(plan)
+    _check(flat, lambda tensors: [found.cpu() for found in run([tensor.cuda() for tensor in tensors])], half)
+    return _written(plan, target)
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.is_dir():
         raise ConfigError(f"{str(target)!r} is a folder; give the name of a file.")
-    graph = _portable(model, example_inputs)
-    flat = _with_examples(flatten(graph), example_inputs)
-    if half is None:
-        half = graph.meta.get("quantization", {}).get("backend") == "tensorrt"
-    proto = to_onnx(in_half(flat) if half else flat, dynamic=dynamic_batch)
-    data: bytes = proto.SerializeToString()
-    _check(flat, data, half)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.replace(partial, target)
     return target
+
+
+def _written(data: bytes, target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole(target) as draft:
+        draft.write_bytes(data)
+    return target
+
+
+def _backend(graph: fx.GraphModule) -> str | None:
+    """The backend that a graph was quantized for; None where it was not."""
+    found: str | None = graph.meta.get("quantization", {}).get("backend")
+    return found
 
 
 def _portable(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
@@ -89,9 +133,8 @@ def _with_examples(flat: Flat, example_inputs: Any) -> Flat:
     return Flat(flat.module, flat.inputs, flat.outputs, tuple(t.cpu() for t in given)) if fits else flat
 
 
-def _check(flat: Flat, data: bytes, half: bool) -> None:
-    """Run the model operator by operator, as it is written, against the graph."""
-    session = onnxruntime(data, torch.get_num_threads(), optimize=False)
+def _check(flat: Flat, session: Session, half: bool) -> None:
+    """Run what is to be written against the graph."""
     with torch.no_grad():
         expected: tuple[Tensor, ...] = flat.module(*flat.examples)
     found = session([example.contiguous() for example in flat.examples])

@@ -13,6 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fxcompress.files import write_text
 from fxcompress.pass_base import Remark
 
 __all__ = ["Ledger", "Row"]
@@ -81,10 +82,7 @@ class Ledger:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ledger as JSON; the file appears whole or not at all."""
-        target = Path(path)
-        temporary = target.with_name(target.name + ".partial")
-        temporary.write_text(json.dumps(self.as_data(), indent=1), encoding="utf-8")
-        os.replace(temporary, target)
+        write_text(Path(path), json.dumps(self.as_data(), indent=1))
 
 
 _ALIGN = ("left", *("right",) * (len(_HEADERS) - 1))

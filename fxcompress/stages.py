@@ -15,6 +15,7 @@ from torch import fx, nn
 from fxcompress import artifact
 from fxcompress.distributed import gather, is_main
 from fxcompress.errors import ArtifactError, ConfigError
+from fxcompress.files import write_text
 from fxcompress.graph.island import TOP, Island
 from fxcompress.ledger import Ledger
 
@@ -59,9 +60,7 @@ class Stages:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         state = {"identity": self._identity, "done": self.done, "ledger": self.rows.as_data()}
-        temporary = self._path.with_name(_STATE + ".partial")
-        temporary.write_text(json.dumps(state, indent=1), encoding="utf-8")
-        os.replace(temporary, self._path)
+        write_text(self._path, json.dumps(state, indent=1))
 
     def _model(self, number: int) -> Path:
         assert self.folder is not None

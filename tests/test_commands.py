@@ -81,6 +81,34 @@ def test_a_model_is_compressed_inspected_and_exported(place: Path, capsys: pytes
     program = torch.export.load(place / "small.pt2").module()
     with torch.no_grad():
         assert program(torch.randn(8, 1, 8, 8)).shape == (8, 4)
+    refused = run(capsys, "export", "small", "--format", "tensorrt", "-o", "small.engine", status=2)
+    assert "quantized for 'fbgemm'" in refused
+    assert not list(place.glob("*small.engine*"))
+
+
+def test_what_an_engine_is_built_from_is_exported_anywhere_and_the_engine_where_it_can_be(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    from fxcompress.backends import tensorrt
+
+    wide = MODULE.replace("commands-test", "wide").replace("2d(1, 8,", "2d(1, 32,").replace("d(8)", "d(32)")
+    (place / "wide_models.py").write_text(wide.replace("512", "2048"))
+    config = CONFIG.replace("commands-test", "wide").replace("type: PTQQuantizer", "type: PTQQuantizer, backend: tensorrt")
+    (place / "trt.yaml").write_text(config)
+    run(capsys, "compress", "trt.yaml", "--import", "wide_models", "-o", "small")
+    run(capsys, "export", "small", "-o", "small.onnx")
+    kinds = {node.op_type for node in onnx.load(place / "small.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+    missing = tensorrt.BACKEND.unavailable()
+    if missing is None:
+        run(capsys, "export", "small", "--format", "tensorrt", "-o", "small.engine")
+        assert (place / "small.engine").stat().st_size > 1000
+        return
+    refused = run(capsys, "export", "small", "--format", "tensorrt", "-o", "small.engine", status=2)
+    assert missing in refused and "Its ONNX can be exported anywhere" in refused
+    assert not list(place.glob("*small.engine*"))
 
 
 def test_a_run_is_resumed_from_what_it_kept(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,7 @@ pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
-from fxcompress import PTQQuantizer, export_onnx, trace
+from fxcompress import PTQQuantizer, export_onnx, export_tensorrt, trace
 from fxcompress.errors import BackendError, ConfigError, DataError, VerificationError
 from fxcompress.graph import qdq
 
@@ -188,3 +191,91 @@ def test_asking_for_an_engine_says_what_is_missing() -> None:
     model = quantized(backend="tensorrt")
     with pytest.raises(BackendError, match=r"tensorrt cannot run here: .*(not installed|no NVIDIA GPU)"):
         PassManager([{"lower": {"engine": True}}], reproducer=False).run(model.meta["portable"], images())
+
+
+# engines
+
+
+def test_an_engine_is_refused_with_what_is_missing_and_nothing_is_left(tmp_path: Path) -> None:
+    from fxcompress.backends import tensorrt
+
+    if tensorrt.BACKEND.unavailable() is None:
+        pytest.skip("TensorRT and a GPU are here")
+    with pytest.raises(BackendError, match=r"cannot be built here: .*(tensorrt is not installed|no NVIDIA GPU).*ONNX can"):
+        export_tensorrt(quantized(backend="tensorrt"), tmp_path / "model.engine")
+    with pytest.raises(BackendError, match=r"quantized for 'fbgemm'.*backend='tensorrt'"):
+        export_tensorrt(quantized(), tmp_path / "model.engine")
+    assert not list(tmp_path.iterdir())
+
+
+class FakeTensorRT:
+    """Of TensorRT what building an engine asks: an 'engine' is the ONNX file behind a word, for the shapes of a profile."""
+
+    class Logger:
+        ERROR = 1
+
+        def __init__(self, severity: int) -> None:
+            assert severity == self.ERROR
+
+    class NetworkDefinitionCreationFlag:
+        STRONGLY_TYPED = 1
+
+    class Builder:
+        def __init__(self, log: Any) -> None:
+            self.profile: dict[str, Any] = {}
+
+        def create_network(self, flags: int) -> Any:
+            assert flags == 2
+            return SimpleNamespace(model=b"", get_input=lambda number: SimpleNamespace(name=f"input {number}"))
+
+        def create_builder_config(self) -> Any:
+            return SimpleNamespace(add_optimization_profile=lambda profile: None)
+
+        def create_optimization_profile(self) -> Any:
+            return SimpleNamespace(set_shape=lambda name, *shapes: self.profile.update({name: shapes}))
+
+        def build_serialized_network(self, network: Any, settings: Any) -> Any:
+            return memoryview(repr(self.profile).encode() + b"|" + network.model)
+
+    class OnnxParser:
+        def __init__(self, network: Any, log: Any) -> None:
+            self.network = network
+
+        def parse(self, model: bytes) -> bool:
+            self.network.model = model
+            return True
+
+
+def test_an_engine_is_built_for_the_shapes_of_the_example_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fxcompress.backends import onnxruntime, tensorrt
+
+    model = quantized(backend="tensorrt")
+    run: list[bytes] = []
+
+    def session(plan: bytes) -> Any:
+        run.append(plan)
+        return onnxruntime.onnxruntime(plan.partition(b"|")[2], 1, optimize=False)
+
+    monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT)
+    monkeypatch.setattr(tensorrt, "BACKEND", dataclasses.replace(tensorrt.BACKEND, unavailable=lambda: None))
+    monkeypatch.setattr(tensorrt, "session", session)
+    monkeypatch.setattr(Tensor, "cuda", lambda self: self)
+    path = export_tensorrt(model, tmp_path / "model.engine", images(4))
+    written = path.read_bytes()
+    assert run == [written]
+    shapes, _, onnx_model = written.partition(b"|")
+    shape = (4, 3, 8, 8)
+    assert shapes.decode() == repr({"input 0": (shape, shape, shape)})
+    graph = onnx.load_from_string(onnx_model).graph
+    assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == list(shape)
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in graph.node}
+    path.unlink()
+    monkeypatch.setattr(tensorrt, "session", lambda plan: lambda tensors: [torch.zeros(4, 16, 16)])
+    with pytest.raises(VerificationError, match="computes something else"):
+        export_tensorrt(model, path, images(4))
+    monkeypatch.setattr(FakeTensorRT.Builder, "build_serialized_network", lambda *_: None)
+    with pytest.raises(BackendError, match="could not build"):
+        export_tensorrt(model, path, images(4))
+    assert not list(tmp_path.iterdir())

@@ -90,6 +90,7 @@ PUBLIC = {
     "coverage",
     "dequantize_tensor",
     "export_onnx",
+    "export_tensorrt",
     "fuse_modules",
     "get_model_size",
     "get_quantizable_modules",
@@ -101,7 +102,7 @@ PUBLIC = {
 }
 
 ORDER = [
-    {"errors", "registry", "distributed"},
+    {"errors", "registry", "distributed", "files"},
     {"graph", "options"},
     {"backends", "pass_base", "data", "timing", "weights"},
     {"plan", "manager", "observe", "library", "ledger", "artifact", "export", "serial", "reproducer", "stages"},

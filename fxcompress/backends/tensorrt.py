@@ -8,7 +8,7 @@ shortcut only, operators that do not commute with rounding quantize on both side
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from fxcompress.errors import BackendError
 from fxcompress.graph.ops import Attr, Call
 from fxcompress.graph.shapes import shape_of
 
-__all__ = ["BACKEND", "RULES", "tensorrt"]
+__all__ = ["BACKEND", "RULES", "engine", "session", "tensorrt"]
 
 _FEWEST_CHANNELS = 16
 
@@ -84,43 +84,30 @@ RULES: dict[str, Rule] = {
 }
 
 
+Shapes = Sequence[tuple[int, ...]]
+
+
 def tensorrt(model: bytes, threads: int) -> Session:
     """An engine built from ONNX for the shapes it is first called with, and built again where others come."""
     reason = _unavailable()
     if reason:
         raise BackendError(f"a TensorRT engine cannot be built here: {reason}.")
-    import tensorrt as trt
-
-    log = trt.Logger(trt.Logger.ERROR)
-    contexts: dict[tuple[tuple[int, ...], ...], Any] = {}
-    stream = torch.cuda.Stream()
-
-    def context_for(shapes: tuple[tuple[int, ...], ...]) -> Any:
-        if shapes not in contexts:
-            contexts[shapes] = _build(trt, log, model, shapes)
-        return contexts[shapes]
+    sessions: dict[tuple[tuple[int, ...], ...], Session] = {}
 
     def run(tensors: list[Tensor]) -> list[Tensor]:
-        engine, context = context_for(tuple(tuple(tensor.shape) for tensor in tensors))
-        names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
-        inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        for name, tensor in zip(inputs, tensors, strict=True):
-            context.set_input_shape(name, tuple(tensor.shape))
-            context.set_tensor_address(name, tensor.data_ptr())
-        results = []
-        for name in (name for name in names if name not in inputs):
-            dtype = getattr(torch, str(trt.nptype(engine.get_tensor_dtype(name)).__name__))
-            results.append(torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device="cuda"))
-            context.set_tensor_address(name, results[-1].data_ptr())
-        stream.wait_stream(torch.cuda.current_stream())
-        context.execute_async_v3(stream.cuda_stream)
-        stream.synchronize()
-        return results
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        if shapes not in sessions:
+            sessions[shapes] = session(engine(model, shapes))
+        return sessions[shapes](tensors)
 
     return run
 
 
-def _build(trt: Any, log: Any, model: bytes, shapes: tuple[tuple[int, ...], ...]) -> tuple[Any, Any]:
+def engine(model: bytes, shapes: Shapes) -> bytes:
+    """An engine built from ONNX for inputs of exactly these shapes, as TensorRT saves it."""
+    import tensorrt as trt
+
+    log = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
@@ -133,8 +120,35 @@ def _build(trt: Any, log: Any, model: bytes, shapes: tuple[tuple[int, ...], ...]
     plan = builder.build_serialized_network(network, settings)
     if plan is None:
         raise BackendError("TensorRT could not build an engine; its log says why.")
-    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
-    return engine, engine.create_execution_context()
+    return bytes(plan)
+
+
+def session(plan: bytes) -> Session:
+    """A function over tensors on the GPU that runs a saved engine."""
+    import tensorrt as trt
+
+    built = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan)
+    if built is None:
+        raise BackendError("TensorRT does not take the engine: it was built for another version or another GPU.")
+    context, stream = built.create_execution_context(), torch.cuda.Stream()
+    names = [built.get_tensor_name(number) for number in range(built.num_io_tensors)]
+    inputs = [name for name in names if built.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        for name, tensor in zip(inputs, tensors, strict=True):
+            context.set_input_shape(name, tuple(tensor.shape))
+            context.set_tensor_address(name, tensor.data_ptr())
+        results = []
+        for name in (name for name in names if name not in inputs):
+            dtype = getattr(torch, str(trt.nptype(built.get_tensor_dtype(name)).__name__))
+            results.append(torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device="cuda"))
+            context.set_tensor_address(name, results[-1].data_ptr())
+        stream.wait_stream(torch.cuda.current_stream())
+        context.execute_async_v3(stream.cuda_stream)
+        stream.synchronize()
+        return results
+
+    return run
 
 
 def _unavailable() -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import ConfigError, DataError
+from fxcompress.files import write_text
 
 __all__ = ["TeacherCache", "frozen"]
 
@@ -98,9 +99,7 @@ class TeacherCache:
                 "spec": pytree.treespec_dumps(spec),
                 "rows": [[list(leaf.shape[1:]), str(leaf.dtype).removeprefix("torch.")] for leaf in leaves],
             }
-            partial = self.folder / f"cache.json.{os.getpid()}"
-            partial.write_text(json.dumps(header), encoding="utf-8")
-            os.replace(partial, self.folder / "cache.json")
+            write_text(self.folder / "cache.json", json.dumps(header))
 
     def _open(self) -> None:
         assert self.folder is not None

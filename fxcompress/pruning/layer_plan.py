@@ -12,6 +12,7 @@ import yaml
 from tabulate import tabulate
 
 from fxcompress.errors import ConfigError, did_you_mean
+from fxcompress.files import write_text
 
 __all__ = ["LayerPlan", "PartPlan"]
 
@@ -46,11 +47,8 @@ class LayerPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as YAML; the file appears whole or not at all."""
-        target = Path(path)
-        temporary = target.with_name(target.name + ".partial")
         parts = {name: {"score": part.score, "remove": part.remove} for name, part in self.parts.items()}
-        temporary.write_text(yaml.safe_dump({"units": self.units, "parts": parts}, sort_keys=False), encoding="utf-8")
-        os.replace(temporary, target)
+        write_text(Path(path), yaml.safe_dump({"units": self.units, "parts": parts}, sort_keys=False))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerPlan:

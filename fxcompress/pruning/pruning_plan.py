@@ -12,6 +12,7 @@ import yaml
 from tabulate import tabulate
 
 from fxcompress.errors import ConfigError, did_you_mean
+from fxcompress.files import write_text
 from fxcompress.graph.channels import ChannelGroup
 
 __all__ = ["GroupPlan", "PruningPlan"]
@@ -77,10 +78,7 @@ class PruningPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as YAML; the file appears whole or not at all."""
-        target = Path(path)
-        temporary = target.with_name(target.name + ".partial")
-        temporary.write_text(yaml.safe_dump(self.as_data(), sort_keys=False), encoding="utf-8")
-        os.replace(temporary, target)
+        write_text(Path(path), yaml.safe_dump(self.as_data(), sort_keys=False))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:

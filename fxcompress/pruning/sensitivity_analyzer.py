@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fxcompress.distributed import gather, rank, spread, world
 from fxcompress.errors import ConfigError, DataError
+from fxcompress.files import write_text
 from fxcompress.manager import PassManager, example_call
 from fxcompress.plan import Plan
 from fxcompress.pruning import sensitivity_report as report
@@ -256,18 +257,14 @@ class SensitivityAnalyzer:
         if target is None:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.partial")
-        partial.write_text(
-            json.dumps({"fingerprint": self._fingerprint, "values": self._values}, indent=1), encoding="utf-8"
-        )
-        os.replace(partial, target)
+        write_text(target, json.dumps({"fingerprint": self._fingerprint, "values": self._values}, indent=1))
 
     def _recall(self) -> dict[str, float]:
         """Every process's measurements of this very analysis, from its files."""
         values: dict[str, float] = {}
         files = [] if self.cache is None else [self.cache, *self.cache.parent.glob(f"{self.cache.name}.rank*")]
         for file in files:
-            if file.name.endswith(".partial") or not file.is_file():
+            if not file.is_file():
                 continue
             try:
                 data = json.loads(file.read_text(encoding="utf-8"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from fxcompress.errors import ConfigError
+from fxcompress.files import write_text
 from fxcompress.plan import Plan
 
 if TYPE_CHECKING:
@@ -57,9 +57,7 @@ def write(summary: Summary, path: Path) -> None:
     form = _FORMS.get(path.suffix.lower())
     if form is None:
         raise ConfigError(f"a report is written as {', '.join(_FORMS)}; {str(path)!r} ends in none of them.")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(form(summary), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, form(summary))
 
 
 def _json(summary: Summary) -> str:

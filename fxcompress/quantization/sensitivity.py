@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompress.errors import ConfigError
+from fxcompress.files import write_text
 from fxcompress.graph.inputs import Arguments, tensors_in
 
 __all__ = ["Judge", "Metric", "SweepFile", "fingerprint", "sweep"]
@@ -117,9 +117,7 @@ class SweepFile:
         self.costs[name] = cost
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_name(f"{self.path.name}.partial")
-            partial.write_text(json.dumps({"key": self.key, "costs": self.costs}, indent=1), encoding="utf-8")
-            os.replace(partial, self.path)
+            write_text(self.path, json.dumps({"key": self.key, "costs": self.costs}, indent=1))
 
 
 def fingerprint(module: fx.GraphModule, calls: Sequence[Arguments], settings: Mapping[str, Any]) -> str:

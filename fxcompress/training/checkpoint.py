@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxcompress.distributed import rank, world
 from fxcompress.errors import ArtifactError, ConfigError
+from fxcompress.files import whole
 
 if TYPE_CHECKING:
     from fxcompress.training.callbacks import Callback
@@ -24,12 +25,10 @@ __all__ = ["captured", "read", "take_up", "write"]
 def write(state: Mapping[str, Any], path: Path) -> None:
     """Write ``state`` to ``path``; a process killed at any moment leaves the previous file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "wb") as file:
+    with whole(path) as draft, open(draft, "wb") as file:
         torch.save(dict(state), file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from tabulate import tabulate
 
 from fxcompress.errors import ConfigError
+from fxcompress.files import write_text
 
 __all__ = ["History"]
 
@@ -53,9 +54,7 @@ class History:
         if target.suffix not in (".json", ".csv"):
             raise ConfigError(f"a history is saved as .json or .csv, not {target.suffix or 'without an ending'!r}.")
         text = json.dumps(self.as_data(), indent=1) if target.suffix == ".json" else self._csv()
-        temporary = target.with_name(target.name + ".partial")
-        temporary.write_text(text, encoding="utf-8", newline="")
-        os.replace(temporary, target)
+        write_text(target, text, newline="")
 
     def _csv(self) -> str:
         out = io.StringIO()

@@ -1,0 +1,40 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fxcompress.files import whole, write_text
+
+
+def test_a_file_is_its_old_self_until_it_is_its_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+    with whole(path) as draft:
+        draft.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_what_fails_leaves_nothing_behind(error: type[BaseException], tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+
+    def write() -> None:
+        with whole(path) as draft:
+            draft.write_text("half of the n")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_text_is_utf_8_with_the_line_ends_it_has(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.csv", "größe\r\n", newline="")
+    assert (tmp_path / "a.csv").read_bytes() == "größe\r\n".encode()
