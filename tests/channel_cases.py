@@ -177,9 +177,17 @@ def silenced(dense: Any, small: fx.GraphModule) -> Any:
     held = {**dict(small.named_parameters(remove_duplicate=False)), **dict(small.named_buffers(remove_duplicate=False))}
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name in held and held[name].shape != tensor.shape:
-                tensor.copy_(torch.where(torch.isin(tensor, held[name]), tensor, torch.zeros_like(tensor)))
+            left = held.get(name, _split_projection(name, held))
+            if left is not None and left.shape != tensor.shape and tensor.is_floating_point():
+                tensor.copy_(torch.where(torch.isin(tensor, left), tensor, torch.zeros_like(tensor)))
     return model
+
+
+def _split_projection(name: str, held: Mapping[str, Tensor]) -> Tensor | None:
+    """What is left of a projection of attention that was taken apart."""
+    layer, found, kind = name.rpartition("in_proj_")
+    parts = [held.get(f"{layer}{letter}_proj_{kind}") for letter in "qkv"] if found else []
+    return torch.cat([part.flatten() for part in parts if part is not None]) if any(p is not None for p in parts) else None
 
 
 def error(expected: Any, found: Any) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.channel_cases import Case, check, error, image, lived_in, net, prune, remarks, silenced, tokens
+from tests.channel_cases import Case, check, image, lived_in, net, prune, tokens
 
 linear = nn.Linear
 X, MORE = (tokens(),), [(tokens(length=4, batch=3),)]
@@ -264,11 +264,6 @@ def with_mask(self: Any, x: Tensor) -> Tensor:
     return self.out(self.att(x, x, x, attn_mask=mask, need_weights=False)[0])
 
 
-def with_mask_buffer(self: Any, x: Tensor) -> Tensor:
-    x = self.embed(x)
-    return self.out(self.att(x, x, x, attn_mask=self.mask, need_weights=False)[0])
-
-
 MODULES = {
     "nn.MultiheadAttention with a mask made in forward": Case(
         mha(with_mask, batch_first=True), {"embed.weight": (4, 6)}, X, MORE
@@ -356,25 +351,6 @@ CASES = {**WRITTEN, **MODULES, **PRODUCTS}
 @pytest.mark.parametrize("name", CASES)
 def test_half_of_the_channels_go_and_the_rest_compute_what_they_did(name: str, criterion: str) -> None:
     check(CASES[name], criterion)
-
-
-@pytest.mark.parametrize(
-    ("options", "forward", "reason"),
-    [
-        ({"add_bias_kv": True}, to_itself, "appends a bias"),
-        ({"add_zero_attn": True}, to_itself, "appends"),
-        ({}, with_mask_buffer, "takes a mask"),
-    ],
-)
-def test_attention_that_stays_closed_is_frozen_and_named(options: Any, forward: Any, reason: str) -> None:
-    model = mha(forward, batch_first=True, **options)()
-    model.register_buffer("mask", torch.ones(7, 7, dtype=torch.bool).triu(1))
-    model = lived_in(model)
-    small, pruner = prune(model, X)
-    assert reason in remarks(pruner)
-    assert small.get_parameter("embed.weight").shape == (8, 6)
-    assert small.get_parameter("out.0.weight").shape == (5, 8)
-    assert error(silenced(model, small)(*X), small(*X)) <= 1e-10
 
 
 def test_the_scale_of_the_dense_head_is_written_down() -> None:

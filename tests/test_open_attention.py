@@ -87,9 +87,6 @@ def test_parameters_keep_their_names_and_values() -> None:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (Attention("masked"), "it takes a mask"),
-        (Attention("self", add_bias_kv=True), "appends a bias"),
-        (Attention("self", add_zero_attn=True), "appends a bias or zeros"),
         (Attention("weights per head"), "passed on whole"),
     ],
 )

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import DataError
+from fxcompress.graph.transformers import plain_transformers
 
 __all__ = ["Arguments", "arguments", "bind", "frozen_state", "preserved_attributes", "record_calls", "tensors_in"]
 
@@ -64,12 +65,12 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 @contextmanager
 def frozen_state(module: nn.Module) -> Iterator[None]:
-    """Run the module for a look: no gradients, buffers and random state as before afterwards."""
+    """Run the module for a look: no gradients, no fused layers; buffers and random state as before afterwards."""
     training = any(m.training for m in module.modules())
     saved = {name: buffer.clone() for name, buffer in module.named_buffers()} if training else {}
     state = torch.get_rng_state()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), plain_transformers():
             yield
     finally:
         torch.set_rng_state(state)

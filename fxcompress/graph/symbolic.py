@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.graph import ops
 from fxcompress.graph.capture import ordered
 from fxcompress.graph.inputs import Arguments, bind, preserved_attributes
+from fxcompress.graph.transformers import PLAIN, plain_transformers
 
 __all__ = [
     "LadderTracer",
@@ -31,6 +32,9 @@ __all__ = [
 _SEQUENCES = (rnn.pack_padded_sequence, rnn.pad_packed_sequence)
 
 
+PADDED = "padded positions hold values that torch's fused kernel for inference would replace by zeros"
+
+
 class LadderTracer(fx.Tracer):
     """fx's tracer, with leaves from the op table, rollback of a module that defeats it, and indexed attribute lookup."""
 
@@ -38,7 +42,7 @@ class LadderTracer(fx.Tracer):
         super().__init__(autowrap_functions=_SEQUENCES)
         self._autowrap_search.append(rnn)  # for those who call nn.utils.rnn.pack_padded_sequence
         self.defeated: dict[str, str] = {}
-        self.hooked: list[str] = []
+        self.notes: list[tuple[str, str]] = []
         self._proxies: dict[str, fx.Proxy] = {}
         self._names: dict[int, str] = {}
 
@@ -48,8 +52,10 @@ class LadderTracer(fx.Tracer):
         self._proxies = {}
         ops.known_classes()  # the op table is read before tracing puts its own functions in the place of torch's
         graph = super().trace(root, concrete_args)
-        for node in graph.nodes:
-            if node.target in _SEQUENCES:
+        for node in list(graph.nodes):
+            if getattr(node.target, "__name__", "") == "_assert_is_none":
+                graph.erase_node(node)  # fx's check of an argument that is fixed to None
+            elif node.target in _SEQUENCES:
                 node.meta.pop("is_wrapped", None)  # generated code would wrap it by a dotted name, and no trace go on after
         return graph
 
@@ -64,7 +70,7 @@ class LadderTracer(fx.Tracer):
         return (
             module_qualified_name in self.defeated
             or ops.is_known_module(m)
-            or super().is_leaf_module(m, module_qualified_name)
+            or (type(m) not in PLAIN and super().is_leaf_module(m, module_qualified_name))
         )
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
@@ -82,7 +88,9 @@ class LadderTracer(fx.Tracer):
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
         if m._forward_hooks or m._forward_pre_hooks:
-            self.hooked.append(name)
+            self.notes.append((name, "its forward hooks do not run in the graph"))
+        if isinstance(m, nn.TransformerEncoder) and kwargs.get("src_key_padding_mask") is not None:
+            self.notes.append((name, PADDED))
         last = next(reversed(self.graph.nodes), None)
         depth, calls, scope = len(self.module_stack), dict(self.num_calls), self.scope
         try:
@@ -131,7 +139,7 @@ def name_placeholders(graph: fx.Graph, model: nn.Module) -> None:
 
 def symbolic(tracer: LadderTracer, model: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph | None, str]:
     try:
-        with preserved_attributes(model):
+        with preserved_attributes(model), plain_transformers():
             return tracer.trace(model, concrete or None), ""
     except Exception as error:  # user code may raise anything on a proxy
         return None, first_line(error)

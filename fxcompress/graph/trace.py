@@ -149,7 +149,7 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
     if graph is not None:
         name_placeholders(graph, model)
         module = TracedModule(tracer.root, graph, type(model).__name__)
-        rungs += [Rung(name, "note", "its forward hooks do not run in the graph") for name in tracer.hooked]
+        rungs += [Rung(name, "note", note) for name, note in tracer.notes]
         rungs += _resolve(module, model, tracer.defeated, call)
         rungs += open_functions(module, call)
         return _finish(module, model, rungs), ""

@@ -127,20 +127,18 @@ def analyse(
 
 
 def _advance(walk: Walk, offsets: dict[str, int], heads: bool) -> bool:
-    """Choose a coarser part where nothing of the finer one can go; returns whether a choice changed."""
-    if not walk.sites.parts:
-        return False
-    classes = walk.atoms.solve()
-    frozen, root, changed = classes.is_frozen(), classes.root, False
-    for site, parts in walk.sites.parts.items():
-        now = offsets.get(site, 0)
-        if now + 1 >= parts:
-            continue
-        prefers = heads and site in walk.attention and now == 0
-        if prefers or bool(frozen[root[walk.sites.inputs[site]]].all()):
-            offsets[site] = now + 1
-            changed = True
-    return changed
+    """Choose a coarser part where nothing of the finer one can go; returns whether a choice changed.
+
+    Heads are chosen first and by themselves: what looked stuck beside head dimensions may go with them.
+    """
+    left = {site for site, parts in walk.sites.parts.items() if offsets.get(site, 0) + 1 < parts}
+    chosen = {site for site in left & walk.attention if heads and not offsets.get(site)}
+    if left and not chosen:
+        classes = walk.atoms.solve()
+        frozen, root = classes.is_frozen(), classes.root
+        chosen = {site for site in left if bool(frozen[root[walk.sites.inputs[site]]].all())}
+    offsets.update({site: offsets.get(site, 0) + 1 for site in chosen})
+    return bool(chosen)
 
 
 def _freeze(walk: Walk, frozen: Mapping[str, str], attention: str | None) -> None:
