@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-__all__ = ["Mergeable", "gather", "is_main", "local_device", "merge", "rank", "share_buffers", "spread", "world"]
+__all__ = ["Mergeable", "average", "gather", "is_main", "local_device", "merge", "rank", "share_buffers", "spread", "world"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,8 +35,34 @@ def world() -> int:
 
 
 def _leave() -> None:
+    _Exchange.leave()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class _Exchange:
+    """The group through which everything here is sent: all processes, and nobody else's work.
+
+    A group's threads may still be letting go of tensors when a collective has returned, for which they need the
+    interpreter: one that ends meanwhile aborts the process (pytorch/pytorch#179291). Destroying a group waits for its
+    threads, but DistributedDataParallel never lets go of the default group, so ours is one that it does not know.
+    """
+
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def join(cls) -> dist.ProcessGroup:
+        if cls.group is None or dist.get_world_size(cls.group) < 1:  # -1: somebody has destroyed all groups
+            if cls.group is None:
+                atexit.register(cls.leave)
+            cls.group = dist.new_group()
+        return cls.group
+
+    @classmethod
+    def leave(cls) -> None:
+        group, cls.group = cls.group, None
+        if group is not None and dist.is_initialized() and dist.get_world_size(group) > 0:
+            dist.destroy_process_group(group)
 
 
 def rank() -> int:
@@ -76,8 +102,17 @@ def gather(value: T) -> list[T]:
 
 def _all_gather(tensor: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(tensor) for _ in range(world())]
-    dist.all_gather(parts, tensor)
+    dist.all_gather(parts, tensor, group=_Exchange.join())
     return parts
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Make every tensor, in place, the mean of what the processes have in its stead."""
+    if world() == 1:
+        return
+    for tensor in tensors:
+        dist.all_reduce(tensor, group=_Exchange.join())
+        tensor /= world()
 
 
 def share_buffers(model: nn.Module) -> None:
@@ -86,7 +121,7 @@ def share_buffers(model: nn.Module) -> None:
         return
     for buffer in model.buffers():
         sent = buffer.to(torch.uint8) if buffer.dtype is torch.bool else buffer.contiguous()
-        dist.broadcast(sent, 0)
+        dist.broadcast(sent, 0, group=_Exchange.join())
         if sent is not buffer:
             buffer.copy_(sent)
 

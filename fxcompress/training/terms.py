@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.data import split_batch
-from fxcompress.distributed import gather, world
+from fxcompress.distributed import average, gather
 from fxcompress.errors import ConfigError, DataError, TrainingError
 from fxcompress.graph.inputs import Arguments
 
@@ -95,9 +95,7 @@ def gradient_norms(terms: Terms, parameters: Sequence[nn.Parameter], scale: floa
             continue
         found = torch.autograd.grad(value * scale, parameters, retain_graph=True, allow_unused=True)
         gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
-        for gradient in gradients if world() > 1 else []:
-            torch.distributed.all_reduce(gradient)
-            gradient /= world()
+        average(gradients)
         norms[name] = float(torch.nn.utils.get_total_norm(gradients)) / scale
     return norms
 
