@@ -10,7 +10,7 @@ import copy
 import io
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +52,12 @@ class _Exchange:
 
     @classmethod
     def join(cls) -> dist.ProcessGroup:
-        if cls.group is None or dist.get_world_size(cls.group) < 1:  # -1: somebody has destroyed all groups
-            if cls.group is None:
-                atexit.register(cls.leave)
-            cls.group = dist.new_group()
-        return cls.group
+        group = cls.group
+        if group is None:
+            atexit.register(cls.leave)
+        if group is None or dist.get_world_size(group) < 1:  # -1: somebody has destroyed all groups
+            group = cls.group = cast(dist.ProcessGroup, dist.new_group())
+        return group
 
     @classmethod
     def leave(cls) -> None:
