@@ -88,6 +88,7 @@ from fxcompress.quantization import (
     get_quantizable_modules,
     quantize_tensor,
 )
+from fxcompress.report import write_report
 from fxcompress.training import LOSSES, METRICS, OPTIMIZERS, Recipe, train
 
 __version__ = "0.1.0"
@@ -174,4 +175,5 @@ __all__ = [
     "save",
     "trace",
     "train",
+    "write_report",
 ]

@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     _configured(compress)
     compress.add_argument("--validation", metavar="DATA", help="data to judge the model on, before and after")
     compress.add_argument("--output", "-o", required=True, metavar="FOLDER", help="where the saved model goes")
+    _report(compress)
     compress.add_argument("--keep", metavar="FOLDER", help="keep every costly stage there, so that the run can be resumed")
     compress.add_argument("--resume", action="store_true", help="go on from what --keep holds")
     compress.add_argument("--seed", type=int, default=0)
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "fxcompress inspect small",
     )  # fmt: skip
     inspect.add_argument("model", help="the folder of a saved model")
+    _report(inspect)
     export = _command(
         sub, "export", commands.export, "write a saved model in another format",
         "fxcompress export small --format onnx --output small.onnx",
@@ -63,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     _shape(export)
     sensitivity = _command(
         sub, "sensitivity", commands.sensitivity, "measure what pruning each part of a model costs",
-        "fxcompress sensitivity --model resnet18 --data '{type: image-folder, root: val}' --target 0.6 -o report.md",
+        "fxcompress sensitivity --model resnet18 --data '{type: image-folder, root: val}' --target 0.6 -o report.html",
     )  # fmt: skip
     sensitivity.add_argument("--model", required=True, help="a name, a mapping, or a saved model's folder")
     sensitivity.add_argument("--weights", metavar="FILE", help="weights for the model")
@@ -74,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("--steps", type=int, default=9, help="sparsities tried")
     sensitivity.add_argument("--target", type=float, help="recommend the largest sparsities that keep this metric")
     sensitivity.add_argument("--cache", metavar="FILE", help="keep measurements there; an interrupted analysis goes on")
-    sensitivity.add_argument("--output", "-o", metavar="FILE", help="write the report: .json, .csv or .md")
+    sensitivity.add_argument("--output", "-o", metavar="FILE", help="write the report: .html, .md, .json or .csv")
     sub.add_parser("bench", help="measure compressed models (fxcompress bench --help)", add_help=False)
     _command(sub, "passes", commands.passes, "list the library of passes", "fxcompress passes")
     _command(
@@ -112,6 +114,10 @@ def _configured(made: argparse.ArgumentParser) -> None:
     made.add_argument("--weights", metavar="FILE", help="weights for the model")
     made.add_argument("--data", help="a data set's name, or a mapping ({type: digits, batch_size: 64})")
     _shape(made)
+
+
+def _report(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--report", metavar="PAGE.html", help="write one self-contained HTML page that shows all of it")
 
 
 def _shape(made: argparse.ArgumentParser) -> None:

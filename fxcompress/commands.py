@@ -28,11 +28,13 @@ from fxcompress.files import whole
 from fxcompress.graph.cost import cost, node_costs
 from fxcompress.graph.coverage import coverage
 from fxcompress.graph.inputs import Arguments
+from fxcompress.graph.shapes import example_of
 from fxcompress.manager import PassManager
 from fxcompress.models import build_data, build_model
 from fxcompress.pipeline import CompressionPipeline
 from fxcompress.plan import read_yaml
 from fxcompress.pruning.sensitivity_analyzer import SensitivityAnalyzer
+from fxcompress.report import report_path, write_report
 from fxcompress.schema import schema
 from fxcompress.training import evaluate
 from fxcompress.weights import load_weights
@@ -43,7 +45,7 @@ __all__ = ["compress", "export", "inspect_model", "passes", "plan", "print_schem
 def compress(options: argparse.Namespace) -> int:
     """Model and configuration → saved model, ledger."""
     config, pipeline = _pipeline(options)
-    target = _output(options.output)
+    target, report = _output(options.output), report_path(options.report)
     data = _data(options.data, config, "data")
     validation = _data(options.validation, config, "validation")
     call = _example(options.shape)
@@ -63,6 +65,9 @@ def compress(options: argparse.Namespace) -> int:
         return 0
     artifact.save(model, target)
     pipeline.ledger.save(target / "ledger.json")
+    if report is not None:
+        title, metrics = Path(options.config).stem, found.get("metrics")
+        write_report(report, model, pipeline.model, data=data, example_inputs=call, metrics=metrics, title=title)
     if options.json:
         _print({"output": str(target), **found, "ledger": pipeline.ledger.as_data()})
     else:
@@ -104,7 +109,10 @@ def plan(options: argparse.Namespace) -> int:
 
 def inspect_model(options: argparse.Namespace) -> int:
     """A saved model: its graph as a table, what it costs, how it came to be."""
+    report = report_path(options.report)
     model = _saved(options.model, options)
+    if report is not None:
+        write_report(report, model, title=Path(options.model).name)
     totals, share = cost(model), coverage(model)
     rows = [(row.node, row.kind, f"{row.parameters:,}", f"{row.macs:,}", f"{row.bytes:,}") for row in node_costs(model)]
     history = model.meta.get("history", [])
@@ -138,7 +146,9 @@ def _export_program(model: fx.GraphModule, target: Path, call: Arguments | None)
     model = copy.deepcopy(model.meta.get("portable", model))
     if target.suffix != ".pt2":
         raise ConfigError(f"a torch.export program is a .pt2 file, not {target.name!r}.")
-    example = call if call is not None else _from_graph(model)
+    example = call if call is not None else example_of(model)
+    if example is None:
+        raise ConfigError("the saved model does not say which inputs it takes: give --shape.")
     for node in model.graph.nodes:
         node.meta.pop("nn_module_stack", None)  # ours names owners only, and torch.export wants classes
     program = torch.export.export(model, example.args, example.kwargs)
@@ -151,13 +161,6 @@ _FORMATS: dict[str, Callable[[fx.GraphModule, Path, Arguments | None], object]] 
     "torch": _export_program,
     "tensorrt": export_tensorrt,
 }
-
-
-def _from_graph(model: fx.GraphModule) -> Arguments:
-    metas = [node.meta.get("tensor_meta") for node in model.graph.nodes if node.op == "placeholder" and not node.args]
-    if not metas or any(meta is None for meta in metas):
-        raise ConfigError("the saved model does not say which inputs it takes: give --shape.")
-    return Arguments(tuple(torch.zeros(meta.shape, dtype=meta.dtype) for meta in metas), {})
 
 
 def sensitivity(options: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from fxcompress.pipeline import CompressionPipeline
 from fxcompress.plan import Plan, build_pass
 from fxcompress.quantization.quantizer import in_eval_mode
 
-__all__ = ["HEADERS", "Explanation", "explain"]
+__all__ = ["HEADERS", "Explanation", "explain", "placed"]
 
 HEADERS = ("layer", "kind", "parameters", "zeros", "runs in", "left alone")
 
@@ -48,10 +48,10 @@ def explain(pipeline: CompressionPipeline, data: Iterable[Any] | None, example_i
     manager = PassManager(plan, verify=False, progress=False, reproducer=False, observers=[watched])
     feed = data if data is not None or example_inputs is None else [example_inputs]
     result = manager.run(model, example_inputs, feed, teacher=pipeline.teacher)
-    placed, said = _placed(result), _said(manager.ledger)
+    where, said = placed(result), _said(manager.ledger)
     kept = {name for name, _ in result.named_modules()}
     gone = {name: _FOLDED for name in layers if name not in kept}
-    return [_row(name, module, watched, {**gone, **placed}.get(name, ""), said) for name, module in layers.items()]
+    return [_row(name, module, watched, {**gone, **where}.get(name, ""), said) for name, module in layers.items()]
 
 
 _FOLDED = "folded"
@@ -110,7 +110,7 @@ def _cheap(step: Pass) -> Pass:
     return step
 
 
-def _placed(model: fx.GraphModule) -> dict[str, str]:
+def placed(model: fx.GraphModule) -> dict[str, str]:
     """Layer → ``int8``, or why it stays in float; nothing where the graph was not quantized."""
     found = {}
     for region, module in regions(model).items():

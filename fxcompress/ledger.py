@@ -16,9 +16,12 @@ from tabulate import tabulate
 from fxcompress.files import write_text
 from fxcompress.pass_base import Remark
 
-__all__ = ["Ledger", "Row"]
+__all__ = ["HEADERS", "Ledger", "Row", "cells"]
 
-_HEADERS = ("pass", "nodes", "parameters", "MACs", "MB", "zeros", "SNR dB", "seconds")
+_SHOWN = 4
+"""Nodes that a printed remark names; more are counted."""
+
+HEADERS = ("pass", "nodes", "parameters", "MACs", "MB", "zeros", "SNR dB", "seconds")
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,22 @@ class Ledger:
         return [remark for row in self.rows if step in (None, row.step) for remark in row.remarks]
 
     def __str__(self) -> str:
-        table = tabulate([_cells(row) for row in self.rows], _HEADERS, disable_numparse=True, colalign=_ALIGN)
+        table = tabulate([cells(row) for row in self.rows], HEADERS, disable_numparse=True, colalign=_ALIGN)
         lines = [table, *self.notes]
-        for row in self.rows:
-            lines += _grouped(row)
+        for step, reason, nodes in self.reasons():
+            more = f" and {len(nodes) - _SHOWN} more" if len(nodes) > _SHOWN else ""
+            lines.append(f"  {step}: {', '.join(nodes[:_SHOWN])}{more}: {reason}")
         return "\n".join(lines)
+
+    def reasons(self) -> list[tuple[str, str, list[str]]]:
+        """Every pass with a remark, the reason, and the nodes it was given for, in order."""
+        found: list[tuple[str, str, list[str]]] = []
+        for row in self.rows:
+            nodes: dict[str, list[str]] = defaultdict(list)
+            for remark in row.remarks:
+                nodes[remark.reason].append(remark.node or "model")
+            found += [(row.step, reason, where) for reason, where in nodes.items()]
+        return found
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for JSON; an infinite SNR is written as the string ``exact``."""
@@ -85,10 +99,11 @@ class Ledger:
         write_text(Path(path), json.dumps(self.as_data(), indent=1))
 
 
-_ALIGN = ("left", *("right",) * (len(_HEADERS) - 1))
+_ALIGN = ("left", *("right",) * (len(HEADERS) - 1))
 
 
-def _cells(row: Row) -> Sequence[str]:
+def cells(row: Row) -> Sequence[str]:
+    """A row as it is printed, under :data:`HEADERS`."""
     snr = "" if row.snr is None else "exact" if math.isinf(row.snr) else f"{row.snr:.1f}"
     return (
         row.step,
@@ -100,15 +115,3 @@ def _cells(row: Row) -> Sequence[str]:
         snr,
         f"{row.seconds:.3f}",
     )
-
-
-def _grouped(row: Row, shown: int = 4) -> list[str]:
-    """Remarks of one pass, nodes with the same reason on one line."""
-    by_reason: dict[str, list[str]] = defaultdict(list)
-    for remark in row.remarks:
-        by_reason[remark.reason].append(remark.node or "model")
-    lines = []
-    for reason, nodes in by_reason.items():
-        names = ", ".join(nodes[:shown]) + (f" and {len(nodes) - shown} more" if len(nodes) > shown else "")
-        lines.append(f"  {row.step}: {names}: {reason}")
-    return lines

@@ -23,7 +23,18 @@ from fxcompress.graph.verify import output_snr
 from fxcompress.ledger import Ledger, Row
 from fxcompress.pass_base import Context, Pass
 
-__all__ = ["Diffs", "LedgerKeeper", "Observer", "Promises", "Run", "Verifier", "check_trace", "output_snr", "sparsity"]
+__all__ = [
+    "Diffs",
+    "LedgerKeeper",
+    "Observer",
+    "Promises",
+    "Run",
+    "Verifier",
+    "check_trace",
+    "output_snr",
+    "sparsity",
+    "weights_of",
+]
 
 
 @dataclass
@@ -189,19 +200,27 @@ def _listing(model: fx.GraphModule) -> list[str]:
 
 def sparsity(model: torch.nn.Module) -> float:
     """Share of zeros among the elements of weights (tensors of two or more dimensions called ``weight``), masks applied."""
-    tensors = {id(t): t for name, t in [*model.named_parameters(), *model.named_buffers()] if name.endswith("weight")}
-    for module in model.modules():
+    weights = list(weights_of(model).values())
+    total = sum(t.numel() for t in weights)
+    return sum(t.numel() - int(torch.count_nonzero(t)) for t in weights) / total if total else 0.0
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Layer → its weight as it is used, masks applied; of two or more dimensions, shared ones once."""
+    named = {name: t for name, t in [*model.named_parameters(), *model.named_buffers()] if name.endswith("weight")}
+    names = {id(tensor): name.removesuffix(".weight") for name, tensor in named.items()}
+    used = {id(tensor): tensor for tensor in named.values()}
+    for name, module in model.named_modules():
         if parametrize.is_parametrized(module, "weight"):
             held: Any = module.parametrizations
-            tensors[id(held.weight)] = module.weight  # type: ignore[assignment]
+            names[id(held.weight)], used[id(held.weight)] = name, module.weight
     for graph in regions(model).values():
         for mask in (ops.read(node) for node in graph.graph.nodes if ops.kind(node) == "mask"):
             if mask is not None and isinstance(mask["input"], ops.Attr):
                 weight = edit.get_tensor(graph, mask["input"].name)
-                tensors[id(weight)] = weight * edit.get_tensor(graph, mask["mask"].name)
-    weights = [t for t in tensors.values() if t.dim() > 1 and not t.is_meta]
-    total = sum(t.numel() for t in weights)
-    return sum(t.numel() - int(torch.count_nonzero(t)) for t in weights) / total if total else 0.0
+                names.setdefault(id(weight), mask["input"].name.removesuffix(".weight"))
+                used[id(weight)] = weight * edit.get_tensor(graph, mask["mask"].name)
+    return {names[key]: tensor for key, tensor in used.items() if tensor.dim() > 1 and not tensor.is_meta}
 
 
 def _run_snr(run: Run) -> float | None:

@@ -99,11 +99,12 @@ PUBLIC = {
     "save",
     "trace",
     "train",
+    "write_report",
 }
 
 ORDER = [
     {"errors", "registry", "distributed", "files"},
-    {"graph", "options"},
+    {"graph", "options", "html"},
     {"backends", "pass_base", "data", "timing", "weights"},
     {"plan", "manager", "observe", "library", "ledger", "artifact", "export", "serial", "reproducer", "stages"},
     {"quantization", "pruning", "distillation", "training"},
@@ -116,6 +117,7 @@ ORDER = [
         "builder",
         "explain",
         "schema",
+        "report",
         "commands",
         "bench",
         "__main__",

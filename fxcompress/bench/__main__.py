@@ -24,17 +24,20 @@ from fxcompress.bench import interleaved, models, presets
 from fxcompress.errors import DataError, FxCompressError
 from fxcompress.graph.cost import cost
 from fxcompress.graph.coverage import coverage
+from fxcompress.graph.inputs import Arguments
+from fxcompress.html import write
 from fxcompress.manager import PassManager
 from fxcompress.observe import output_snr
 from fxcompress.plan import Plan
+from fxcompress.report import Case, bench_page, gather, report_path
 
 __all__ = ["main", "measure"]
 
 _COLUMNS = ("model", "plan", "MB", "parameters", "MMACs", "median ms", "p90 ms", "speed-up", "SNR dB", "int8 MACs")
 
 
-def measure(name: str, plans: dict[str, Plan], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per plan, all plans and the eager model timed in turns."""
+def measure(name: str, plans: dict[str, Plan], options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Case]]:
+    """A row per plan, all plans and the eager model timed in turns; for a report, what it says about each."""
     model = models.build(name, weights=options.weights, seed=options.seed)
     size = tuple(options.shape) if options.shape else None
     batches = [models.example_inputs(name, batch=4, size=size, seed=seed) for seed in range(1, 5)]
@@ -53,12 +56,18 @@ def measure(name: str, plans: dict[str, Plan], options: argparse.Namespace) -> l
         timings = interleaved(candidates, runs=options.runs, seconds=options.seconds, tick=bar.update)
     with torch.no_grad():
         expected = model(*example)
-        return [
+        rows = [
             _row(
                 name, plan_name, built[plan_name], timings, output_snr(expected, built[plan_name](*example)), model, example
             )
             for plan_name in plans
         ]
+    if options.report is None:
+        return rows, []
+    call = Arguments(example, {})
+    made = {plan_name: found for plan_name, found in built.items() if found is not model}
+    times = {plan_name: (timings["eager"], timings[plan_name]) for plan_name in made}
+    return rows, [gather(f"{name}, {n}", found, model, call=call, timings=times[n]) for n, found in made.items()]
 
 
 def _try(model: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -127,8 +136,24 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--weights", action="store_true", help="download torchvision's default weights")
     made.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    made.add_argument("--report", metavar="PAGE.html", help="write one self-contained HTML page that shows all of it")
     made.add_argument("--progress", action=argparse.BooleanOptionalAction, default=None)
     return made
+
+
+def _quantities(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
+    plots = {("Latency, median", "ms"): "median ms", ("Stored size", "MB"): "MB", ("SNR of the results", "dB"): "SNR dB"}
+    labels = [f"{row['model']}, {row['plan']}" for row in rows]
+    found = {
+        title: {label: row[key] for label, row in zip(labels, rows, strict=True) if row[key] is not None}
+        for title, key in plots.items()
+    }
+    return {title: values for title, values in found.items() if values}
+
+
+def _conditions(options: argparse.Namespace) -> str:
+    weights = "torchvision's weights" if options.weights else f"weights drawn from seed {options.seed}"
+    return f"Latency: medians of at most {options.runs} calls in turns with eager fp32, batch {options.batch}; {weights}. "
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -148,7 +173,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     try:
         plans = {name: presets.find(name) for name in options.plans}
-        rows = [row for name in options.models for row in measure(name, plans, options)]
+        report = report_path(options.report)
+        found = [measure(name, plans, options) for name in options.models]
+        rows = [row for of_model, _ in found for row in of_model]
+        if report is not None:
+            cases = [case for _, of_model in found for case in of_model]
+            title = f"{' and '.join(options.plans)} on {', '.join(options.models)}"
+            measured = _COLUMNS, [_shown(row) for row in rows]
+            write(report, bench_page(title, measured, _quantities(rows), cases, _conditions(options)))
     except FxCompressError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

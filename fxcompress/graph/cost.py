@@ -17,7 +17,17 @@ from fxcompress.graph import ops
 from fxcompress.graph.island import regions
 from fxcompress.graph.shapes import module_of, shape_of
 
-__all__ = ["Cost", "NodeCost", "cost", "macs", "node_costs", "parameter_count", "stored_bytes", "tensor_shape"]
+__all__ = [
+    "Cost",
+    "NodeCost",
+    "cost",
+    "layer_parameters",
+    "macs",
+    "node_costs",
+    "parameter_count",
+    "stored_bytes",
+    "tensor_shape",
+]
 
 
 @dataclass(frozen=True)
@@ -85,8 +95,17 @@ def _tensors_of(node: fx.Node) -> list[torch.Tensor]:
 
 def parameter_count(module: nn.Module) -> int:
     """Elements of parameters, and of what replaced parameters (integer weights, scales do not count)."""
-    stand_ins = [b for name, b in module.named_buffers() if _stands_for_parameter(name.rpartition(".")[2], b)]
-    return sum(p.numel() for p in module.parameters()) + sum(b.numel() for b in stand_ins)
+    return sum(layer_parameters(module).values())
+
+
+def layer_parameters(module: nn.Module) -> dict[str, int]:
+    """Layer → elements of its own parameters, and of what replaced them, in the model's order; shared ones once."""
+    counts: dict[str, int] = {}
+    stand_ins = [(name, b) for name, b in module.named_buffers() if _stands_for_parameter(name.rpartition(".")[2], b)]
+    for name, tensor in [*module.named_parameters(), *stand_ins]:
+        owner = name.rpartition(".")[0]
+        counts[owner] = counts.get(owner, 0) + tensor.numel()
+    return counts
 
 
 def _stands_for_parameter(leaf: str, buffer: torch.Tensor) -> bool:

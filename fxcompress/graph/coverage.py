@@ -11,7 +11,7 @@ from fxcompress.graph import ops, qdq
 from fxcompress.graph.cost import macs
 from fxcompress.graph.island import regions
 
-__all__ = ["Coverage", "FloatOperator", "coverage"]
+__all__ = ["Coverage", "FloatOperator", "as_placed", "coverage"]
 
 _SILENT = ("query", "other")
 _BOUNDARIES = (qdq.quantize, qdq.dequantize, qdq.quantize_per_channel, qdq.dequantize_per_channel)
@@ -63,7 +63,7 @@ def coverage(model: nn.Module) -> Coverage:
     integer_macs = total_macs = integer_nodes = total_nodes = boundaries = 0
     floats: list[FloatOperator] = []
     for region, module in regions(model).items():
-        for node in _placed(module).graph.nodes:
+        for node in as_placed(module).graph.nodes:
             if _is_boundary(node):
                 boundaries += 1
             elif _counts(node):
@@ -78,7 +78,7 @@ def coverage(model: nn.Module) -> Coverage:
     return Coverage(integer_macs, total_macs, integer_nodes, total_nodes, boundaries, tuple(floats))
 
 
-def _placed(module: fx.GraphModule) -> fx.GraphModule:
+def as_placed(module: fx.GraphModule) -> fx.GraphModule:
     """The graph whose operators are counted: the portable one where an engine runs the whole."""
     engine = any(node.meta.get("kind") == "engine" for node in module.graph.nodes)
     placed: fx.GraphModule = module.meta["portable"] if engine else module

@@ -7,6 +7,7 @@ tools look for it. What such a run cannot tell (an island's result) is found by 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,18 @@ from fxcompress.errors import DataError
 from fxcompress.graph import ops
 from fxcompress.graph.inputs import Arguments, bind, frozen_state
 
-__all__ = ["MetaRun", "Recorder", "describe", "dtype_of", "module_of", "numel", "propagate", "shape_of", "tensor_meta"]
+__all__ = [
+    "MetaRun",
+    "Recorder",
+    "describe",
+    "dtype_of",
+    "example_of",
+    "module_of",
+    "numel",
+    "propagate",
+    "shape_of",
+    "tensor_meta",
+]
 
 
 def describe(value: Any) -> Any:
@@ -33,6 +45,15 @@ def describe(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: describe(item) for key, item in value.items()}
     return None
+
+
+def example_of(module: fx.GraphModule) -> Arguments | None:
+    """Zeros of the shapes that a graph was traced with, as one call; None where it does not say."""
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder" and not node.args]
+    metas = [tensor_meta(node) for node in inputs]
+    if not metas or any(meta is None for meta in metas) or len(metas) > len(inspect.signature(module.forward).parameters):
+        return None
+    return Arguments(tuple(torch.zeros(meta.shape, dtype=meta.dtype) for meta in metas if meta), {})
 
 
 def tensor_meta(node: fx.Node) -> TensorMetadata | None:

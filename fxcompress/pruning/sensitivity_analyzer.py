@@ -150,18 +150,18 @@ class SensitivityAnalyzer:
 
     def plot_sensitivity(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """A matplotlib figure: the curve of every part, and the scores; written to ``path`` where one is given."""
-        self._analysed()
-        figure = report.plot(self._summary())
+        figure = report.plot(self.summary())
         if path is not None:
             figure.savefig(os.fspath(path))
         return figure
 
     def export_report(self, path: str | os.PathLike[str]) -> None:
-        """Scores, curves and the recommendation as JSON, CSV or Markdown, by the ending of ``path``."""
-        self._analysed()
-        report.write(self._summary(), Path(path))
+        """Scores, curves and the recommendation as JSON, CSV, Markdown or an HTML page, by the ending of ``path``."""
+        report.write(self.summary(), Path(path))
 
-    def _summary(self) -> report.Summary:
+    def summary(self) -> report.Summary:
+        """All that a report shows."""
+        self._analysed()
         name = self.metric if isinstance(self.metric, str) else getattr(self.metric, "__name__", type(self.metric).__name__)
         return report.Summary(
             name, self.pruning_type, self.baseline, self.get_sensitivity_scores(), self.curves, self.recommendation

@@ -15,6 +15,7 @@ from tabulate import tabulate
 from fxcompress.errors import ConfigError
 from fxcompress.files import write_text
 from fxcompress.plan import Plan
+from fxcompress.pruning.sensitivity_page import sensitivity_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,6 +52,16 @@ class Summary:
         """Parts, the most sensitive first."""
         return sorted(self.scores, key=lambda name: -self.scores[name])
 
+    def table(self) -> tuple[list[str], list[list[Any]]]:
+        """A header, and a row per part: its score, the metric at every sparsity, what is recommended."""
+        shares = self.recommendation.shares if self.recommendation else None
+        header = ["part", "score", *(f"{step:g}" for step in self.steps), *(["recommended"] if shares is not None else [])]
+        rows = []
+        for name in self.ranked():
+            values = [self.curves[name][step] for step in self.steps]
+            rows.append([name, self.scores[name], *values, *([shares[name]] if shares is not None else [])])
+        return header, rows
+
 
 def write(summary: Summary, path: Path) -> None:
     """Write the report in the form its ending names; the file appears whole or not at all."""
@@ -75,25 +86,15 @@ def _json(summary: Summary) -> str:
     return json.dumps(data, indent=1)
 
 
-def _table(summary: Summary) -> tuple[list[str], list[list[Any]]]:
-    shares = summary.recommendation.shares if summary.recommendation else None
-    header = ["part", "score", *(f"{step:g}" for step in summary.steps), *(["recommended"] if shares is not None else [])]
-    rows = []
-    for name in summary.ranked():
-        values = [summary.curves[name][step] for step in summary.steps]
-        rows.append([name, summary.scores[name], *values, *([shares[name]] if shares is not None else [])])
-    return header, rows
-
-
 def _csv(summary: Summary) -> str:
     text = io.StringIO()
-    header, rows = _table(summary)
+    header, rows = summary.table()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue()
 
 
 def _markdown(summary: Summary) -> str:
-    header, rows = _table(summary)
+    header, rows = summary.table()
     lines = [
         "# Sensitivity to pruning",
         "",
@@ -112,7 +113,13 @@ def _markdown(summary: Summary) -> str:
     return "\n".join(lines) + "\n"
 
 
-_FORMS: dict[str, Callable[[Summary], str]] = {".json": _json, ".csv": _csv, ".md": _markdown, ".markdown": _markdown}
+_FORMS: dict[str, Callable[[Summary], str]] = {
+    ".json": _json,
+    ".csv": _csv,
+    ".md": _markdown,
+    ".markdown": _markdown,
+    ".html": sensitivity_page,
+}
 
 _NAMED = 10
 """Curves that the legend names; the others are grey."""

@@ -1,0 +1,230 @@
+"""What a report says about one compressed model, as plain data: gathered here, drawn elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxcompress.errors import ConfigError, FxCompressError
+from fxcompress.explain import placed
+from fxcompress.graph import ops
+from fxcompress.graph.cost import Cost, cost, layer_parameters
+from fxcompress.graph.coverage import Coverage, coverage
+from fxcompress.graph.inputs import Arguments, tensors_in
+from fxcompress.graph.island import regions
+from fxcompress.graph.shapes import Recorder, example_of, tensor_meta
+from fxcompress.graph.trace import is_traced, trace
+from fxcompress.ledger import Ledger, Row
+from fxcompress.observe import output_snr, weights_of
+from fxcompress.quantization.compare import compare_activations, compare_weights
+from fxcompress.quantization.quantizer import in_eval_mode
+from fxcompress.report.changes import Line, compare, operators
+from fxcompress.timing import Timing
+
+__all__ = ["Case", "Layer", "Measure", "gather"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number before and after; None where it was not measured. ``less`` tells that less of it is better."""
+
+    title: str
+    before: float | None
+    after: float
+    unit: str = ""
+    less: bool = True
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer before and after; None where it is not, or has no such number. SNRs in dB, ``own_snr`` of its error alone."""
+
+    name: str
+    before: int | None
+    after: int | None
+    zeros: float | None
+    place: str
+    weight_snr: float | None = None
+    output_snr: float | None = None
+    own_snr: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compressed model beside its original. ``unknown`` says what could not be measured, and why."""
+
+    title: str
+    measures: Sequence[Measure]
+    runs: Sequence[tuple[str, Ledger]]
+    layers: Sequence[Layer]
+    lines: Sequence[Line] | None
+    after: Coverage
+    unknown: Sequence[str] = field(default_factory=tuple)
+
+
+def gather(
+    title: str,
+    model: nn.Module,
+    original: nn.Module | None = None,
+    *,
+    call: Arguments | None = None,
+    metrics: Mapping[str, Sequence[float]] | None = None,
+    timings: tuple[Timing, Timing] | None = None,
+) -> Case:
+    """Everything about ``model``, beside ``original`` where that is given.
+
+    ``call``     one call of both, to compare what their layers compute
+    ``metrics``  name → the number before and after
+    ``timings``  of one call, before and after
+    """
+    if not is_traced(model):
+        raise ConfigError(f"a report is about a traced model, not a {type(model).__name__}: give what a run returned.")
+    assert isinstance(model, fx.GraphModule)
+    unknown: list[str] = []
+    before = None if original is None else in_eval_mode(original)
+    traced = None if before is None else _traced(before, model, call)
+    return Case(
+        title,
+        [*_costs(traced, model), *_timed(timings), *_judged(metrics or {}), *_agreement(before, model, call, unknown)],
+        [(entry["plan"], Ledger.from_data(entry["ledger"])) for entry in model.meta.get("history", [])],
+        _layers(before, model, _compared(before, model, call, unknown)),
+        None if traced is None else compare(operators(traced), operators(model)),
+        coverage(model),
+        unknown,
+    )
+
+
+def _traced(original: nn.Module, model: fx.GraphModule, call: Arguments | None) -> fx.GraphModule:
+    """The original's graph, its shapes those of the inputs that the compressed one was traced with."""
+    example = example_of(model)
+    inputs = [tensor_meta(node) for node in model.graph.nodes if node.op == "placeholder"]
+    fits = call is not None and [t.shape for t in tensors_in(tuple(call))] == [meta.shape for meta in inputs if meta]
+    return trace(original, call if fits or example is None else example)
+
+
+def _costs(before: fx.GraphModule | None, after: fx.GraphModule) -> list[Measure]:
+    was, now, share = _first(before, after), cost(after), coverage(after)
+    found = [
+        Measure("Stored size", was.bytes / 1e6 if was else None, now.bytes / 1e6, "MB"),
+        Measure("Parameters", was.parameters / 1e6 if was else None, now.parameters / 1e6, "M"),
+        Measure("MACs", was.macs / 1e6 if was else None, now.macs / 1e6, "M"),
+    ]
+    if share.integer_nodes:
+        found.append(Measure("MACs in integers", None, share.mac_share * 100, "%", less=False))
+    return found
+
+
+def _first(before: fx.GraphModule | None, after: fx.GraphModule) -> Cost | Row | None:
+    """The totals of the original: its own, or those that the ledger begins with."""
+    if before is not None:
+        return cost(before)
+    history = after.meta.get("history", [])
+    return Ledger.from_data(history[0]["ledger"]).rows[0] if history else None
+
+
+def _timed(timings: tuple[Timing, Timing] | None) -> list[Measure]:
+    if timings is None:
+        return []
+    return [Measure("Latency (median)", timings[0].median * 1e3, timings[1].median * 1e3, "ms")]
+
+
+def _judged(metrics: Mapping[str, Sequence[float]]) -> list[Measure]:
+    return [
+        Measure(name.capitalize().replace("_", " "), before, after, "", name.endswith("loss"))
+        for name, (before, after) in metrics.items()
+    ]
+
+
+def _agreement(before: nn.Module | None, after: nn.Module, call: Arguments | None, unknown: list[str]) -> list[Measure]:
+    if before is None:
+        return []
+    if call is None:
+        unknown.append("how far results moved: neither data nor example inputs were given.")
+        return []
+    with torch.no_grad():
+        found = output_snr(_run(before, call), _run(after, call))
+    return [Measure("SNR of the results", None, found, "dB", less=False)]
+
+
+def _run(model: nn.Module, call: Arguments) -> Any:
+    return call.to(_device(model))(model)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+
+
+Rows = Mapping[str, tuple[float | None, float | None, float | None]]
+
+
+def _compared(before: nn.Module | None, after: fx.GraphModule, call: Arguments | None, unknown: list[str]) -> Rows:
+    """Layer → SNR of its weight, of its result, and of its own error alone."""
+    if before is None or call is None:
+        return {}
+    if after.meta["stage"] == "float":
+        return _still_there(before, after, call)
+    try:
+        weights = {row.name: row.snr_db for row in compare_weights(before, after, call)}
+        values = {row.name: row for row in compare_activations(before, after, [call])}
+    except FxCompressError as error:
+        unknown.append(f"how far layers moved: {error}")
+        return {}
+    rows: dict[str, tuple[float | None, float | None, float | None]] = {n: (snr, None, None) for n, snr in weights.items()}
+    for name, row in values.items():
+        rows[name] = (weights.get(name), row.snr_db, row.local_snr_db)
+    return rows
+
+
+def _still_there(before: nn.Module, after: fx.GraphModule, call: Arguments) -> Rows:
+    """The same for a model in float: results of one shape that both graphs have, read by the same operators."""
+    graphs = [found[""] for found in (regions(trace(before, call)), regions(after)) if "" in found]
+    if len(graphs) < 2:
+        return {}
+    readers = [{node.name: {user.name for user in node.users} for node in graph.graph.nodes} for graph in graphs]
+    shared = {name for name, users in readers[0].items() if readers[1].get(name) == users}
+    values = []
+    for graph in graphs:
+        kept = _Kept(graph, shared)
+        kept.record(call.to(_device(graph)))
+        values.append(kept.values)
+    names = {node.name: ops.owner_name(node) or node.name for node in graphs[1].graph.nodes if node.op.startswith("call")}
+    same = [n for n in names if n in shared and n in values[0] and values[0][n].shape == values[1][n].shape]
+    return {names[name]: (None, output_snr(values[0][name], values[1][name]), None) for name in same}
+
+
+class _Kept(Recorder):
+    """Runs a graph and keeps some of its tensors."""
+
+    def __init__(self, module: fx.GraphModule, wanted: set[str]) -> None:
+        super().__init__(module)
+        self.wanted = wanted
+        self.values: dict[str, torch.Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.wanted and isinstance(value, torch.Tensor):
+            self.values[n.name] = value.clone()
+        return value
+
+
+def _layers(before: nn.Module | None, after: fx.GraphModule, compared: Rows) -> list[Layer]:
+    """A row per layer with parameters, and per further result that was compared, in the model's order."""
+    was, now = layer_parameters(before) if before is not None else {}, layer_parameters(after)
+    zeros = {name: 1 - int(t.count_nonzero()) / max(1, t.numel()) for name, t in weights_of(after).items()}
+    where = placed(after)
+    order = {name: None for name, _ in (before if before is not None else after).named_modules()}
+    names = dict.fromkeys([*(n for n in order if n in was or n in now or n in compared), *now, *compared])
+    rows = []
+    for name in names:
+        place = _GONE if name in was and name not in now else where.get(name, "float" if where else "")
+        place = place if place in ("", "int8", _GONE) else "float"
+        rows.append(Layer(name or "model", was.get(name), now.get(name), zeros.get(name), place, *compared.get(name, ())))
+    return rows
+
+
+_GONE = "gone"
+"""Where a layer is that has parameters no more: folded into another one, or removed."""

@@ -1,0 +1,463 @@
+"""The page about a compressed model: what it says, that nothing in it can run or load, and how it looks in a browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxcompress
+from fxcompress import PassManager, SensitivityAnalyzer, trace, write_report
+from fxcompress.__main__ import main
+from fxcompress.errors import ConfigError
+from fxcompress.graph.inputs import arguments
+from fxcompress.html import bars, columns, curves, page, table, tag, write
+from fxcompress.html.plots import Scale
+from fxcompress.report import gather
+from fxcompress.report.changes import Operator, compare, counts, operators, rows
+from fxcompress.timing import Timing
+
+HOSTILE = "<script>alert(1)</script>"
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+KNOWN = """html head meta title style body main h1 h2 h3 h4 p a code pre nav ul li dl dt dd div span section footer details
+summary table caption thead tbody tr th td figure figcaption svg g rect line text path polyline circle"""
+
+
+class Reader(HTMLParser):
+    """Reads a page as a browser does: its elements, attributes and texts; every element must be closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, key, value) for key, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.texts)
+
+
+def harmless(text: str) -> Reader:
+    """The page, read: it holds only elements of ours, nothing that runs, and nothing that is loaded from anywhere."""
+    read = Reader(text)
+    assert set(read.tags) <= set(KNOWN.split())
+    for kind, key, value in read.attributes:
+        assert not key.startswith("on")
+        assert key not in ("src", "srcset", "xlink:href", "action", "data", "style"), (kind, key)
+        assert key != "href" or (value or "").startswith("#")
+    assert "url(" not in text and "@import" not in text
+    assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'") in read.attributes
+    return read
+
+
+class Net(nn.Module):
+    """A residual network with a batch normalisation that folds, and a layer of a hostile name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.add_module(HOSTILE, nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        x = x + self.second(x)
+        found: Tensor = self._modules[HOSTILE](x.mean((2, 3)))  # type: ignore[misc]
+        return found
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+INT8 = [
+    "fold-batchnorm",
+    "fuse-activations",
+    "insert-observers",
+    {"calibrate": {"num_batches": 1}},
+    "fold-quantization",
+    "lower",
+]
+
+
+@pytest.fixture(scope="module")
+def quantized(net: nn.Module, images: Tensor) -> fx.GraphModule:
+    return PassManager(INT8, progress=False).run(net, data=[images])
+
+
+# what the page says
+
+
+def test_one_line_writes_a_page_with_everything_a_run_knows(
+    net: nn.Module, quantized: fx.GraphModule, images: Tensor, tmp_path: Path
+) -> None:
+    assert write_report(tmp_path / "page.html", quantized, net, data=[images]) == tmp_path / "page.html"
+    read = harmless((tmp_path / "page.html").read_text(encoding="utf-8"))
+    for heading in ("Before and after", "Ledger", "Layers", "Graph", "Left alone, and why", "Plan"):
+        assert heading in read.texts
+    for row in fxcompress.Ledger.from_data(quantized.meta["history"][0]["ledger"]).rows:
+        assert row.step in read.texts and f"{row.parameters:,}" in read.texts
+    for said in ("Latency (median)", "Stored size", "SNR of the results", "MACs in integers", "first", "second"):
+        assert said in read.texts
+    assert read.tags["table"] == read.tags["caption"] >= 3
+    assert all(value for kind, key, value in read.attributes if (kind, key) == ("svg", "aria-label"))
+
+
+def test_what_users_wrote_is_shown_and_never_run(
+    net: nn.Module, quantized: fx.GraphModule, images: Tensor, tmp_path: Path
+) -> None:
+    evil = "\"'><img src=x onerror=alert(1)>\x00\u202e\ud800"
+    metrics = {"<b>accuracy</b>": (0.5, 0.25)}
+    target = write_report(tmp_path / "a.html", quantized, net, data=[images], metrics=metrics, title=evil, latency=False)
+    read = harmless(target.read_text(encoding="utf-8"))
+    assert "<b>accuracy</b>" in read.text
+    assert HOSTILE in read.text
+    assert "<img src=x onerror=alert(1)>" in read.text
+
+
+def test_numbers_before_and_after_are_those_of_the_models(net: nn.Module, images: Tensor) -> None:
+    pruned = PassManager([{"mask-weights": {"sparsity": 0.5}}, "bake-masks"]).run(net, images)
+    timings = Timing(0.004, 0.005, 0.003, 9), Timing(0.002, 0.003, 0.001, 9)
+    case = gather("net", pruned, net, call=arguments(images), metrics={"mse_loss": (1, 2)}, timings=timings)
+    found = {measure.title: measure for measure in case.measures}
+    size = sum(t.numel() * t.element_size() for t in [*net.parameters(), *net.buffers()])
+    assert found["Stored size"].before == found["Stored size"].after == size / 1e6
+    assert found["Parameters"].before == sum(p.numel() for p in net.parameters()) / 1e6
+    macs = 4 * (64 * 9 * 8 + 64 * 9 * 64 + 8 * 4) / 1e6
+    assert found["MACs"].before == pytest.approx(macs)
+    assert (found["Latency (median)"].before, found["Latency (median)"].after) == (4.0, 2.0)
+    assert (found["Mse loss"].before, found["Mse loss"].after, found["Mse loss"].less) == (1, 2, True)
+    with torch.no_grad():
+        exact, moved = net(images).double(), pruned(images).double()
+    power = float(exact.square().sum() / (exact - moved).square().sum())
+    assert found["SNR of the results"].after == pytest.approx(10 * math.log10(power))
+
+
+def test_layers_tell_zeros_and_how_far_their_results_moved(net: nn.Module, images: Tensor) -> None:
+    pruned = PassManager([{"mask-weights": {"sparsity": 0.5}}, "bake-masks"]).run(net, images)
+    case = gather("net", pruned, net, call=arguments(images))
+    layers = {layer.name: layer for layer in case.layers}
+    for name, module in pruned.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            assert layers[name].zeros == pytest.approx(float((module.weight == 0).double().mean()))
+    seen: dict[str, list[Tensor]] = {"first": [], "second": []}
+    for model in (net, pruned):
+        hooks = [
+            model.get_submodule(name).register_forward_hook(lambda _m, _a, out, name=name: seen[name].append(out.double()))
+            for name in seen
+        ]
+        with torch.no_grad():
+            model(images)
+        for hook in hooks:
+            hook.remove()
+    for name, (exact, moved) in seen.items():
+        expected = 10 * math.log10(float(exact.square().sum() / (exact - moved).square().sum()))
+        assert layers[name].output_snr == pytest.approx(expected)
+
+
+def test_layers_of_a_quantized_model_tell_their_own_error_and_where_they_run(
+    net: nn.Module, quantized: fx.GraphModule, images: Tensor
+) -> None:
+    case = gather("net", quantized, net, call=arguments(images))
+    layers = {layer.name: layer for layer in case.layers}
+    assert [*layers][:3] == ["first", "norm", "second"]
+    assert (layers["first"].place, layers["norm"].place) == ("int8", "gone")
+    assert (layers["norm"].before, layers["norm"].after) == (16, None)
+    rows = {row.name: row for row in fxcompress.compare_activations(net, quantized, [images])}
+    assert layers["second"].output_snr == rows["second"].snr_db
+    assert layers["second"].own_snr == rows["second"].local_snr_db
+    weights = {row.name: row for row in fxcompress.compare_weights(net, quantized, images)}
+    assert layers["second"].weight_snr == weights["second"].snr_db > 30
+
+
+def test_what_cannot_be_measured_is_said(net: nn.Module, quantized: fx.GraphModule, tmp_path: Path) -> None:
+    alone = harmless(write_report(tmp_path / "alone.html", quantized).read_text(encoding="utf-8"))
+    assert "Graph" not in alone.texts and "Ledger" in alone.texts
+    dataless = harmless(write_report(tmp_path / "b.html", quantized, net).read_text(encoding="utf-8"))
+    assert "neither data nor example inputs were given" in dataless.text
+    with pytest.raises(ConfigError, match="traced model, not a Net"):
+        write_report(tmp_path / "c.html", net, net)
+    assert not (tmp_path / "c.html").exists()
+
+
+def test_a_model_that_was_traced_with_another_batch_is_compared_by_its_own_shapes(net: nn.Module, images: Tensor) -> None:
+    small = PassManager([]).run(net, images[:2])
+    case = gather("net", small, net, call=arguments(images))
+    assert case.lines is not None
+    assert set(counts(case.lines)) == {"same"}
+
+
+# the graph
+
+
+def op(name: str, kind: str = "relu", shape: str = "1×4", dtype: str = "float32", *sources: str) -> Operator:
+    return Operator(name, kind, shape, dtype, sources)
+
+
+def test_operators_are_added_removed_changed_or_the_same() -> None:
+    before = [op("x"), op("a"), op("b"), op("c"), op("d")]
+    after = [op("x"), op("n"), op("b", shape="1×2"), op("d", dtype="int8"), op("c", kind="relu6")]
+    lines = compare(before, after)
+    found = {(line.after or line.before).name: line.status for line in lines}  # type: ignore[union-attr]
+    assert found == {"x": "same", "a": "removed", "n": "added", "b": "changed", "d": "changed", "c": "changed"}
+    assert [line.after.name for line in lines if line.after] == ["x", "n", "b", "d", "c"]
+    words = {line.after.name: line.difference for line in lines if line.after}
+    assert (words["b"], words["d"], words["c"]) == ("1×4 → 1×2", "float32 → int8", "relu → relu6")
+    drawn = rows(lines)
+    assert drawn[1][0] is not None and drawn[1][0].before == before[1]
+    assert drawn[1][1] is not None and drawn[1][1].after == after[1]
+
+
+def test_a_folded_batchnorm_is_what_changed(net: nn.Module, images: Tensor) -> None:
+    folded = PassManager(["fold-batchnorm"]).run(net, images)
+    lines = compare(operators(trace(net, images)), operators(folded))
+    assert [(line.status, line.before.name) for line in lines if line.status != "same" and line.before] == [
+        ("removed", "norm")
+    ]
+    relu = next(o for o in operators(folded) if o.kind == "relu")
+    assert (relu.sources, relu.shape, relu.dtype) == (("first",), "4×8×8×8", "float32")
+
+
+def test_shortcuts_run_in_the_margin_and_every_operator_is_drawn(net: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    same = PassManager([]).run(net, images)
+    target = write_report(tmp_path / "page.html", same, net, example_inputs=images, latency=False)
+    text = target.read_text(encoding="utf-8")
+    assert harmless(text).tags["path"] == 2  # the residual, before and after
+    assert text.count('class="node same"') == 2 * len(operators(same))
+
+
+# plots and markup
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0, 1e-300, -5.0, 1e300])
+def test_plots_hold_any_numbers(value: float) -> None:
+    names = {"a": value, "b": 1.0}
+    shown = [
+        columns("t", "s", "u", list(names), {"x": list(names.values())}),
+        bars("t", "s", "u", names),
+        curves(
+            "t", "s", ("x", "y"), {"a": {0.1: 1.0, 0.2: 3.0}, "b": {0.1: value if math.isfinite(value) else 0.0, 0.2: 1.0}}
+        ),
+    ]
+    text = page("plots", shown)
+    harmless(text)
+    assert "nan" not in text.lower().split("</style>")[1].replace("nan u", "") or math.isnan(value)
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert Scale(0, 47, 0, 100).ticks() == [0, 10, 20, 30, 40]
+    assert Scale(0.83, 0.97, 0, 1).ticks() == pytest.approx([0.85, 0.9, 0.95])
+    assert Scale(-3, 7, 0, 100)(2) == 50
+
+
+def test_columns_are_as_high_as_their_values() -> None:
+    drawn = columns("t", "s", "dB", ["a", "b"], {"x": [20.0, 40.0]})
+    heights = [float(rect.get("height", 0)) for rect in drawn.iter("rect")]
+    assert heights[1] == pytest.approx(2 * heights[0], abs=0.2)
+
+
+def test_text_and_attributes_are_escaped() -> None:
+    text = page(
+        "t",
+        tag("p", HOSTILE, tag("a", "x", title='"><b>'), "tail & more", href="#x"),
+        table(HOSTILE, [HOSTILE], [[HOSTILE]]),
+    )
+    read = harmless(text)
+    assert read.texts.count(HOSTILE) == 4
+    assert ("a", "title", '"><b>') in read.attributes
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = write(tmp_path / "page.html", "old")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write(tmp_path, "text")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write(tmp_path / "no" / "folder.html", "text")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ConfigError, match="No space left"):
+        write(target, "new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("page.html", "old")]
+
+
+# the command
+
+
+def test_the_commands_write_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchvision")
+    monkeypatch.chdir(tmp_path)
+    data = "{type: random, samples: 4, shape: [3, 32, 32], batch_size: 2}"
+    config = "compression: {type: PTQQuantizer, num_calibration_batches: 2}\nmodel: mobilenet_v3_small\n"
+    config += f"data: {data}\nvalidation: {data}\n"
+    (tmp_path / "c.yaml").write_text(config)
+    assert main(["compress", "c.yaml", "-o", "small", "--report", "a.html"]) == 0
+    assert "Accuracy" in harmless((tmp_path / "a.html").read_text(encoding="utf-8")).texts
+    assert main(["inspect", "small", "--report", "b.html"]) == 0
+    assert "Stored size" in harmless((tmp_path / "b.html").read_text(encoding="utf-8")).texts
+    threads = torch.get_num_threads()
+    bench = [
+        "bench",
+        "--models",
+        "mobilenet_v3_small",
+        "--plans",
+        "fp32",
+        "int8",
+        "--runs",
+        "1",
+        "--shape",
+        "32",
+        "32",
+        "--json",
+    ]
+    capsys.readouterr()
+    assert main([*bench, "--report", "c.html"]) == 0
+    torch.set_num_threads(threads)
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 2
+    assert "mobilenet_v3_small, int8" in harmless((tmp_path / "c.html").read_text(encoding="utf-8")).texts
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("a.txt", "does not end in .html"), ("no/a.html", "cannot be written"), ("d.html", "is a folder")],
+)
+def test_a_page_that_cannot_be_written_is_refused_before_any_work(
+    target: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.html").mkdir()
+    (tmp_path / "c.yaml").write_text("compression: {type: PTQQuantizer}\nmodel: resnet18\ndata: random\n")
+    for command in (["compress", "c.yaml", "-o", "out"], ["inspect", "nothing"], ["bench"]):
+        assert main([*command, "--report", target]) == 2
+        assert message in capsys.readouterr().err
+    assert {file.name for file in tmp_path.iterdir()} == {"c.yaml", "d.html"}
+
+
+def test_an_analysis_of_sensitivity_is_a_page_and_part_of_one(net: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    batches = [(images, torch.tensor([0, 1, 2, 3]))]
+    analyzer = SensitivityAnalyzer(num_steps=2, pruning_type="unstructured")
+    analyzer.analyze(net, batches)
+    analyzer.get_optimal_sparsity(0.0)
+    analyzer.export_report(tmp_path / "s.html")
+    own = harmless((tmp_path / "s.html").read_text(encoding="utf-8"))
+    assert own.tags["polyline"] == len(analyzer.curves) == 3
+    assert {"first", "second", HOSTILE, "Recommended"} <= set(own.texts)
+    pruned = PassManager([{"mask-weights": {"sparsity": 0.5}}, "bake-masks"]).run(net, images)
+    target = write_report(
+        tmp_path / "p.html", pruned, net, data=batches, validation=batches, sensitivity=analyzer, latency=False
+    )
+    read = harmless(target.read_text(encoding="utf-8"))
+    assert "Sensitivity to pruning" in read.texts and "Accuracy" in read.texts
+
+
+# in a browser
+
+FRAMES = """<!doctype html><meta charset="utf-8"><body style="margin:0;display:flex;align-items:flex-start">
+<iframe width="380" height="1600" style="border:0" src="page.html"></iframe>
+<iframe width="1280" height="1600" style="border:0" src="page.html"></iframe>
+<pre id="found"></pre>
+<script>
+addEventListener("load", () => {
+  const measured = [...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument, root = page.documentElement;
+    const outside = [...page.querySelectorAll("body *")].filter(element =>
+      !element.parentElement.closest(".scroll, svg, details:not([open])") &&
+      element.getBoundingClientRect().right > root.clientWidth + 1);
+    return {client: root.clientWidth, scroll: root.scrollWidth, outside: outside.map(e => e.outerHTML.slice(0, 80)),
+            text: page.body.innerText, alerted: page.title};
+  });
+  document.getElementById("found").textContent = JSON.stringify(measured);
+});
+</script></body>"""
+
+
+def browse(folder: Path, *options: str) -> str:
+    """What headless Chromium prints about frames.html; skips where there is none, or it cannot start here."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium is installed to look at the page with")
+    command = [
+        found, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
+        "--disable-dev-shm-usage", "--allow-file-access-from-files", "--force-color-profile=srgb",
+        "--force-device-scale-factor=1", f"--user-data-dir={folder / 'profile'}", "--window-size=1660,1600", *options,
+        (folder / "frames.html").as_uri(),
+    ]  # fmt: skip
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        pytest.skip(f"Chromium does not run here: {error}")
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def looked_at(
+    net: nn.Module, quantized: fx.GraphModule, images: Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("browser")
+    analyzer = SensitivityAnalyzer(num_steps=2, pruning_type="unstructured")
+    analyzer.analyze(net, [(images, torch.tensor([0, 1, 2, 3]))])
+    title = "a very long name without any space in it, " + "x" * 200
+    write_report(folder / "page.html", quantized, net, data=[images], sensitivity=analyzer, title=title)
+    (folder / "frames.html").write_text(FRAMES, encoding="utf-8")
+    dom = Reader(browse(folder, "--dump-dom").replace("<!DOCTYPE html>", ""))
+    return folder, json.loads(next(text for text in dom.texts if text.startswith("[{")))
+
+
+def test_the_page_fits_narrow_and_wide_windows(looked_at: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, frames = looked_at
+    assert [frame["client"] for frame in frames] == [380, 1280]
+    for frame in frames:
+        assert frame["scroll"] <= frame["client"]
+        assert frame["outside"] == []
+        assert HOSTILE in frame["text"] and "fold-quantization" in frame["text"]
+
+
+def test_the_page_is_drawn_in_its_colours(looked_at: tuple[Path, list[dict[str, Any]]]) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    folder, _ = looked_at
+    browse(folder, f"--screenshot={folder / 'shot.png'}", "--blink-settings=preferredColorScheme=1")
+    pixels = torch.tensor((image.imread(folder / "shot.png")[..., :3] * 255).round()).int()
+    for left, right in ((0, 380), (380, 1660)):
+        seen = pixels[:1600, left:right].reshape(-1, 3)
+        for colour, least in (
+            ((255, 255, 255), 0.3),
+            ((36, 87, 214), 0.0005),
+            ((245, 247, 250), 0.005),
+            ((27, 34, 48), 0.0005),
+        ):
+            share = float((seen == torch.tensor(colour)).all(1).double().mean())
+            assert share >= least, (left, colour, share)
