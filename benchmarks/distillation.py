@@ -1,7 +1,5 @@
-"""What distillation brings and what it costs.
+"""What distillation costs.
 
-digits  a student of a tenth of its teacher's size on a small labelled share of handwritten digits: alone, and with every
-        distiller; mean ± standard deviation of the last epoch's test accuracy
 pairs   ResNet-50 → ResNet-18 at 64×64 and a segmentation pair: forward and backward with every applicable distiller
 cost    a step beside one written by hand with the same losses, a tapped forward beside a plain one, an epoch with a cached
         teacher beside one of the bare student, a CRD step with a large bank beside one with a small bank; in turns
@@ -11,7 +9,6 @@ memory  peak memory of a step beside one written by hand, each in a process of i
 from __future__ import annotations
 
 import copy
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,132 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.digits import digits
+from benchmarks.distilled_digits import RECIPES
 from benchmarks.figure import Figure
 from benchmarks.run import Run
 from benchmarks.turns import Turns, in_turns, stopwatch
 from fxcompress.distillation import BaseDistiller, make_distiller
 from fxcompress.graph import features, taps, trace
-
-# digits
-
-
-class Small(nn.Module):
-    """Two convolutions and a classifier: 1×8×8 in, 10 classes out."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.stage1 = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
-        self.stage2 = nn.Sequential(
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU()
-        )
-        self.fc = nn.Linear(2 * width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.stage2(self.stage1(x)).mean((2, 3)))  # type: ignore[no-any-return]
-
-
-STAGES = ["stage1", "stage2"]
-"""Weights bring what the teacher says to the scale of the labels' loss, found on other seeds than are shown."""
-RECIPES: dict[str, Any] = {
-    "LogitDistiller": {"alpha": 1.0, "beta": 0.1},
-    "DKDDistiller": {},
-    "DISTDistiller": {"temperature": 4.0, "distill_weight": 2.0},
-    "FeatureDistiller": {"teacher_layers": STAGES},
-    "FitNetDistiller": {"teacher_layers": ["stage2"]},
-    "ATDistiller": {"teacher_layers": STAGES, "distill_weight": 10.0},
-    "FSPDistiller": {"teacher_layers": STAGES},
-    "OFDDistiller": {"distill_weight": 0.1},
-    "ReviewKDDistiller": {"teacher_layers": STAGES},
-    "RelationDistiller": {"relation_type": "similarity", "distill_weight": 300.0},
-    "RKDDistiller": {"distill_weight": 0.1},
-    "CRDDistiller": {"num_negatives": 64, "temperature": 0.3, "distill_weight": 0.3},
-    "CRDDistiller, in the batch": {"mode": "batch", "temperature": 0.2, "distill_weight": 0.3},
-    "PKTDistiller": {"distill_weight": 3000.0},
-    "CCDistiller": {"distill_weight": 10.0},
-}
-
-
-def fit(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: int, lr: float = 1e-2) -> None:
-    """Train a classifier, or a distiller, in place."""
-    torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr)
-    steps = epochs * -(-len(labels) // 32)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    model.train()
-    for epoch in range(epochs):
-        if isinstance(model, BaseDistiller):
-            model.set_epoch(epoch)
-        for batch in torch.randperm(len(labels)).split(32):
-            if isinstance(model, BaseDistiller):
-                loss = torch.stack(list(model(images[batch], labels[batch], batch)[1].values())).sum()
-            else:
-                loss = F.cross_entropy(model(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return float(100 * (model.eval()(images).argmax(1) == labels).double().mean())
-
-
-def size(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-NOT_BELOW = (
-    "LogitDistiller",
-    "DKDDistiller",
-    "DISTDistiller",
-    "FeatureDistiller",
-    "ATDistiller",
-    "RKDDistiller",
-    "CRDDistiller",
-)
-"""Whose students must not be below the one that learns alone."""
-SHARE, WIDTH = 12, 9
-"""Students see one label in so many; the channels of their first layer."""
-
-
-def learn_digits(run: Run) -> Iterator[Figure]:
-    """The teacher sees all training digits; students see one label in twelve."""
-    images, labels, test_images, test_labels = digits()
-    torch.manual_seed(0)
-    teacher = Small(32)
-    fit(teacher, images, labels, 20, seed=0)
-    few = torch.arange(len(labels)) % SHARE == 0
-    images, labels = images[few], labels[few]
-    seeds, epochs = range(100, 100 + run.pick(5, 2)), run.pick(100, 5)
-    yield Figure("teacher: test accuracy", accuracy(teacher, test_images, test_labels), "%", at_least=98.0)
-    yield Figure("parameters of the student / of the teacher", size(Small(WIDTH)) / size(teacher), "", at_most=0.12)
-    found: dict[str, list[float]] = {"student alone": []}
-    for seed in seeds:
-        run.tell(f"seed {seed}")
-        torch.manual_seed(seed)
-        start = Small(WIDTH)
-        alone = copy.deepcopy(start)
-        fit(alone, images, labels, epochs, seed)
-        found["student alone"].append(accuracy(alone, test_images, test_labels))
-        for name, options in RECIPES.items():
-            config = {"type": name.partition(",")[0], "seed": seed, **options}
-            if name == "CRDDistiller":
-                config["samples"] = len(labels)
-            distiller = make_distiller(config, teacher=teacher, student=start, example_inputs=images[:2])
-            fit(distiller, images, labels, epochs, seed)
-            found.setdefault(name, []).append(accuracy(distiller.student, test_images, test_labels))
-    spread = {name: f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %" for name, values in found.items()}
-    means = {name: statistics.mean(values) for name, values in found.items()}
-    bare = means.pop("student alone")
-    yield Figure("student alone: test accuracy", bare, "%", note=f"{spread['student alone']}, {len(labels)} labels")
-    for name, mean in means.items():
-        bound = 0.0 if name in NOT_BELOW else None
-        yield Figure(f"{name}: points above the student alone", mean - bare, "points", at_least=bound, note=spread[name])
-    best = max(means, key=lambda name: means[name])
-    yield Figure("the best distiller: points above the student alone", means[best] - bare, "points", at_least=2.0, note=best)
-
 
 # pairs
 

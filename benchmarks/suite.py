@@ -100,7 +100,7 @@ BENCHMARKS = tuple(
         ),
         (
             "distilled-digits",
-            "distillation:learn_digits",
+            "distilled_digits:measure",
             "accuracy of students of every distiller",
             "none below the bare student, best ≥ 2 points",
             10,
