@@ -392,6 +392,46 @@ def test_the_view_overwrites_only_what_nothing_else_reads() -> None:
     output.sum().backward()
 
 
+class Sums(nn.Module):
+    """Additions whose first operand is free, broadcast, of another type, tapped, and read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e = (nn.Linear(3, 3) for _ in range(5))
+        self.one, self.relu = nn.Linear(3, 1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        free = self.relu(self.a(x) + x)
+        wider = self.one(free) + free
+        tapped = self.b(wider) + wider
+        twice = self.c(tapped)
+        double = self.d(twice + tapped * twice) + x.double()
+        return self.relu(self.e(x) + torch.add(double, self.e(x), alpha=2.0))  # type: ignore[no-any-return]
+
+
+def test_the_view_adds_only_into_what_nothing_else_reads_and_what_the_sum_fits() -> None:
+    torch.manual_seed(0)
+    model, x = Sums(), torch.randn(4, 3)
+    expected = model(x)
+    expected.square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    view = features(tapped(model, x, "b"))
+    output, values = view(x)
+    with torch.no_grad():
+        assert not torch.equal(values["b"], values["b"] + x)
+        assert output.dtype == torch.float64 and torch.equal(output, expected)
+    output.square().sum().backward()
+    for name, p in view.model.named_parameters():
+        assert torch.equal(p.grad, gradients[name]), name  # type: ignore[arg-type]
+    peak = []
+    for chosen in (view, view.model):
+        with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profiler:
+            chosen(x)
+        peak.append(sum(e.self_cpu_memory_usage for e in profiler.events() if e.self_cpu_memory_usage > 0))
+    assert peak[0] < peak[1]
+
+
 def test_gradients_flow_from_taps_and_the_view_compiles_to_export() -> None:
     view = features(tapped(net(), X, "body.block"))
     view(X)[1]["body.block"].sum().backward()

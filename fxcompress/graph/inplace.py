@@ -10,7 +10,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fxcompress.graph import edit, ops
@@ -116,14 +116,28 @@ _KEEPS_NO_RESULT = ("batch_norm", "add", "linear", "conv1d", "conv2d", "conv3d")
 
 
 def reuse_memory(module: fx.GraphModule) -> None:
-    """Let a ReLU overwrite the value before it where nothing else reads that: what models in place do, made safe."""
-    for node in list(module.graph.nodes):
-        if ops.kind(node) != "relu" or is_in_place(node):
+    """Let a ReLU or an addition overwrite a value that nothing else reads: what models in place do, made safe."""
+    for node in reversed(list(module.graph.nodes)):
+        kind = ops.kind(node)
+        if kind not in ("relu", "add") or is_in_place(node) or edit.has_hooks(node):
             continue
-        source = node.all_input_nodes[0]
-        if len(source.users) == 1 and ops.kind(source) in _KEEPS_NO_RESULT and not edit.has_hooks(node):
-            edit.replace(node, edit.insert_before(node, F.relu, (source,), inplace=True))
+        free = [source for source in node.all_input_nodes if _is_free(source)]
+        if kind == "relu" and free:
+            edit.replace(node, edit.insert_before(node, F.relu, (free[0],), inplace=True))
+        elif kind == "add" and free and len(node.all_input_nodes) == len(node.args) == 2 and not node.kwargs:
+            other = next(source for source in node.all_input_nodes if source is not free[0])
+            edit.replace(node, edit.insert_before(node, _added, (free[0], other)))
     module.recompile()
+
+
+def _is_free(value: fx.Node) -> bool:
+    return len(value.users) == 1 and ops.kind(value) in _KEEPS_NO_RESULT
+
+
+def _added(into: Tensor, other: Tensor) -> Tensor:
+    """The sum, in the memory of ``into`` where it fits."""
+    fits = into.shape == torch.broadcast_shapes(into.shape, other.shape) and into.dtype == torch.result_type(into, other)
+    return into.add_(other) if fits else into + other
 
 
 def is_impure(node: fx.Node) -> bool:
