@@ -1,9 +1,9 @@
 """What distillation brings: students of a tenth of their teacher's size, with one handwritten digit in twelve to learn from.
 
-The teacher has seen all training digits. Students see 120 of them, the same for all: alone with their labels, with a distiller
-with what the teacher says of them as well. Everybody trains for 150 epochs, long enough for the student alone to have been done
-for fifty; soft targets take longer to fit than labels, so that a short schedule measures how far they came, not what they bring.
-Weights of losses were chosen on seeds 0 to 4, which are not among those shown.
+The teacher has seen all training digits. Students see 120 of them, the same for all: alone with their labels, with a
+distiller with what the teacher says of them as well. Everybody trains for 150 epochs, long enough for the student alone to
+have been done for fifty; soft targets take longer to fit than labels, so that a short schedule measures how far they came,
+not what they bring. Weights of losses were chosen on seeds 0 to 4, which are not among those shown.
 """
 
 from __future__ import annotations
