@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from fxcompress.graph.verify import output_snr
 
 __all__ = ["export_onnx", "export_tensorrt"]
 
+log = logging.getLogger("fxcompress")
+
 _FLOAT_WORST, _HALF_WORST = 60.0, 30.0
 """dB: what float32 kernels, and float16 ones, of two libraries agree to."""
 
@@ -44,7 +48,8 @@ def export_onnx(
     ``example_inputs``  a tensor, a tuple of positional arguments or a dict by keyword; a model that was traced with some
                         needs none
     ``dynamic_batch``   leave the first dimension of every input free where the model allows it
-    ``half``            float16 between the operators; None: as the backend that the model was quantized for wants it
+    ``half``            float16 between the operators; None: for a model quantized for TensorRT, unless its values are too
+                        large or too small for float16, which is logged as a warning
 
     Raises BackendError where a package is missing or an operator has no ONNX form, VerificationError where the file computes
     something else than the model (nothing is left at ``path`` then).
@@ -55,10 +60,13 @@ def export_onnx(
     target = _file(path)
     graph = _portable(model, example_inputs)
     flat = _with_examples(flatten(graph), example_inputs)
-    half = _backend(graph) == "tensorrt" if half is None else half
-    data: bytes = to_onnx(in_half(flat) if half else flat, dynamic=dynamic_batch).SerializeToString()
-    _check(flat, onnxruntime(data, torch.get_num_threads(), optimize=False), half)
-    return _written(data, target)
+
+    def make(half: bool) -> bytes:
+        data: bytes = to_onnx(in_half(flat) if half else flat, dynamic=dynamic_batch).SerializeToString()
+        _check(flat, onnxruntime(data, torch.get_num_threads(), optimize=False), half)
+        return data
+
+    return _written(_typed(make, half, _backend(graph)), target)
 
 
 def export_tensorrt(
@@ -84,12 +92,27 @@ def export_tensorrt(
         raise BackendError(f"a TensorRT engine cannot be built here: {reason}. Its ONNX can be exported anywhere.")
     target = _file(path)
     flat = _with_examples(flatten(_portable(graph, example_inputs)), example_inputs)
-    half = quantized_for == "tensorrt" if half is None else half
-    data: bytes = to_onnx(in_half(flat) if half else flat, dynamic=False).SerializeToString()
-    plan = tensorrt.engine(data, [tuple(example.shape) for example in flat.examples])
-    run = tensorrt.session(plan)
-    _check(flat, lambda tensors: [found.cpu() for found in run([tensor.cuda() for tensor in tensors])], half)
-    return _written(plan, target)
+
+    def make(half: bool) -> bytes:
+        data: bytes = to_onnx(in_half(flat) if half else flat, dynamic=False).SerializeToString()
+        plan = tensorrt.engine(data, [tuple(example.shape) for example in flat.examples])
+        run = tensorrt.session(plan)
+        _check(flat, lambda tensors: [found.cpu() for found in run([tensor.cuda() for tensor in tensors])], half)
+        return plan
+
+    return _written(_typed(make, half, quantized_for), target)
+
+
+def _typed(make: Callable[[bool], bytes], half: bool | None, quantized_for: str | None) -> bytes:
+    """``make(half)``; where nobody has chosen, in float16 for a backend that likes it, if that holds the model's values."""
+    if half is not None or quantized_for != "tensorrt":
+        return make(bool(half))
+    try:
+        return make(True)
+    except VerificationError as error:
+        data = make(False)
+        log.warning("written with float32 between the operators, as float16 does not hold this model's values: %s", error)
+        return data
 
 
 def _file(path: str | os.PathLike[str]) -> Path:
@@ -144,5 +167,11 @@ def _check(flat: Flat, session: Session, half: bool) -> None:
     if not agreement >= least:
         raise VerificationError(
             f"the exported model computes something else than the graph: results agree to {agreement:.1f} dB, "
-            f"at least {least:.0f} dB were expected. Nothing was written."
+            f"at least {least:.0f} dB were expected. Nothing was written.{_hint(expected) if half else ''}"
         )
+
+
+def _hint(expected: tuple[Tensor, ...]) -> str:
+    largest = max((float(value.abs().max()) for value in expected if value.is_floating_point() and value.numel()), default=0)
+    held = "float16 holds magnitudes from 6e-8 to 65504"
+    return f" {held}, and the largest of the results is {largest:.1e}: half=False exports the model in float32."

@@ -128,6 +128,23 @@ def test_a_range_that_is_narrower_than_its_type_is_kept(tmp_path: Path) -> None:
     assert (gap <= 2 * step).mean() >= 0.99
 
 
+@pytest.mark.parametrize("scale", [1e-10, 1e7])
+def test_what_float16_does_not_hold_is_written_in_float32_with_a_warning(tmp_path: Path, scale: float, caplog: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    model[2].weight.data *= scale
+    model[2].bias.data *= scale
+    x = torch.randn(32, 8)
+    ready = PTQQuantizer(backend="tensorrt", num_calibration_batches=1, progress=False).quantize(model, [x])
+    found = run(export_onnx(ready, tmp_path / "model.onnx"), x)
+    expected = model(x).detach().numpy()
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+    assert "float16" in caplog.text
+    with pytest.raises(VerificationError, match="half=False"):
+        export_onnx(ready, tmp_path / "half.onnx", half=True)
+    assert not (tmp_path / "half.onnx").exists()
+
+
 def test_tensorrt_gets_symmetric_int8_float16_and_a_quantized_shortcut(tmp_path: Path) -> None:
     model = quantized(backend="tensorrt")
     graph = onnx.load(export_onnx(model, tmp_path / "model.onnx")).graph
