@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import memory
 from benchmarks.distilled_digits import RECIPES
 from benchmarks.figure import Figure
 from benchmarks.run import Run
@@ -202,22 +203,21 @@ def banks(samples: int, rounds: int, images: Tensor, targets: Tensor) -> Iterato
 # memory
 
 
-def peak(which: str) -> None:
+def print_peak(which: str) -> None:
     """Print this process's peak memory after three steps, in MB."""
     torch.set_num_threads(1)
     images, targets = torch.randn(16, 3, 64, 64), torch.randint(1000, (16,))
     step = stepping(ByHand() if which == "hand" else ours(), images, targets)
     for _ in range(3):
         step()
-    status = Path("/proc/self/status").read_text()  # getrusage would report the parent's peak where that is higher
-    print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
+    print(memory.peak() / 2**20)
 
 
-def memory(run: Run) -> Iterator[Figure]:
+def peaks(run: Run) -> Iterator[Figure]:
     """Peak memory of a step beside one written by hand, each in a process of its own."""
     found = {}
     for which in ("hand", "ours"):
-        command = [sys.executable, "-c", f"from benchmarks.distillation import peak; peak({which!r})"]
+        command = [sys.executable, "-c", f"from benchmarks.distillation import print_peak; print_peak({which!r})"]
         place = Path(__file__).parent.parent
         found[which] = float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=place).stdout)
     note = f"{found['ours']:.0f} / {found['hand']:.0f} MB"

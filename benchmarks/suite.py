@@ -113,7 +113,7 @@ BENCHMARKS = tuple(
             "≤ 1.03, 1.02, 1.1x; flat",
             4,
         ),
-        ("distillation-memory", "distillation:memory", "peak memory of a step beside one by hand", "≤ 1.05x", 1),
+        ("distillation-memory", "distillation:peaks", "peak memory of a step beside one by hand", "≤ 1.05x", 1),
         ("training", "training:measure", "the training loop beside one by hand", "", 4),
     )
 )

@@ -27,7 +27,19 @@ def test_every_benchmark_of_the_table_exists(name: str) -> None:
 
 
 def test_every_program_is_in_the_table_or_serves_one() -> None:
-    served = {"__main__", "figure", "machine", "peer_process", "peers", "record", "run", "subjects", "suite", "turns"}
+    served = {
+        "__main__",
+        "figure",
+        "machine",
+        "memory",
+        "peer_process",
+        "peers",
+        "record",
+        "run",
+        "subjects",
+        "suite",
+        "turns",
+    }
     programs = {path.stem for path in Path(suite.__file__).parent.glob("*.py")} - served
     assert programs == {benchmark.where.partition(":")[0] for benchmark in suite.BENCHMARKS}
 
