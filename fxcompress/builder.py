@@ -35,7 +35,7 @@ from fxcompress.components import (
     split,
 )
 from fxcompress.config import Config, read_config
-from fxcompress.errors import ConfigError
+from fxcompress.errors import ConfigError, shown
 from fxcompress.models import build_model
 from fxcompress.options import fault
 from fxcompress.pipeline import CompressionPipeline, assembled, check_layers, stages_of
@@ -130,5 +130,5 @@ def _section(config: Config) -> tuple[Mapping[str, Any], Where]:
         return config.data, ()
     section = config.data["compression"]
     if not isinstance(section, Mapping):
-        raise fault(("compression",), f"is {section!r}; it is a mapping.")
+        raise fault(("compression",), f"is {shown(section)}; it is a mapping.")
     return section, ("compression",)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tabulate import tabulate
 from torch import fx, nn
 
@@ -32,12 +31,12 @@ from fxcompress.graph.shapes import example_of
 from fxcompress.manager import PassManager
 from fxcompress.models import build_data, build_model
 from fxcompress.pipeline import CompressionPipeline
-from fxcompress.plan import read_yaml
 from fxcompress.pruning.sensitivity_analyzer import SensitivityAnalyzer
 from fxcompress.report import report_path, write_report
 from fxcompress.schema import schema
 from fxcompress.training import evaluate
 from fxcompress.weights import load_weights
+from fxcompress.yaml_text import read_yaml
 
 __all__ = ["compress", "export", "inspect_model", "passes", "plan", "print_schema", "replay", "sensitivity"]
 
@@ -283,7 +282,7 @@ def _inline(text: str) -> Any:
         return text
     try:
         return read_yaml(text)
-    except (PlanError, yaml.YAMLError) as error:
+    except PlanError as error:
         raise ConfigError(f"{text!r} is neither a name nor a mapping: {error}") from error
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fxcompress.distillation import DISTILLERS, make_distiller
-from fxcompress.errors import FxCompressError, PlanError
+from fxcompress.errors import FxCompressError, PlanError, shown
 from fxcompress.options import fault, located, no_such, only, options_of, unknown, validated
 from fxcompress.pass_base import Pass
 from fxcompress.passes.train import Train
@@ -112,7 +112,9 @@ def _pruner_steps(config: Mapping[str, Any], where: Where) -> Iterable[Pass]:
         if training:
             yield made_pass("train", training, where)
     else:
-        training.setdefault("epochs", scheduler.end_epoch + 1)
+        if training.setdefault("epochs", scheduler.end_epoch + 1) <= scheduler.end_epoch:
+            late = f"reaches its sparsity at epoch {scheduler.end_epoch} (counted from 0)"
+            raise fault((*where, "scheduler"), f"{late}, and training has {training['epochs']} epochs.")
         mask = {key: value for key, value in own.items() if key != "sparsity"} | {"criterion": pruner.criterion}
         schedule = {"type": type(scheduler).__name__, **extra["scheduler"]}
         schedule.setdefault("target_sparsity", pruner.sparsity)
@@ -158,11 +160,13 @@ def finetuning(extra: Mapping[str, Any], where: Where) -> dict[str, Any]:
     """Training options from ``finetune_epochs`` and ``finetune``, checked."""
     options = extra.get("finetune", {})
     if not isinstance(options, Mapping):
-        raise fault((*where, "finetune"), f"is {options!r}; it is a mapping of training options.")
+        raise fault((*where, "finetune"), f"is {shown(options)}; it is a mapping of training options.")
     only(options, TRAINING, (*where, "finetune"))
     made_pass("train", options, (*where, "finetune"))
     if "finetune_epochs" not in extra:
         return dict(options)
+    if options.get("epochs", extra["finetune_epochs"]) != extra["finetune_epochs"]:
+        raise fault((*where, "finetune", "epochs"), "contradicts 'finetune_epochs'.")
     made_pass("train", {"epochs": extra["finetune_epochs"]}, where, {"epochs": (*where, "finetune_epochs")})
     return {**options, "epochs": extra["finetune_epochs"]}
 
@@ -173,8 +177,8 @@ def pruning_schedule(extra: Mapping[str, Any], own: Mapping[str, Any], where: Wh
     place, config = (*where, "scheduler"), extra["scheduler"]
     cls = component_class(config, SCHEDULERS, place)
     options = {key: value for key, value in config.items() if key != "type"}
-    if "sparsity" in own:
-        options.setdefault("target_sparsity", own["sparsity"])
+    if "sparsity" in own and options.setdefault("target_sparsity", own["sparsity"]) != own["sparsity"]:
+        raise fault((*place, "target_sparsity"), f"contradicts the pruner's sparsity of {own['sparsity']!r}.")
     return made(cls, options, place)
 
 
@@ -216,7 +220,7 @@ _COMPILERS = ((QUANTIZERS, _quantizer_steps), (PRUNERS, _pruner_steps), (DISTILL
 def component_class(config: Any, registry: Registry, where: Where) -> Any:
     """The class that a configuration's ``type`` names."""
     if not isinstance(config, Mapping):
-        raise fault(where, f"is {config!r}; it is a mapping with a 'type'.")
+        raise fault(where, f"is {shown(config)}; it is a mapping with a 'type'.")
     if "type" not in config:
         raise fault(where, f"'type' is missing: name a {registry.kind}.")
     if not isinstance(config["type"], str) or config["type"] not in registry:
@@ -242,9 +246,26 @@ def split(
     return own, extra
 
 
+def _agreeing(options: Mapping[str, Any], where: Where) -> None:
+    """Raise ConfigError for options that contradict one another."""
+    included, excluded = options.get("include_layers"), options.get("exclude_layers") or ()
+    if included is not None and not included:
+        raise fault((*where, "include_layers"), "names no layer; leave it out to take all.")
+    both = sorted(set(included or ()) & set(excluded))
+    if both:
+        raise fault((*where, "exclude_layers"), f"{both[0]!r} is included as well.")
+    if "sparsity" in options and options.get("target"):
+        raise fault((*where, "target"), "contradicts 'sparsity': what goes is given as one or the other.")
+    if "sparsity" in options and options.get("pruning_type") == "semi_structured":
+        n, m = options.get("n", 2), options.get("m", 4)
+        if m and options["sparsity"] != 1 - n / m:
+            raise fault((*where, "sparsity"), f"contradicts {n}:{m}, which leaves {n} of every {m} weights.")
+
+
 def made(cls: Callable[..., Any], options: Mapping[str, Any], where: Where) -> Any:
     """``cls(**options)``; ConfigError at the option that is wrong."""
     values = validated(cls, options, where)
+    _agreeing(values, where)
     try:
         return cls(**values)
     except (FxCompressError, TypeError) as error:

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fxcompress.errors import ConfigError, PlanError
+from fxcompress.errors import ConfigError, PlanError, brief, shown
+from fxcompress.files import read_text
 from fxcompress.options import fault, unknown
-from fxcompress.plan import read_yaml
+from fxcompress.yaml_text import Lines, parse
 
 __all__ = ["KEYS", "Config", "read_config"]
 
@@ -28,7 +27,7 @@ class Config:
     ``lines``   the line of every key by its path
     """
 
-    def __init__(self, data: Any, source: str = "", lines: Mapping[tuple[str | int, ...], int] | None = None) -> None:
+    def __init__(self, data: Any, source: str = "", lines: Lines | None = None) -> None:
         if not isinstance(data, Mapping):
             raise ConfigError(f"{source or 'a configuration'} is a {type(data).__name__}; it is a mapping.")
         self.data, self.source, self.lines = dict(data), source, dict(lines or {})
@@ -61,45 +60,24 @@ def read_config(config: Any) -> Config:
     source = "the configuration" if is_text else str(config)
     text = str(config) if is_text else _read(Path(config))
     try:
-        return Config(read_yaml(text), source, _lines(text))
+        data, lines = parse(text)
+        return Config(data, source, lines)
     except PlanError as error:
         raise ConfigError(f"{source}: {error}") from error
 
 
 def _read(path: Path) -> str:
     try:
-        if path.stat().st_size > _LARGEST:
-            raise ConfigError(f"{str(path)!r} has more than {_LARGEST >> 20} MiB; that is no configuration.")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"the configuration {str(path)!r} cannot be read: {error}.") from error
-
-
-def _lines(text: str) -> dict[tuple[str | int, ...], int]:
-    found: dict[tuple[str | int, ...], int] = {}
-
-    def walk(node: Any, path: tuple[str | int, ...]) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                inner = (*path, key.value)
-                found[inner] = key.start_mark.line + 1
-                walk(value, inner)
-        elif isinstance(node, yaml.SequenceNode):
-            for number, value in enumerate(node.value):
-                found[(*path, number)] = value.start_mark.line + 1
-                walk(value, (*path, number))
-
-    walk(yaml.compose(text, yaml.SafeLoader), ())
-    return found
+        return read_text(path, _LARGEST)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the configuration {shown(str(path))} cannot be read: {brief(error)}.") from error
 
 
 def section(config: Mapping[str, Any], key: str, path: tuple[str | int, ...] = ()) -> dict[str, Any]:
     """A mapping inside a configuration."""
     value = config.get(key)
     if not isinstance(value, Mapping):
-        raise fault((*path, key), f"is {value!r}; it is a mapping.")
+        raise fault((*path, key), f"is {shown(value)}; it is a mapping.")
     for name in value:
         if not isinstance(name, str):
             raise unknown(name, {}, (*path, key))

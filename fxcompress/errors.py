@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "ArtifactError",
@@ -32,7 +33,9 @@ __all__ = [
     "TraceError",
     "TrainingError",
     "VerificationError",
+    "brief",
     "did_you_mean",
+    "shown",
 ]
 
 
@@ -82,9 +85,21 @@ class ArtifactError(FxCompressError, RuntimeError):
     """A saved model that cannot be read back."""
 
 
+def shown(value: Any, most: int = 200) -> str:
+    """``repr(value)``, its middle left out where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 4 :]}"
+
+
+def brief(error: BaseException, most: int = 300) -> str:
+    """The first line of what an error says, or its kind."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return text if len(text) <= most else f"{text[:most]} …"
+
+
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     """`` Did you mean 'x'?`` with the closest of ``known``, or an empty string where nothing is close."""
-    close = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    close = difflib.get_close_matches(name[:200], list(known), n=limit, cutoff=0.5)
     if not close:
         return ""
     return " Did you mean " + " or ".join(repr(c) for c in close) + "?"

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files: written whole or not at all, read up to a size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["whole", "write_text"]
+__all__ = ["read_text", "whole", "write_text"]
 
 
 @contextmanager
@@ -28,3 +28,12 @@ def write_text(path: Path, text: str, newline: str | None = None) -> None:
     """Write ``text`` in UTF-8."""
     with whole(path) as draft:
         draft.write_text(text, encoding="utf-8", newline=newline)
+
+
+def read_text(path: Path, most: int = 1 << 26) -> str:
+    """A text file in UTF-8 of at most ``most`` bytes; OSError or ValueError (whose message says it) where it is none."""
+    with open(path, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it has more than {most >> 20} MiB")
+    return data.decode("utf-8")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from fxcompress.errors import PlanError, did_you_mean
+from fxcompress.errors import PlanError, did_you_mean, shown
 from fxcompress.pass_base import Pass
 
 __all__ = ["GROUP", "components", "find", "passes"]
@@ -47,5 +47,5 @@ def find(name: str) -> type[Pass]:
     table = passes()
     if name not in table:
         hint = did_you_mean(name, [*table, *components()])
-        raise PlanError(f"there is no pass {name!r}.{hint} Known: {', '.join(sorted(table))}.")
+        raise PlanError(f"there is no pass {shown(name)}.{hint} Known: {', '.join(sorted(table))}.")
     return table[name]

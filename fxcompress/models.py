@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from fxcompress.errors import ConfigError, FxCompressError
-from fxcompress.options import fault, located, no_such, validated
+from fxcompress.errors import ConfigError, FxCompressError, brief, shown
+from fxcompress.options import Seed, fault, located, no_such, validated
 from fxcompress.registry import Registry
 from fxcompress.weights import load_weights
 
 __all__ = ["DATASETS", "MODELS", "build_data", "build_model"]
 
 Path_ = tuple[str | int, ...]
+Count = Annotated[int, Field(ge=1, lt=2**40)]
 
 
 def _torchvision(name: str, **options: Any) -> nn.Module:
@@ -48,12 +50,14 @@ def build_model(config: Any, path: Path_ = ()) -> nn.Module:
     if name in MODELS:
         model: nn.Module = _called(MODELS[name], options, path)
     elif name in _torchvision_names():
+        if "weights" in options:
+            raise fault((*path, "weights"), "there is no such key. 'pretrained' is the path of a weights file.")
         model = _called(lambda **given: _torchvision(name, **given), options, path, checked=False)
     else:
         raise no_such("model", name, [*MODELS, *_torchvision_names()], (*path, "type"))
     if pretrained is not None:
         if not isinstance(pretrained, str):
-            raise fault((*path, "pretrained"), f"is {pretrained!r}; it is the path of a weights file.")
+            raise fault((*path, "pretrained"), f"is {shown(pretrained)}; it is the path of a weights file.")
         try:
             load_weights(model, pretrained)
         except ConfigError as error:
@@ -73,7 +77,7 @@ def _options(config: Any, path: Path_) -> dict[str, Any]:
     if isinstance(config, str):
         config = {"type": config}
     if not isinstance(config, Mapping) or not isinstance(config.get("type"), str):
-        raise fault(path, f"is {config!r}; write a name, or a mapping with its 'type'.")
+        raise fault(path, f"is {shown(config)}; write a name, or a mapping with its 'type'.")
     return dict(config)
 
 
@@ -82,11 +86,11 @@ def _called(function: Any, options: dict[str, Any], path: Path_, checked: bool =
         return function(**(validated(function, options, path) if checked else options))
     except FxCompressError as error:
         raise error if getattr(error, "path", ()) else located(error, path, options) from error
-    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
-        raise located(error, path, options) from error
+    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError, AssertionError) as error:
+        raise located(ConfigError(brief(error)), path, options) from error
 
 
-def random_data(samples: int = 64, shape: tuple[int, ...] = (3, 224, 224), classes: int = 1000, seed: int = 0) -> Any:
+def random_data(samples: Count = 64, shape: tuple[Count, ...] = (3, 224, 224), classes: Count = 1000, seed: Seed = 0) -> Any:
     """Normal noise with random labels, from a seed."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(samples, *shape, generator=generator)
@@ -105,7 +109,7 @@ def digits(train: bool = True) -> Any:
     return TensorDataset(images[chosen], labels[chosen])
 
 
-def image_folder(root: str, size: int = 224, resize: int = 256) -> Any:
+def image_folder(root: str, size: Count = 224, resize: Count = 256) -> Any:
     """Images in a folder per class, resized, cropped in the middle and normalised as for ImageNet."""
     try:
         from torchvision import datasets, transforms
@@ -116,7 +120,7 @@ def image_folder(root: str, size: int = 224, resize: int = 256) -> Any:
     try:
         return datasets.ImageFolder(root, transforms.Compose(steps))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"root {root!r} is no folder of images by class: {error}") from error
+        raise ConfigError(f"root {root!r} is no folder of images by class: {brief(error)}.") from error
 
 
 DATASETS = Registry("data set", {"random": random_data, "digits": digits, "image-folder": image_folder})
@@ -132,8 +136,10 @@ def build_data(config: Any, path: Path_ = ()) -> DataLoader[Any]:
     batch_size, shuffle = options.pop("batch_size", 32), options.pop("shuffle", False)
     workers = options.pop("workers", 0)
     for key, value, kind in (("batch_size", batch_size, int), ("shuffle", shuffle, bool), ("workers", workers, int)):
-        if type(value) is not kind or (key == "batch_size" and value < 1) or value < 0:
-            raise fault((*path, key), f"is {value!r}; it is a {'positive ' if key == 'batch_size' else ''}{kind.__name__}.")
+        if type(value) is not kind or not int(key == "batch_size") <= value < 2**40:
+            raise fault(
+                (*path, key), f"is {shown(value)}; it is a {'positive ' if key == 'batch_size' else ''}{kind.__name__}."
+            )
     if isinstance(options.get("shape"), list):
         options["shape"] = tuple(options["shape"])
     dataset: Dataset[Any] = _called(DATASETS[name], options, path)

@@ -10,13 +10,17 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import pydantic
 
-from fxcompress.errors import ConfigError, did_you_mean
+from fxcompress.errors import ConfigError, did_you_mean, shown
 
-__all__ = ["Option", "fault", "located", "no_such", "only", "options_of", "unknown", "validated"]
+__all__ = ["Option", "Seed", "fault", "located", "no_such", "only", "options_of", "unknown", "validated"]
+
+
+Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
+"""What every random generator takes."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def validated(made: Callable[..., Any], values: Mapping[str, Any], path: tuple[s
             known[key].checker.validate_python(value, strict=True)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            raise fault((*path, key, *first["loc"][:0]), f"{value!r} cannot be meant: {first['msg'].lower()}.") from error
+            raise fault((*path, key), f"{shown(value)} cannot be meant: {first['msg'].lower()}.") from error
     for name, option in known.items():
         if option.required and name not in values:
             raise fault(path, f"{name!r} is missing.")
@@ -117,8 +121,8 @@ def no_such(kind: str, name: Any, known: Iterable[str], path: tuple[str | int, .
     """The error for a value at ``path`` that names nothing that exists."""
     names = list(known)
     hint = did_you_mean(name, names) if isinstance(name, str) else ""
-    shown = ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
-    return fault(path, f"there is no {kind} {name!r}.{hint or f' Known: {shown or None}.'}")
+    listed = ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
+    return fault(path, f"there is no {kind} {shown(name)}.{hint or f' Known: {listed or None}.'}")
 
 
 def unknown(key: Any, known: Mapping[str, Any], path: tuple[str | int, ...]) -> ConfigError:

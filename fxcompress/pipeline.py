@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxcompress.components import DISTILLERS, ORDER, Where, component_class, steps_of
-from fxcompress.errors import ConfigError, PlanError
+from fxcompress.errors import ConfigError, PlanError, shown
 from fxcompress.graph.select import Selection
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
@@ -96,7 +96,7 @@ def stages_of(section: Mapping[str, Any], where: Where) -> list[tuple[Any, Where
     if isinstance(pipeline, Mapping):
         return _ordered(pipeline, place)
     if not isinstance(pipeline, (list, tuple)) or not pipeline:
-        raise fault(place, f"is {pipeline!r}; it is a list of stages, or stages by name.")
+        raise fault(place, f"is {shown(pipeline)}; it is a list of stages, or stages by name.")
     return [(stage, (*place, number)) for number, stage in enumerate(pipeline)]
 
 

@@ -17,10 +17,12 @@ import pydantic
 import yaml
 
 from fxcompress import library
-from fxcompress.errors import ConfigError, FxCompressError, PlanError, did_you_mean
+from fxcompress.errors import ConfigError, FxCompressError, PlanError, brief, did_you_mean, shown
+from fxcompress.files import read_text
 from fxcompress.pass_base import STAGES, Pass
+from fxcompress.yaml_text import read_yaml
 
-__all__ = ["Plan", "build_pass", "read_yaml"]
+__all__ = ["Plan", "build_pass"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,45 +77,15 @@ class Plan:
         return "".join(f"- {_line(step)}\n" for step in self.as_data()) or "[]\n"
 
 
-def read_yaml(text: str) -> Any:
-    """YAML as plain data. Refuses tags that would build objects, duplicate keys, and anchors that unfold without end."""
-    try:
-        loaded = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise PlanError(f"this is not YAML we read: {' '.join(str(error).split())}") from error
-    if isinstance(loaded, str):
-        raise PlanError(f"there is no file {loaded!r}, and as YAML it is a word, not a list of steps.")
-    return loaded
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases (they can unfold without end) and without duplicate keys."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.YAMLError(f"aliases (*{event.anchor}) are not read, line {event.start_mark.line + 1}")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set()
-        for key, _ in node.value:
-            name = key.value if isinstance(key.value, str) else str(key.value)
-            if name in seen:
-                raise yaml.YAMLError(f"key {name!r} stands twice, line {key.start_mark.line + 1}")
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
 def _is_path(text: str) -> bool:
-    return "\n" not in text and (text.endswith((".yaml", ".yml", ".json")) or Path(text).is_file())
+    return "\n" not in text and (text.endswith((".yaml", ".yml", ".json")) or os.path.isfile(text))
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"the plan {str(path)!r} cannot be read: {error}.") from error
+        return read_text(path)
+    except (OSError, ValueError) as error:
+        raise PlanError(f"the plan {shown(str(path))} cannot be read: {brief(error)}.") from error
 
 
 def _steps_of(plan: Mapping[str, Any]) -> list[Any]:
@@ -138,7 +110,7 @@ def _parse_step(number: int, step: Any) -> tuple[Pass, ...]:
         if options is None or isinstance(options, Mapping):
             return _named(str(name), options or {}, f"step {number} ")
         raise PlanError(f"step {number} {name!r}: its options are a {type(options).__name__}, and must be a mapping.")
-    raise PlanError(f"step {number} is {step!r}; write a pass's name, or one name with its options: {{name: {{...}}}}.")
+    raise PlanError(f"step {number} is {shown(step)}; write a pass's name, or one name with its options: {{name: {{...}}}}.")
 
 
 def _named(name: str, options: Mapping[str, Any], where: str) -> tuple[Pass, ...]:
@@ -162,7 +134,7 @@ def build_pass(name: str, options: Mapping[str, Any], where: str = "") -> Pass:
     for key, value in options.items():
         if key not in fields:
             known = f" It takes: {', '.join(fields)}." if fields else " It takes none."
-            raise PlanError(f"{where}{name!r} has no option {key!r}.{did_you_mean(str(key), fields) or known}")
+            raise PlanError(f"{where}{name!r} has no option {shown(key)}.{did_you_mean(str(key), fields) or known}")
         values[key] = _checked(fields[key], value, f"{where}{name!r}: option {key!r}")
     try:
         return cls(**values)
@@ -189,7 +161,7 @@ def _checked(adapter: pydantic.TypeAdapter[Any], value: Any, where: str) -> Any:
         return adapter.validate_python(_tupled(value), strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise PlanError(f"{where} is {value!r}: {first['msg'].lower()}.") from error
+        raise PlanError(f"{where} is {shown(value)}: {first['msg'].lower()}.") from error
 
 
 def _tupled(value: Any) -> Any:

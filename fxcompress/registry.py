@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from fxcompress.errors import ConfigError, did_you_mean
+from fxcompress.errors import ConfigError, did_you_mean, shown
 
 __all__ = ["Registry"]
 
@@ -30,7 +30,9 @@ class Registry(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name not in self:
             known = ", ".join(self._entries) or "none"
-            raise ConfigError(f"there is no {self.kind} {name!r}.{did_you_mean(str(name), self._entries)} Known: {known}.")
+            raise ConfigError(
+                f"there is no {self.kind} {shown(name)}.{did_you_mean(str(name), self._entries)} Known: {known}."
+            )
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:

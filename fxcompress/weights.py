@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fxcompress.errors import ConfigError
+from fxcompress.errors import ConfigError, shown
 
 __all__ = ["load_weights"]
 
@@ -23,8 +23,8 @@ def load_weights(model: nn.Module, file: str | os.PathLike[str]) -> None:
     Raises ConfigError where the file is missing, is not such a file, or does not fit, naming every key.
     """
     place = Path(file)
-    if not place.is_file():
-        raise ConfigError(f"there is no weights file {str(file)!r}.")
+    if not os.path.isfile(place):  # unlike Path.is_file, it takes names that no file can have
+        raise ConfigError(f"there is no weights file {shown(str(file))}.")
     try:
         found: Any = load_file(place) if place.suffix == ".safetensors" else torch.load(place, "cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file breaks means the same

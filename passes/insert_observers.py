@@ -13,7 +13,7 @@ from fxcompress.backends.base import Backend
 from fxcompress.graph import edit, ops
 from fxcompress.graph.select import Selection
 from fxcompress.pass_base import EXACT, Context, Pass, Promise
-from fxcompress.quantization.observer import ActivationObserver
+from fxcompress.quantization.observer import ActivationObserver, check_calibrator
 from fxcompress.quantization.overrides import LayerOptions, Overrides, weight_grid_of
 from fxcompress.quantization.placement import Placement, layer_name, operands, place
 
@@ -51,7 +51,7 @@ class InsertObservers(Pass):
 
     def __post_init__(self) -> None:
         backends.find(self.backend)
-        ActivationObserver(self.calibrator, self.calibrator_options)
+        check_calibrator(self.calibrator, self.calibrator_options)
         Overrides(self.overrides)
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:

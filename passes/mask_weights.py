@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import fx
 
 from fxcompress.graph.select import Selection
+from fxcompress.options import Seed
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.pruning.magnitude_pruner import mask_weights
 from fxcompress.pruning.sites import sites
@@ -36,7 +37,7 @@ class MaskWeights(Pass):
     n_m: tuple[int, int] | None = None
     include_layers: tuple[str, ...] | None = None
     exclude_layers: tuple[str, ...] = ()
-    seed: int = 0
+    seed: Seed = 0
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
         selection = Selection(self.include_layers, self.exclude_layers)

@@ -18,6 +18,7 @@ from fxcompress.graph.channels.kept import Kept, mask_data
 from fxcompress.graph.channels.proof import Proof, tolerance
 from fxcompress.graph.island import regions
 from fxcompress.graph.select import Selection
+from fxcompress.options import Seed
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.pruning.compensation import compensation, fold
 from fxcompress.pruning.importance import check_criterion, scores
@@ -71,7 +72,7 @@ class PruneChannels(Pass):
     plan: dict[str, Any] | None = None
     prove: bool = True
     strict: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_criterion(self.criterion)

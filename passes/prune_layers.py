@@ -11,6 +11,7 @@ from torch import fx
 from fxcompress.errors import ConfigError, did_you_mean
 from fxcompress.graph.island import regions
 from fxcompress.graph.select import Selection
+from fxcompress.options import Seed
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.pruning.blocks import Block, cut
 from fxcompress.pruning.depth import candidates, importance, least
@@ -40,7 +41,7 @@ class PruneLayers(Pass):
     remove: tuple[str, ...] | None = None
     include_layers: tuple[str, ...] | None = None
     exclude_layers: tuple[str, ...] = ()
-    seed: int = 0
+    seed: Seed = 0
 
     def candidates(self, model: fx.GraphModule, context: Context) -> dict[str, tuple[str, Block]]:
         """What can go: name → its region and the part. Raises ConfigError with the reasons where there is nothing."""

@@ -26,6 +26,7 @@ from fxcompress.errors import ConfigError, PlanError
 from fxcompress.models import DATASETS, MODELS, build_data, build_model
 from fxcompress.options import options_of
 from fxcompress.pruning import AGPScheduler, MagnitudePruner
+from fxcompress.weights import load_weights
 
 X = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = X.flatten(1)[:, :4].argmax(1)
@@ -257,6 +258,43 @@ def test_data_sets_are_named_by_registry() -> None:
         ("compression:\n  pipeline: []\n", 2, "list of stages"),
         ("compression:\n  type: PTQQuantizer\n  pipeline: []\n", 3, "contradicts"),
         ("compression:\n  prune: {type: PTQQuantizer}\n", 2, "there is no pruner"),
+        ("compression:\n  type: PTQQuantizer\n  1: 2\n", 3, "no such key"),
+        ("compression:\n  type: PTQQuantizer\n  on: 2\n", 3, "no such key"),
+        ("compression:\n  type: PTQQuantizer\n  overrides: {conv: {bits: 99}}\n", 3, "overrides"),
+        ("compression:\n  type: PTQQuantizer\n  overrides: {conv: {float: true, bits: 4}}\n", 3, "float contradicts bits"),
+        ("compression:\n  type: PTQQuantizer\n  calibrator_options: {num_bins: 1}\n", 3, "num_bins"),
+        (
+            "compression:\n  type: PTQQuantizer\n  calibration_method: minmax\n  calibrator_options: {per_channel: true}\n",
+            4,
+            "an activation has one range",
+        ),
+        ("compression:\n  type: MagnitudePruner\n  include_layers: [a, b]\n  exclude_layers: [b]\n", 4, "included as well"),
+        ("compression:\n  type: MagnitudePruner\n  include_layers: []\n", 3, "names no layer"),
+        ("compression:\n  type: MagnitudePruner\n  sparsity: 0.9\n  pruning_type: semi_structured\n", 3, "contradicts 2:4"),
+        ("compression:\n  type: MagnitudePruner\n  finetune_epochs: 2\n  finetune:\n    epochs: 3\n", 5, "contradicts"),
+        (
+            "compression:\n  type: MagnitudePruner\n  sparsity: 0.3\n  scheduler:\n    type: AGPScheduler\n    "
+            "target_sparsity: 0.8\n",
+            6,
+            "contradicts the pruner's sparsity",
+        ),
+        (
+            "compression:\n  type: MagnitudePruner\n  finetune_epochs: 1\n  scheduler: {type: AGPScheduler, end_epoch: 2}\n",
+            4,
+            "training has 1 epochs",
+        ),
+        ("compression:\n  type: StructuredPruner\n  sparsity: 0.5\n  target: {macs: 0.5}\n", 4, "one or the other"),
+        ("compression:\n  type: RandomPruner\n  seed: -1\n", 3, "seed"),
+        ("compression:\n  type: RandomPruner\n  seed: 99999999999999999999999\n", 3, "seed"),
+        (
+            "compression:\n  type: MagnitudePruner\n  finetune:\n    optimizer: sgd\n    optimizer_options: {momentun: 1}\n",
+            5,
+            "momentun",
+        ),
+        ("compression:\n  type: MagnitudePruner\n  finetune:\n    optimizer_options: {lr: 1}\n", 4, "place of its own"),
+        ("compression:\n  type: MagnitudePruner\n  finetune:\n    scheduler_options: {finl: 1}\n", 4, "finl"),
+        ("compression:\n  type: LogitDistiller\n  alpha: -1\n", 3, "alpha"),
+        ("compression:\n  type: DKDDistiller\n  warmup_epochs: -1\n", 3, "warmup_epochs"),
         ("compression: 3\n", 1, "mapping"),
         ("compression: {}\n", 1, "empty"),
         ("compression:\n  type: PTQQuantizer\nmodel:\n  type: resnet18\n  pretrained: no.pth\n", 5, "no.pth"),
@@ -283,6 +321,19 @@ def test_an_error_names_the_file_the_line_and_the_key(text: str, line: int, mess
         "&a [" * 500 + "\n",
         "- a list\n- of words\n",
         "\x00\n",
+        "compression: {type: !!timestamp x}\n",
+        "compression: {type: !!bool x}\n",
+        "compression: {type: !!int ''}\n",
+        "compression: {type: !!float ''}\n",
+        "compression: {type: !!binary '@'}\n",
+        "compression: !!set {type, dtype}\n",
+        "compression: !!omap [type: PTQQuantizer]\n",
+        "compression: {type: PTQQuantizer, <<: {type: MagnitudePruner}}\n",
+        "compression: {type: PTQQuantizer, ? [a, b] : 1}\n",
+        "compression: {type: PTQQuantizer, num_calibration_batches: " + "9" * 5000 + "}\n",
+        'compression: {type: PTQQuantizer, exclude_layers: ["\\ud800"]}\n',
+        "%YAML 9.9\n---\ncompression: {type: PTQQuantizer}\n",
+        "compression: {type: PTQQuantizer}\n---\ncompression: {type: PTQQuantizer}\n",
     ],
 )
 def test_hostile_yaml_is_refused(text: str, tmp_path: Path) -> None:
@@ -294,6 +345,70 @@ def test_a_billion_laughs_are_not_laughed() -> None:
     bomb = "a0: &a0 [lol]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
     with pytest.raises(ConfigError, match="line 2"):
         build_compression_pipeline(bomb)
+
+
+@pytest.mark.parametrize("text", ["'" + "x" * 10**5 + "'", "[" + "1, " * 10**4 + "1]", "[" * 200 + "]" * 200])
+def test_a_long_value_is_named_shortly(text: str) -> None:
+    for key in ("type", "per_channel", "overrides", "exclude_layers"):
+        kind = "" if key == "type" else "  type: PTQQuantizer\n"
+        message = refusal(f"compression:\n{kind}  {key}: {text}\n")
+        assert key in message
+        assert len(message) < 1500
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="there is no endless file here")
+def test_an_endless_file_is_not_read_to_its_end() -> None:
+    for read in (build_compression_pipeline, Plan.parse):
+        with pytest.raises((ConfigError, PlanError), match="MiB"):
+            read(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("name", ["a\0b.yaml", "x" * 5000 + ".yaml", "x" * 5000])
+def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
+    for read in (build_compression_pipeline, Plan.parse):
+        with pytest.raises((ConfigError, PlanError)) as caught:
+            read(name)
+        assert len(str(caught.value)) < 1500
+    with pytest.raises(ConfigError, match="no weights file") as wrong:
+        load_weights(nn.Linear(1, 1), name)
+    assert len(str(wrong.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    ("description", "key"),
+    [
+        ({"type": "resnet18", "weights": "DEFAULT"}, "weights"),
+        ({"type": "resnet18", "num_classes": -1}, ""),
+        ({"type": "resnet18", "num_classes": 10**30}, ""),
+        ({"type": "vit_b_16", "image_size": 10}, ""),
+        ({"type": "mobilenet_v2", "width_mult": float("nan")}, ""),
+    ],
+)
+def test_what_torchvision_refuses_is_an_error_of_one_line(description: dict[str, Any], key: str) -> None:
+    pytest.importorskip("torchvision")
+    with pytest.raises(ConfigError) as caught:
+        build_model(description, ("model",))
+    assert key in caught.value.path or not key
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("samples", [0, -1, 10**30]),
+        ("shape", [[-1, 2], [0], "3"]),
+        ("classes", [0]),
+        ("seed", [-1, 10**30]),
+        ("batch_size", [0, 10**30]),
+        ("workers", [-1]),
+        ("shuffle", [1]),
+    ],
+)
+def test_data_that_cannot_be_is_refused_at_its_key(key: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ConfigError) as caught:
+            build_data({"type": "random", key: value}, ("data",))
+        assert caught.value.path == ("data", key)
 
 
 def test_layer_names_are_checked_where_there_is_a_model(tmp_path: Path) -> None:

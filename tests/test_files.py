@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files: written whole or not at all, read up to a size."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fxcompress.files import whole, write_text
+from fxcompress.files import read_text, whole, write_text
 
 
 def test_a_file_is_its_old_self_until_it_is_its_new_one(tmp_path: Path) -> None:
@@ -38,3 +38,13 @@ def test_what_fails_leaves_nothing_behind(error: type[BaseException], tmp_path: 
 def test_text_is_utf_8_with_the_line_ends_it_has(tmp_path: Path) -> None:
     write_text(tmp_path / "a.csv", "größe\r\n", newline="")
     assert (tmp_path / "a.csv").read_bytes() == "größe\r\n".encode()
+
+
+def test_a_file_is_read_up_to_a_size(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes("größe".encode())
+    assert read_text(tmp_path / "a", 7) == "größe"
+    with pytest.raises(ValueError, match="more than 0 MiB"):
+        read_text(tmp_path / "a", 6)
+    (tmp_path / "a").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="utf-8"):
+        read_text(tmp_path / "a")

@@ -106,7 +106,7 @@ ORDER = [
     {"errors", "registry", "distributed", "files"},
     {"graph", "options", "html"},
     {"backends", "pass_base", "data", "timing", "weights"},
-    {"plan", "manager", "observe", "library", "ledger", "artifact", "export", "serial", "reproducer", "stages"},
+    {"plan", "yaml_text", "manager", "observe", "library", "ledger", "artifact", "export", "serial", "reproducer", "stages"},
     {"quantization", "pruning", "distillation", "training"},
     {"passes"},
     {

@@ -22,7 +22,7 @@ from fxcompress.errors import ConfigError, DataError, FxCompressError
 from fxcompress.graph import propagate, taps, trace
 from fxcompress.graph.inputs import Arguments, arguments
 from fxcompress.graph.taps import Features, features
-from fxcompress.options import validated
+from fxcompress.options import Seed, validated
 from fxcompress.registry import Registry
 from fxcompress.weights import load_weights
 
@@ -112,7 +112,7 @@ class BaseDistiller(nn.Module):
         output: str | int | None = None,
         ignore_index: int = -100,
         cache_teacher: str | os.PathLike[str] | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         for name, weight in (("distill_weight", distill_weight), ("task_weight", task_weight)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -18,6 +19,14 @@ def positive(name: str, value: float) -> float:
     if not 0 < value < float("inf"):
         raise ConfigError(f"{name} is {value!r}; it is a finite number above 0.")
     return value
+
+
+def weights(**given: float) -> Iterable[float]:
+    """The values, or ConfigError unless all are finite numbers, 0 or more."""
+    for name, value in given.items():
+        if not 0 <= value < float("inf"):
+            raise ConfigError(f"{name} is {value!r}; it is a finite number, 0 or more.")
+    return given.values()
 
 
 def warmed_up(epoch: int, warmup_epochs: int) -> float:
@@ -44,7 +53,8 @@ class LogitDistiller(BaseDistiller):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.temperature, self.alpha, self.beta = positive("temperature", temperature), alpha, beta
+        self.temperature = positive("temperature", temperature)
+        self.alpha, self.beta = weights(alpha=alpha, beta=beta)
         self._bind(teacher, student)
 
     def task_scale(self) -> float:
@@ -74,7 +84,9 @@ class DKDDistiller(BaseDistiller):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.temperature, self.alpha, self.beta = positive("temperature", temperature), alpha, beta
+        self.temperature = positive("temperature", temperature)
+        self.alpha, self.beta = weights(alpha=alpha, beta=beta)
+        weights(warmup_epochs=warmup_epochs)
         self.warmup_epochs = warmup_epochs
         self._bind(teacher, student)
 
@@ -103,7 +115,8 @@ class DISTDistiller(BaseDistiller):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.beta, self.gamma, self.temperature = beta, gamma, positive("temperature", temperature)
+        self.temperature = positive("temperature", temperature)
+        self.beta, self.gamma = weights(beta=beta, gamma=gamma)
         self._bind(teacher, student)
 
     def distill_losses(self, step: Step) -> dict[str, Tensor]:

@@ -10,12 +10,14 @@ from torch.nn import functional as F
 
 from fxcompress.distillation.losses import info_nce_loss, nce_loss
 from fxcompress.distributed import gather
-from fxcompress.errors import DataError
+from fxcompress.errors import ConfigError, DataError
 
 __all__ = ["InBatch", "MemoryBank", "MemoryQueue"]
 
 
 def _random(rows: int, width: int, generator: torch.Generator) -> Tensor:
+    if rows * width > 2**40:
+        raise ConfigError(f"samples is {rows!r}: a bank of them would hold {rows * width * 8 / 1e12:,.0f} TB.")
     return F.normalize(torch.empty(rows, width).uniform_(-1, 1, generator=generator))
 
 

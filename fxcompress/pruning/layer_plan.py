@@ -12,7 +12,8 @@ import yaml
 from tabulate import tabulate
 
 from fxcompress.errors import ConfigError, did_you_mean
-from fxcompress.files import write_text
+from fxcompress.files import read_text, write_text
+from fxcompress.yaml_text import read_yaml
 
 __all__ = ["LayerPlan", "PartPlan"]
 
@@ -54,8 +55,8 @@ class LayerPlan:
     def load(cls, path: str | os.PathLike[str]) -> LayerPlan:
         """Read a plan that :meth:`save` wrote; ConfigError where the file is missing or damaged."""
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+            data = read_yaml(read_text(Path(path)))
+        except (OSError, ValueError) as error:  # PlanError is one
             raise ConfigError(f"{os.fspath(path)!r} is not a plan of layers: {error}") from error
         if not isinstance(data, Mapping) or not isinstance(data.get("parts"), Mapping):
             raise ConfigError(f"{os.fspath(path)!r} is not a plan of layers: it has no 'parts'.")

@@ -11,6 +11,7 @@ from torch import fx, nn
 from fxcompress.graph.trace import region_inputs
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager, example_call
+from fxcompress.options import Seed
 from fxcompress.pass_base import Context
 from fxcompress.plan import Plan
 from fxcompress.pruning.depth import least
@@ -42,7 +43,7 @@ class LayerPruner:
         *,
         units: str = "auto",
         example_inputs: Any = None,
-        seed: int = 0,
+        seed: Seed = 0,
         progress: bool | None = None,
     ) -> None:
         self.options: dict[str, Any] = {

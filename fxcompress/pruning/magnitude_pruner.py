@@ -18,6 +18,7 @@ from fxcompress.errors import ConfigError, did_you_mean
 from fxcompress.graph.select import Selection, matches
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
+from fxcompress.options import Seed
 from fxcompress.plan import Plan
 from fxcompress.pruning.masks import CRITERIA, check_sparsity, n_of_m, score, smallest
 from fxcompress.pruning.sites import PRUNABLE, Site, Skip, bake_masks, sites, unwrapped
@@ -113,7 +114,7 @@ class MagnitudePruner:
         *,
         n: int = 2,
         m: int = 4,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         self.sparsity = check_sparsity(sparsity)
         if pruning_type not in TYPES:

@@ -12,8 +12,9 @@ import yaml
 from tabulate import tabulate
 
 from fxcompress.errors import ConfigError, did_you_mean
-from fxcompress.files import write_text
+from fxcompress.files import read_text, write_text
 from fxcompress.graph.channels import ChannelGroup
+from fxcompress.yaml_text import read_yaml
 
 __all__ = ["GroupPlan", "PruningPlan"]
 
@@ -84,9 +85,10 @@ class PruningPlan:
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
         """Read a plan that :meth:`save` wrote; ConfigError where the file is missing or damaged."""
         try:
-            return cls.from_data(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-        except (OSError, yaml.YAMLError) as error:
+            data = read_yaml(read_text(Path(path)))
+        except (OSError, ValueError) as error:  # PlanError is one
             raise ConfigError(f"{os.fspath(path)!r} is not a pruning plan: {error}") from error
+        return cls.from_data(data)
 
     def __str__(self) -> str:
         rows = [

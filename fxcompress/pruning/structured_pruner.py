@@ -15,6 +15,7 @@ from fxcompress.graph.inputs import arguments
 from fxcompress.graph.trace import is_traced, region_inputs
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
+from fxcompress.options import Seed
 from fxcompress.pass_base import Context
 from fxcompress.plan import Plan
 from fxcompress.pruning.finetuning import finetune
@@ -62,7 +63,7 @@ class StructuredPruner:
         example_inputs: Any = None,
         prove: bool = True,
         strict: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
         progress: bool | None = None,
     ) -> None:
         if pruning_dim not in (0, 1) or isinstance(pruning_dim, bool):

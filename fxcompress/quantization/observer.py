@@ -7,9 +7,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxcompress.errors import ConfigError
 from fxcompress.quantization.calibrator import Calibrator, build_calibrator
 
-__all__ = ["ActivationObserver", "observers"]
+__all__ = ["ActivationObserver", "check_calibrator", "observers"]
+
+
+def check_calibrator(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for calibrator options that an activation's calibrator does not take."""
+    try:
+        made = build_calibrator(name, **options)
+    except ConfigError as error:
+        raise ConfigError(f"calibrator_options: {error}") from error
+    if getattr(made, "per_channel", False):
+        raise ConfigError("calibrator_options: per_channel is for weights; an activation has one range.")
 
 
 class ActivationObserver(nn.Module):

@@ -14,8 +14,8 @@ from torch import nn
 
 from fxcompress.errors import ConfigError, did_you_mean
 from fxcompress.graph.select import Selection, matches
-from fxcompress.quantization.calibrator import build_calibrator
 from fxcompress.quantization.grid import check_bits
+from fxcompress.quantization.observer import check_calibrator
 
 __all__ = ["LayerOptions", "Overrides", "weight_grid_of"]
 
@@ -44,9 +44,12 @@ class LayerOptions:
             if bits is not None:
                 check_bits(bits)
         if self.calibrator is not None:
-            build_calibrator(self.calibrator, **self.calibrator_options)
+            check_calibrator(self.calibrator, self.calibrator_options)
         elif self.calibrator_options:
             raise ConfigError("calibrator_options without a calibrator: name the calibrator they are for.")
+        given = [f.name for f in fields(self) if f.name != "float" and getattr(self, f.name) not in (None, {})]
+        if self.float and given:
+            raise ConfigError(f"float contradicts {', '.join(given)}: a layer in float has no grid.")
 
 
 def weight_grid_of(asked: LayerOptions) -> dict[str, Any]:
@@ -88,7 +91,7 @@ class Overrides:
 
 
 def _check(pattern: str, options: Any) -> None:
-    where = f"the override for {pattern!r}"
+    where = f"overrides: that for {pattern!r}"
     if not isinstance(options, Mapping):
         raise ConfigError(f"{where} is {options!r}; it is a mapping of options, such as {{bits: 4}}.")
     for key, value in options.items():

@@ -11,7 +11,8 @@ from fxcompress import backends
 from fxcompress.errors import ConfigError, did_you_mean
 from fxcompress.pass_base import Context
 from fxcompress.plan import Plan
-from fxcompress.quantization.calibrator import CALIBRATORS, build_calibrator
+from fxcompress.quantization.calibrator import CALIBRATORS
+from fxcompress.quantization.observer import check_calibrator
 from fxcompress.quantization.overrides import Overrides
 from fxcompress.quantization.quantizer import Quantizer, check_stage, in_eval_mode
 
@@ -70,7 +71,7 @@ class PTQQuantizer(Quantizer):
             )
         if not isinstance(num_calibration_batches, int) or num_calibration_batches < 1:
             raise ConfigError(f"num_calibration_batches is {num_calibration_batches!r}; it is a positive integer.")
-        build_calibrator(calibration_method, **(calibrator_options or {}))
+        check_calibrator(calibration_method, calibrator_options or {})
         self.backend, self.dtype, self.per_channel, self.symmetric = backend, dtype, per_channel, symmetric
         self.calibration_method, self.num_calibration_batches = calibration_method, num_calibration_batches
         chosen = _chosen(include_layers, exclude_layers, overrides)
@@ -176,7 +177,7 @@ def _half(chosen: Mapping[str, Any]) -> tuple[Plan, Plan]:
     for pattern, options in chosen["overrides"].items():
         if set(options) != {"float"}:
             raise ConfigError(
-                f"the override for {pattern!r} sets {', '.join(options)}; with dtype 'fp16' it can set float only."
+                f"overrides: that for {pattern!r} sets {', '.join(options)}; with dtype 'fp16' it can set float only."
             )
         in_float += [pattern] if options["float"] else []
     layers = {"include_layers": chosen["include_layers"], "exclude_layers": [*chosen["exclude_layers"], *in_float]}

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
 from fxcompress.errors import ConfigError
+from fxcompress.options import Seed
 from fxcompress.plan import option_types
 from fxcompress.registry import Registry
 
@@ -64,7 +65,7 @@ class Recipe:
     checkpoint_every: Count | None = None
     gradient_norms: bool = True
     find_unused_parameters: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         adapters: dict[str, pydantic.TypeAdapter[Any]] = option_types(type(self))  # type: ignore[arg-type]
@@ -74,8 +75,10 @@ class Recipe:
                 adapter.validate_python(value, strict=True)
             except pydantic.ValidationError as error:
                 raise ConfigError(f"{name} is {value!r}: {error.errors()[0]['msg'].lower()}.") from error
-        OPTIMIZERS[self.optimizer]
-        LR_SCHEDULES[self.scheduler]
+        if "lr" in self.optimizer_options:
+            raise ConfigError("optimizer_options holds lr, which has a place of its own.")
+        optimizer = build_optimizer(self, [nn.Parameter(torch.zeros(1))])
+        build_schedule(self, optimizer, Horizon(self.epochs, 1))
 
     def better(self, value: float, best: float | None) -> bool:
         """Whether ``value`` of the metric is an improvement on ``best``."""
@@ -172,12 +175,13 @@ def build_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> Optim
     if not found:
         raise ConfigError("the model has no parameter that requires a gradient; there is nothing to train.")
     options = {"lr": recipe.lr, **recipe.optimizer_options}
-    return _called(OPTIMIZERS[recipe.optimizer], (found,), options, f"optimizer {recipe.optimizer!r}")  # type: ignore[no-any-return]
+    what = "optimizer_options" if recipe.optimizer_options else f"optimizer {recipe.optimizer!r}"
+    return _called(OPTIMIZERS[recipe.optimizer], (found,), options, what)  # type: ignore[no-any-return]
 
 
 def build_schedule(recipe: Recipe, optimizer: Optimizer, horizon: Horizon) -> lr_scheduler.LRScheduler:
     """The recipe's learning rates, warm-up included."""
-    name = f"scheduler {recipe.scheduler!r}"
+    name = "scheduler_options" if recipe.scheduler_options else f"scheduler {recipe.scheduler!r}"
     factor = _called(LR_SCHEDULES[recipe.scheduler], (horizon,), recipe.scheduler_options, name)
     warmup = horizon.steps(recipe.warmup_epochs, "warmup_epochs") if recipe.warmup_epochs else 0
 
