@@ -93,10 +93,10 @@ def located(
     ``places``: where options stand that do not stand directly at ``path``.
     """
     text = str(error)
-    named = {text.find(name): name for name in map(str, options) if name in text}
+    named = [name for name in map(str, options) if name in text]
     if not named:
         return fault(path, text)
-    name = named[min(named)]
+    name = min(named, key=lambda name: (text.find(name), -len(name)))
     return fault((places or {}).get(name, (*path, name)), text)
 
 

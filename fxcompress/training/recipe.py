@@ -175,13 +175,13 @@ def build_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> Optim
     if not found:
         raise ConfigError("the model has no parameter that requires a gradient; there is nothing to train.")
     options = {"lr": recipe.lr, **recipe.optimizer_options}
-    what = "optimizer_options" if recipe.optimizer_options else f"optimizer {recipe.optimizer!r}"
+    what = f"{'optimizer_options: ' if recipe.optimizer_options else ''}optimizer {recipe.optimizer!r}"
     return _called(OPTIMIZERS[recipe.optimizer], (found,), options, what)  # type: ignore[no-any-return]
 
 
 def build_schedule(recipe: Recipe, optimizer: Optimizer, horizon: Horizon) -> lr_scheduler.LRScheduler:
     """The recipe's learning rates, warm-up included."""
-    name = "scheduler_options" if recipe.scheduler_options else f"scheduler {recipe.scheduler!r}"
+    name = f"{'scheduler_options: ' if recipe.scheduler_options else ''}scheduler {recipe.scheduler!r}"
     factor = _called(LR_SCHEDULES[recipe.scheduler], (horizon,), recipe.scheduler_options, name)
     warmup = horizon.steps(recipe.warmup_epochs, "warmup_epochs") if recipe.warmup_epochs else 0
 
