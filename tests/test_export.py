@@ -132,8 +132,9 @@ def test_a_range_that_is_narrower_than_its_type_is_kept(tmp_path: Path) -> None:
 def test_what_float16_does_not_hold_is_written_in_float32_with_a_warning(tmp_path: Path, scale: float, caplog: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
-    model[2].weight.data *= scale
-    model[2].bias.data *= scale
+    with torch.no_grad():
+        for parameter in model[2].parameters():
+            parameter *= scale
     x = torch.randn(32, 8)
     ready = PTQQuantizer(backend="tensorrt", num_calibration_batches=1, progress=False).quantize(model, [x])
     found = run(export_onnx(ready, tmp_path / "model.onnx"), x)
