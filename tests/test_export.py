@@ -134,7 +134,7 @@ def test_what_float16_does_not_hold_is_written_in_float32_with_a_warning(tmp_pat
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
     with torch.no_grad():
         for parameter in model[2].parameters():
-            parameter *= scale
+            parameter.mul_(scale)
     x = torch.randn(32, 8)
     ready = PTQQuantizer(backend="tensorrt", num_calibration_batches=1, progress=False).quantize(model, [x])
     found = run(export_onnx(ready, tmp_path / "model.onnx"), x)
