@@ -14,6 +14,7 @@ from fxcompress.errors import DataError, FxCompressError, PassError, PlanError, 
 from fxcompress.graph import edit, trace
 from fxcompress.graph.inputs import Arguments, arguments
 from fxcompress.graph.island import regions
+from fxcompress.graph.sharing import own
 from fxcompress.graph.trace import region_inputs
 from fxcompress.ledger import Ledger
 from fxcompress.observe import Diffs, LedgerKeeper, Observer, Promises, Run, Verifier, check_trace
@@ -83,7 +84,7 @@ class PassManager:
         self._check_needs(example_inputs, data, teacher)
         call = example_call(example_inputs, data)
         self.ledger.rows.clear()
-        traced = trace(model, call)
+        traced = trace(model, call, shared=True)
         stages = Stages(keep, str(self.plan), traced, resume)
         context = Context(
             inputs=region_inputs(traced, call) if call is not None else {},
@@ -114,6 +115,7 @@ class PassManager:
             self._step(run, number, watchers, model, call)
             if step.costly:
                 stages.keep(number, run.model, self.ledger)
+        own(run.model, model)
         for watcher in watchers:
             watcher.end(run)
         entry = {"plan": str(self.plan), "ledger": self.ledger.as_data()}
@@ -122,6 +124,8 @@ class PassManager:
 
     def _step(self, run: Run, number: int, watchers: Sequence[Observer], model: nn.Module, call: Arguments | None) -> None:
         run.step = step = self.plan.steps[number - 1]
+        if not step.replaces:
+            own(run.model, model)
         try:
             for watcher in watchers:
                 watcher.before(run)

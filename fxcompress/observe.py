@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from torch.nn.utils import parametrize
@@ -19,6 +20,7 @@ from fxcompress.graph import edit, ops, verify
 from fxcompress.graph.cost import cost
 from fxcompress.graph.inputs import Arguments, frozen_state, tensors_in
 from fxcompress.graph.island import regions
+from fxcompress.graph.tree import parts, tensors
 from fxcompress.graph.verify import output_snr
 from fxcompress.ledger import Ledger, Row
 from fxcompress.pass_base import Context, Pass
@@ -202,18 +204,24 @@ def sparsity(model: torch.nn.Module) -> float:
     """Share of zeros among the elements of weights (tensors of two or more dimensions called ``weight``), masks applied."""
     weights = list(weights_of(model).values())
     total = sum(t.numel() for t in weights)
-    return sum(t.numel() - int(torch.count_nonzero(t)) for t in weights) / total if total else 0.0
+    return sum(t.numel() - _filled(t) for t in weights) / total if total else 0.0
+
+
+def _filled(tensor: torch.Tensor) -> int:
+    """How many elements are not zero; several times faster than ``torch.count_nonzero`` on a CPU."""
+    flags = tensor.detach().bool()
+    return int(torch.count_nonzero(flags)) if flags.is_cuda else int(np.count_nonzero(flags.cpu().numpy()))
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Layer → its weight as it is used, masks applied; of two or more dimensions, shared ones once."""
-    named = {name: t for name, t in [*model.named_parameters(), *model.named_buffers()] if name.endswith("weight")}
+    named = {name: tensor for name, tensor, _ in tensors(model) if name.endswith("weight")}
     names = {id(tensor): name.removesuffix(".weight") for name, tensor in named.items()}
     used = {id(tensor): tensor for tensor in named.values()}
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module, "weight"):
+    for name, module in parts(model).items():
+        if "parametrizations" in module._modules and parametrize.is_parametrized(module, "weight"):
             held: Any = module.parametrizations
-            names[id(held.weight)], used[id(held.weight)] = name, module.weight
+            names[id(held.weight)], used[id(held.weight)] = name, module.weight  # type: ignore[assignment]
     for graph in regions(model).values():
         for mask in (ops.read(node) for node in graph.graph.nodes if ops.kind(node) == "mask"):
             if mask is not None and isinstance(mask["input"], ops.Attr):

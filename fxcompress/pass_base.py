@@ -61,6 +61,8 @@ class Pass:
     ``needs``    what must be given to the run: ``inputs``, ``data``, ``labels``, ``teacher``
     ``promise``  how far outputs may move
     ``costly``   a run that keeps its stages saves the model after this pass
+    ``replaces``  it puts new parameters in the place of old ones and never writes to one, so that those it does not replace
+                 need no copy before it runs
     """
 
     name: ClassVar[str]
@@ -69,6 +71,7 @@ class Pass:
     needs: ClassVar[tuple[str, ...]] = ()
     promise: ClassVar[Promise] = EXACT
     costly: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
 
     def run(self, module: fx.GraphModule, context: Context) -> None:
         """Rewrite one compiled region in place."""

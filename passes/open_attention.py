@@ -32,6 +32,7 @@ class OpenAttention(Pass):
 
     name: ClassVar[str] = "open-attention"
     promise: ClassVar[Promise] = close(rtol=1e-4)
+    replaces: ClassVar[bool] = True
 
     matmuls: bool = False
 

@@ -52,6 +52,7 @@ class PruneChannels(Pass):
     needs: ClassVar[tuple[str, ...]] = ("inputs",)
     promise: ClassVar[Promise] = APPROXIMATE
     costly: ClassVar[bool] = True
+    replaces: ClassVar[bool] = True
 
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     layers: dict[str, float] = field(default_factory=dict)
@@ -134,14 +135,8 @@ class PruneChannels(Pass):
 
     def analyse(self, module: fx.GraphModule, context: Context, refused: dict[str, str] | None = None) -> Channels:
         """The channel groups of one region under this pass's options."""
-        frozen = {}
         prefix = f"{context.region}." if context.region else ""
-        named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        for pattern in self.exclude_layers:
-            excluded = Selection((pattern,))
-            for name, _ in named:
-                if prefix + name in excluded:
-                    frozen[name] = f"layer {pattern!r} is excluded by name"
+        frozen = self._excluded(module, prefix) if self.exclude_layers else {}
         channels = analyse(
             module,
             frozen=frozen,
@@ -156,6 +151,16 @@ class PruneChannels(Pass):
             node, reason = next(iter(channels.walk.opaque.items()))
             raise PassError(f"{node.name!r}: {reason}. With strict=True every operator must have a rule.")
         return channels
+
+    def _excluded(self, module: fx.GraphModule, prefix: str) -> dict[str, str]:
+        """Tensors of layers that are excluded by name, with the reason."""
+        named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        return {
+            name: f"layer {pattern!r} is excluded by name"
+            for pattern in self.exclude_layers
+            for name, _ in named
+            if prefix + name in Selection((pattern,))
+        }
 
     def importance(self, channels: Channels, context: Context) -> dict[str, torch.Tensor]:
         """Group → the score of every unit."""

@@ -16,6 +16,7 @@ from torch import fx, nn
 from fxcompress.graph import ops
 from fxcompress.graph.island import regions
 from fxcompress.graph.shapes import module_of, shape_of
+from fxcompress.graph.tree import submodule, tensors
 
 __all__ = [
     "Cost",
@@ -69,14 +70,14 @@ def node_costs(module: nn.Module) -> list[NodeCost]:
     for region, graph in regions(module).items():
         for node in graph.graph.nodes:
             if node.op.startswith("call"):
-                tensors = _tensors_of(node)
+                owned = _tensors_of(node)
                 rows.append(
                     NodeCost(
                         f"{region}.{node.name}" if region else node.name,
                         ops.kind(node),
-                        sum(t.numel() for t in tensors if t.is_floating_point() or t.dtype == torch.int8),
+                        sum(t.numel() for t in owned if t.is_floating_point() or t.dtype == torch.int8),
                         macs(node),
-                        sum(t.numel() * t.element_size() for t in tensors),
+                        sum(t.numel() * t.element_size() for t in owned),
                     )
                 )
     return rows
@@ -101,10 +102,10 @@ def parameter_count(module: nn.Module) -> int:
 def layer_parameters(module: nn.Module) -> dict[str, int]:
     """Layer → elements of its own parameters, and of what replaced them, in the model's order; shared ones once."""
     counts: dict[str, int] = {}
-    stand_ins = [(name, b) for name, b in module.named_buffers() if _stands_for_parameter(name.rpartition(".")[2], b)]
-    for name, tensor in [*module.named_parameters(), *stand_ins]:
-        owner = name.rpartition(".")[0]
-        counts[owner] = counts.get(owner, 0) + tensor.numel()
+    for name, tensor, learned in tensors(module):
+        owner, _, leaf = name.rpartition(".")
+        if learned or _stands_for_parameter(leaf, tensor):
+            counts[owner] = counts.get(owner, 0) + tensor.numel()
     return counts
 
 
@@ -118,7 +119,7 @@ def stored_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers, shared storage once: what a file of the model's tensors needs."""
     seen: set[int] = set()
     total = 0
-    for tensor in [*module.parameters(), *module.buffers()]:
+    for _, tensor, _ in tensors(module):
         key = tensor.untyped_storage().data_ptr() or id(tensor)
         if key not in seen:
             seen.add(key)
@@ -153,7 +154,7 @@ def tensor_shape(call: ops.Call, value: Any) -> torch.Size:
         owner = call.node.graph.owning_module
         assert owner is not None
         prefix, _, name = value.name.rpartition(".")
-        return getattr(owner.get_submodule(prefix), name).shape  # type: ignore[no-any-return]
+        return getattr(submodule(owner, prefix), name).shape  # type: ignore[no-any-return]
     shape = shape_of(value)
     if shape is None:
         raise TypeError(f"the shape of {value} is not known")

@@ -21,6 +21,7 @@ __all__ = [
     "insert_after",
     "insert_before",
     "is_stored",
+    "note_code",
     "readers",
     "replace",
     "set_argument",
@@ -170,10 +171,18 @@ def finish(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
     if TOP not in module._modules:
         _drop_orphans(module, _targets(module.graph.nodes))
-    calls = [(node.op, node.name, node.target, node.args, node.kwargs) for node in module.graph.nodes]
-    if _compiled.get(module) != calls:
+    if _compiled.get(module) != _calls(module):
         module.recompile()
-        _compiled[module] = calls
+        note_code(module)
+
+
+def note_code(module: fx.GraphModule) -> None:
+    """Say that the code of a module is that of its graph, so that it is not generated again before the graph changes."""
+    _compiled[module] = _calls(module)
+
+
+def _calls(module: fx.GraphModule) -> list[Any]:
+    return [(node.op, node.name, node.target, node.args, node.kwargs) for node in module.graph.nodes]
 
 
 _compiled: WeakKeyDictionary[fx.GraphModule, list[Any]] = WeakKeyDictionary()

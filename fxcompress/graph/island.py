@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Self
 
-import torch
 from torch import Tensor, fx, nn
 
 __all__ = ["TOP", "Island", "regions"]
@@ -49,11 +48,19 @@ class Island(nn.Module):
 
 def regions(model: nn.Module) -> dict[str, fx.GraphModule]:
     """Every compiled part by qualified name: the root (``""``) unless it only calls an island, and parts inside islands."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, fx.GraphModule)}
-    if "" in found and isinstance(getattr(model, TOP, None), Island):
-        del found[""]
-    return {name: m for name, m in found.items() if not _inside(name, found)}
+    found: dict[str, fx.GraphModule] = {}
+    if isinstance(model, fx.GraphModule) and not isinstance(model._modules.get(TOP), Island):
+        found[""] = model
+    _find(model, "", found, {id(model)})
+    return found
 
 
-def _inside(name: str, found: dict[str, torch.fx.GraphModule]) -> bool:
-    return any(name.startswith(outer + ".") for outer in found if outer and outer != name) and name != ""
+def _find(module: nn.Module, prefix: str, found: dict[str, fx.GraphModule], seen: set[int]) -> None:
+    for name, child in module._modules.items():
+        if child is None or id(child) in seen:
+            continue
+        seen.add(id(child))
+        if isinstance(child, fx.GraphModule):
+            found[prefix + name] = child
+        else:
+            _find(child, f"{prefix}{name}.", found, seen)

@@ -11,13 +11,15 @@ import dataclasses
 import functools
 import operator
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+
+from fxcompress.graph.tree import submodule
 
 __all__ = ["Attr", "Call", "Op", "argument_order", "call_arguments", "kind", "lookup", "module_kind", "owner_name", "read"]
 
@@ -53,7 +55,7 @@ class Op:
     functions: tuple[tuple[Any, str | None], ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def argument_names(self) -> tuple[str, ...]:
         return tuple(self.arguments.split())
 
@@ -210,7 +212,12 @@ def is_named_tuple(cls: Any) -> bool:
 
 def is_known_module(module: nn.Module) -> bool:
     """Whether the op table has a row for this module's class."""
-    return _table().module(type(module)) is not None
+    return is_known_class(type(module))
+
+
+def is_known_class(cls: type[nn.Module]) -> bool:
+    """Whether the op table has a row for this class of layers."""
+    return _table().module(cls) is not None
 
 
 def module_kind(module: nn.Module) -> str:
@@ -295,21 +302,22 @@ def call_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
 
 def _read_module(node: fx.Node, op: Op) -> Call:
     module = _submodule(node)
-    inputs = [name for name in op.argument_names if name not in op.tensors and not _has_attribute(module, name)]
-    bound = call_arguments(tuple(inputs), node.args, dict(node.kwargs))
-    for name in op.argument_names:
+    attributes, names = vars(module), op.argument_names
+    inputs = [name for name in names if name not in op.tensors and not _has_attribute(attributes, name)]
+    bound = call_arguments(tuple(inputs), node.args, node.kwargs)
+    for name in names:
         if name in bound or name.startswith("*"):
             continue
         if name in op.tensors:
             present = getattr(module, name, None) is not None
             bound[name] = Attr(f"{node.target}.{name}") if present else None
-        elif _has_attribute(module, name):
-            bound[name] = getattr(module, name)
+        elif _has_attribute(attributes, name):
+            bound[name] = attributes[name]
     return Call(node, op, bound)
 
 
-def _has_attribute(module: nn.Module | None, name: str) -> bool:
-    return name != "input" and not name.startswith("*") and name in getattr(module, "__dict__", {})
+def _has_attribute(attributes: Mapping[str, Any], name: str) -> bool:
+    return name in attributes and name != "input"
 
 
 def _as_attr(value: Any) -> Any:
@@ -321,9 +329,4 @@ def _as_attr(value: Any) -> Any:
 
 def _submodule(node: fx.Node) -> nn.Module | None:
     owner = node.graph.owning_module
-    if owner is None:
-        return None
-    module: nn.Module | None = owner
-    for part in str(node.target).split("."):
-        module = module._modules.get(part) if isinstance(module, nn.Module) else None
-    return module
+    return submodule(owner, str(node.target)) if owner is not None else None

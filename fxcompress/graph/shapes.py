@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import DataError
 from fxcompress.graph import ops
 from fxcompress.graph.inputs import Arguments, bind, frozen_state
+from fxcompress.graph.tree import submodule
 
 __all__ = [
     "MetaRun",
@@ -191,10 +192,12 @@ class MetaRun(_Interpreter):
         self.values[n] = value
         return value
 
-    def _by_definition(self, node: fx.Node) -> torch.Tensor | None:
-        """The result of a layer whose shape its attributes tell."""
-        op = ops.lookup(node) if node.op == "call_module" else None
-        if op is None or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+    def _by_definition(self, node: fx.Node) -> Any:
+        """The result of a layer whose shape its attributes tell, or of an operator whose shape its operands tell."""
+        op = ops.lookup(node) if node.op.startswith("call") else None
+        if op is None or node.op != "call_module" or op.kind in _OPERANDS:
+            return self._by_operands(node) if op is not None and op.kind in _OPERANDS else None
+        if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
             return None
         value = self.env[node.args[0]]
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
@@ -203,6 +206,11 @@ class MetaRun(_Interpreter):
             return value
         rule = _SHAPES.get(op.kind)
         return torch.empty(rule(module_of(node), value.shape), dtype=value.dtype, device="meta") if rule else None
+
+    def _by_operands(self, node: fx.Node) -> Any:
+        call = ops.read(node)
+        assert call is not None
+        return _OPERANDS[call.kind](call, lambda name: self.env.get(call[name]))
 
 
 _KEEPS = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm", "dropout", "identity")
@@ -236,6 +244,50 @@ _SHAPES: dict[str, Callable[[Any, torch.Size], list[int]]] = {
 """Kind of layer → the shape of its result from the layer and the shape of its input."""
 
 
+def _sum_of_equals(call: ops.Call, find: Callable[[str], Any]) -> Any:
+    first, second = find("input"), find("other")
+    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
+        return None
+    alike = first.shape == second.shape and first.dtype == second.dtype and first.stride() == second.stride()
+    return first if alike else None
+
+
+def _attended(call: ops.Call, find: Callable[[str], Any]) -> Any:
+    """Attention keeps the query's rows and the value's width (PyTorch's documentation)."""
+    query, key, value = find("query"), find("key"), find("value")
+    known = all(isinstance(t, torch.Tensor) and t.dim() == 4 for t in (query, key, value))
+    if not known or not query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        return None
+    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2] or call["attn_mask"] is not None:
+        return None
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+def _attended_by_layer(call: ops.Call, find: Callable[[str], Any]) -> Any:
+    """What ``nn.MultiheadAttention`` gives for a batch without masks: outputs, and weights where they are wanted."""
+    layer: Any = module_of(call.node)
+    query, key, value = find("query"), find("key"), find("value")
+    known = all(isinstance(t, torch.Tensor) and t.dim() == 3 for t in (query, key, value))
+    plain = not set(call.node.kwargs) - {"need_weights", "query", "key", "value"} and len(call.node.args) <= 3
+    if not known or not plain or layer.bias_k is not None or layer.add_zero_attn:
+        return None
+    if (query.shape[-1], key.shape[-1], value.shape[-1]) != (layer.embed_dim, layer.kdim, layer.vdim):
+        return None
+    if key.shape[:2] != value.shape[:2] or query.shape[1 - (rows := int(layer.batch_first))] != key.shape[1 - rows]:
+        return None
+    if not call.node.kwargs.get("need_weights", True):
+        return query.new_empty(query.shape), None
+    return query.new_empty(query.shape), query.new_empty((query.shape[1 - rows], query.shape[rows], key.shape[rows]))
+
+
+_OPERANDS: dict[str, Callable[[ops.Call, Callable[[str], Any]], Any]] = {
+    **dict.fromkeys(("add", "sub", "mul"), _sum_of_equals),
+    "scaled_dot_product_attention": _attended,
+    "multihead_attention": _attended_by_layer,
+}
+"""Kind of operator → its result from its operands, found by name; None where it has to be run."""
+
+
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
@@ -260,5 +312,6 @@ def propagate(module: fx.GraphModule, call: Arguments) -> None:
 def module_of(node: fx.Node) -> nn.Module:
     """The module a ``call_module`` node calls."""
     owner = node.graph.owning_module
-    assert owner is not None
-    return owner.get_submodule(str(node.target))
+    found = submodule(owner, str(node.target)) if owner is not None else None
+    assert found is not None, node.target
+    return found

@@ -17,6 +17,7 @@ from fxcompress.graph import ops
 from fxcompress.graph.capture import ordered
 from fxcompress.graph.inputs import Arguments, bind, preserved_attributes
 from fxcompress.graph.transformers import PLAIN, plain_transformers
+from fxcompress.graph.tree import tensors
 
 __all__ = [
     "LadderTracer",
@@ -47,8 +48,7 @@ class LadderTracer(fx.Tracer):
         self._names: dict[int, str] = {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        named = [*root.named_parameters(remove_duplicate=True), *root.named_buffers(remove_duplicate=True)]
-        self._names = {id(tensor): name for name, tensor in named}
+        self._names = {id(tensor): name for name, tensor, _ in tensors(root)}
         self._proxies = {}
         ops.known_classes()  # the op table is read before tracing puts its own functions in the place of torch's
         graph = super().trace(root, concrete_args)

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any
 
@@ -20,8 +19,10 @@ from torch import fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fxcompress.errors import TraceError
-from fxcompress.graph import edit, inplace, ops
+from fxcompress.graph import edit, inplace
 from fxcompress.graph.capture import capture, inline
+from fxcompress.graph.collector import collector_paused
+from fxcompress.graph.copying import copied_model
 from fxcompress.graph.functions import inline_call, open_functions
 from fxcompress.graph.inputs import Arguments, arguments, bind, record_calls
 from fxcompress.graph.island import TOP, Island, regions
@@ -37,6 +38,7 @@ from fxcompress.graph.symbolic import (
     placeholder_target,
     symbolic,
 )
+from fxcompress.graph.tree import submodule, tensors
 
 __all__ = ["Rung", "around_island", "is_traced", "region_inputs", "trace"]
 
@@ -46,24 +48,26 @@ def is_traced(model: nn.Module) -> bool:
     return isinstance(model, fx.GraphModule) and "rungs" in model.meta
 
 
-def trace(model: nn.Module, example_inputs: Any = None, *, copied: bool = False) -> fx.GraphModule:
+@collector_paused()
+def trace(model: nn.Module, example_inputs: Any = None, *, copied: bool = False, shared: bool = False) -> fx.GraphModule:
     """Capture ``model`` as a graph module with the same signature, names, parameters and outputs.
 
     The caller's model is copied, never changed. ``example_inputs`` (a tensor, a tuple of positionals, a dict by keyword)
     let the second rung work and give every node its shape; optional arguments left out of them keep their defaults.
-    ``copied`` says that ``model`` is a copy that nobody else uses, and may be taken apart.
+    ``copied`` says that ``model`` is a copy that nobody else uses, and may be taken apart; ``shared`` lets parameters use
+    the model's memory, for a caller who calls :func:`fxcompress.graph.sharing.own` before anything writes to it.
 
     Raises TraceError where the model cannot be copied, DataError where example inputs do not fit its signature.
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace() takes an nn.Module, got a {type(model).__name__}.")
-    lazy = [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]
+    lazy = [name for name, tensor, _ in tensors(model) if nn.parameter.is_lazy(tensor)]
     if lazy:
         raise TraceError(f"{lazy[0]} has no shape yet: its layer is lazy. Call the model once on a batch, then compress it.")
     call = arguments(example_inputs) if example_inputs is not None else None
     if call is not None:
         bind(model, call)
-    model = model if copied else _copy(model)
+    model = model if copied else copied_model(model, shared)
     traced = model if is_traced(model) else _trace(model, call)
     assert isinstance(traced, fx.GraphModule)
     if call is not None:
@@ -89,44 +93,6 @@ def region_inputs(model: fx.GraphModule, call: Arguments) -> dict[str, Arguments
     return inputs
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """A copy; tensors that hooks computed from parameters (masked or normalised weights) keep their values alone."""
-    held = (value for part in model.modules() for value in vars(part).values())
-    memo: dict[int, Any] = {id(t): t.detach().clone() for t in held if isinstance(t, torch.Tensor) and not t.is_leaf}
-    try:
-        for part in model.modules():
-            if ops.is_known_module(part) and not part._modules and _is_plain(part):
-                memo[id(part)] = _copy_layer(part, memo)
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} cannot be copied ({error}), and fxcompress never changes the model it is given. "
-            "Make it deep-copyable: detach stored tensors, drop open handles."
-        ) from error
-
-
-_HOOKS = {key for key, value in nn.Module().__dict__.items() if isinstance(value, dict)} - {"_parameters", "_buffers"}
-_PLAIN = (int, float, str, bool, tuple, type(None), torch.dtype)
-
-
-def _is_plain(part: nn.Module) -> bool:
-    """Whether a layer holds nothing but tensors and plain attributes, as most do: then it is copied without a search."""
-    return all(
-        not value if key in _HOOKS else isinstance(value, _PLAIN)
-        for key, value in part.__dict__.items()
-        if key not in ("_parameters", "_buffers", "_non_persistent_buffers_set")
-    )
-
-
-def _copy_layer(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    made = type(part).__new__(type(part))
-    made.__dict__.update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in part.__dict__.items()})
-    tensors: Any = (made._parameters, made._buffers)
-    for held in tensors:
-        held.update({name: copy.deepcopy(tensor, memo) for name, tensor in held.items()})
-    return made
-
-
 def _trace(model: nn.Module, call: Arguments | None) -> fx.GraphModule:
     module, reason = _capture_whole(model, call)
     if module is not None:
@@ -149,6 +115,7 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
     if graph is not None:
         name_placeholders(graph, model)
         module = TracedModule(tracer.root, graph, type(model).__name__)
+        edit.note_code(module)
         rungs += [Rung(name, "note", note) for name, note in tracer.notes]
         rungs += _resolve(module, model, tracer.defeated, call)
         rungs += open_functions(module, call)
@@ -165,9 +132,9 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
 
 def _finish(module: fx.GraphModule, model: nn.Module, rungs: list[Rung]) -> fx.GraphModule:
     """Make the captured graph a program: out-of-place, without dead code, with the model's training flags."""
-    training = {name: part.training for name, part in model.named_modules(remove_duplicate=False)}
     for name, part in module.named_modules(remove_duplicate=False):
-        part.training = training.get(name, model.training)
+        held = submodule(model, name)
+        part.training = held.training if held is not None else model.training
     inplace.make_functional(module)
     module.graph.eliminate_dead_code(is_impure_node=inplace.is_impure)
     edit.finish(module)

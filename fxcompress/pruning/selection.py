@@ -110,13 +110,18 @@ class _Ladder:
         self.group, self.size = group, group.blocks.shape[1]
         flat = criteria.normalise(scores.reshape(-1), budget.normalisation).reshape(scores.shape)
         self.order = torch.argsort(flat, dim=1, stable=True)
-        self.cost = flat.gather(1, self.order).mean(0).tolist()
+        self.scores = flat
         step = budget.round_to // math.gcd(budget.round_to, self._slices(channels))
         blocks = len(group.blocks)
         self.step = step if self.size > step or blocks == 1 else step // math.gcd(step, blocks)
         self.least = min(self.size, max(budget.min_kept, math.ceil(self.size * (1 - budget.max_ratio) - 1e-9), 1))
         self.layer_size = self.size * blocks * self._slices(channels)
         self.round_to = budget.round_to
+
+    @property
+    def cost(self) -> list[float]:
+        """The mean score of what each rung takes."""
+        return self.scores.gather(1, self.order).mean(0).tolist()
 
     def _slices(self, channels: Channels) -> int:
         """How many channels of its layer one unit is."""
@@ -139,9 +144,10 @@ class _Ladder:
 
     def first(self, number: int, stays: np.ndarray) -> list[int]:
         """The positions of the first ``number`` units of every block, of those that do not have to stay."""
-        free = [[u for u in order if not kept[u]] for order, kept in zip(self.order.tolist(), stays, strict=True)]
+        free = [order[~kept[order]] for order, kept in zip(self.order.numpy(), stays, strict=True)]
         number = min(number, *map(len, free))
-        return sorted(u + block * self.size for block, units in enumerate(free) for u in units[:number])
+        chosen = np.concatenate([units[:number] + block * self.size for block, units in enumerate(free)])
+        return np.sort(chosen).tolist()  # type: ignore[no-any-return]
 
     def steps(self) -> list[int]:
         """Every allowed number, from all down to the least."""

@@ -22,6 +22,7 @@ from fxcompress.graph.channels.blocks import EqualCounts, resolve
 from fxcompress.graph.channels.labels import Value
 from fxcompress.graph.channels.movement import Sites
 from fxcompress.graph.channels.walk import Walk
+from fxcompress.graph.collector import collector_paused
 
 __all__ = ["ChannelGroup", "Channels", "Frozen", "analyse"]
 
@@ -97,6 +98,7 @@ class Channels:
         return next(group for group in self.groups if group.name == name)
 
 
+@collector_paused()
 def analyse(
     module: fx.GraphModule,
     *,

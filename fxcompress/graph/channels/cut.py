@@ -19,7 +19,9 @@ from fxcompress.graph.channels.kept import Kept, Mask, select
 from fxcompress.graph.channels.labels import Value
 from fxcompress.graph.channels.literals import PROPOSALS, Index, Move, commutes, gathered
 from fxcompress.graph.channels.walk import Count, Spelling, Walk, evaluate, operand_names
+from fxcompress.graph.collector import collector_paused
 from fxcompress.graph.shapes import module_of
+from fxcompress.graph.tree import submodule
 
 __all__ = ["Cut", "UnprovableError", "cut"]
 
@@ -43,6 +45,7 @@ class Cut:
     calls: dict[str, str] = field(default_factory=dict)
 
 
+@collector_paused()
 def cut(channels: Channels, removed: np.ndarray) -> Cut:
     """Remove the classes ``removed`` from the graph that was analysed, in place.
 
@@ -56,8 +59,8 @@ def cut(channels: Channels, removed: np.ndarray) -> Cut:
     for name in walk.state:
         names.setdefault(walk.canonical[name], []).append(name)
     for name, value in walk.tensors.items():
-        if kept.touches(value):
-            masks = kept.masks(value)
+        masks = kept.masks(value)
+        if masks:
             for same in (names[name], *([other] for other in walk.alike.get(name, ()))):
                 _cut_tensor(walk, same, masks, done)
     for node, spelling in spellings.items():
@@ -77,7 +80,8 @@ def _cut_tensor(walk: Walk, names: list[str], masks: dict[int, Mask], done: Cut)
     """
     held: dict[int, torch.Tensor] = {}
     for name in names:
-        owner = walk.module.get_submodule(name.rpartition(".")[0])
+        owner = submodule(walk.module, name.rpartition(".")[0])
+        assert owner is not None
         leaf = name.rpartition(".")[2]
         place: Any = owner._parameters if leaf in owner._parameters else owner._buffers
         old = place[leaf]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ class Kept:
     """``flags[atom]``: whether an atom stays."""
 
     flags: Mask
+    _seen: dict[int, tuple[Ints, Mask, bool]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def without(cls, root: Ints, removed: Ints) -> Kept:
@@ -34,12 +35,16 @@ class Kept:
 
     def masks(self, value: Value) -> dict[int, Mask]:
         """The dimensions of ``value`` that lose something: which entries of the label stay."""
-        found = {}
-        for dim, label in value.labels.items():
-            mask = self.flags[label.array]
-            if not mask.all():
-                found[dim] = mask
-        return found
+        found = {dim: self._mask(label.array) for dim, label in value.labels.items()}
+        return {dim: mask for dim, (_, mask, whole) in found.items() if not whole}
+
+    def _mask(self, array: Ints) -> tuple[Ints, Mask, bool]:
+        """The array itself, which of its entries stay, and whether all do; worked out once for all values that share it."""
+        seen = self._seen.get(id(array))
+        if seen is None:
+            mask = self.flags[array]
+            seen = self._seen[id(array)] = (array, mask, bool(mask.all()))
+        return seen
 
     def count(self, atoms: Ints) -> int:
         """How many of these atoms stay."""
@@ -52,7 +57,7 @@ class Kept:
 
     def touches(self, value: Value) -> bool:
         """Whether ``value`` loses anything."""
-        return any(not self.flags[label.array].all() for label in value.labels.values())
+        return any(not self._mask(label.array)[2] for label in value.labels.values())
 
 
 def _left(masks: dict[int, Mask], dim: int) -> int:

@@ -273,20 +273,17 @@ def _over_what_is_left(run: _Silent, call: ops.Call) -> Any:
 
 def _recurrent(run: _Silent, call: ops.Call) -> Any:
     """A recurrence whose removed units have zeros in every tensor: they stay at zero."""
-    part = module_of(call.node)
-    saved = {}
-    with torch.no_grad():
-        for name, parameter in part.named_parameters():
+    saved = []
+    try:
+        for name, parameter in module_of(call.node).named_parameters():
             masks = run.masks(ops.Attr(f"{call.node.target}.{name}"))
             if masks:
-                saved[name] = parameter.clone()
-                parameter.copy_(zeroed(parameter, masks))
-        try:
-            return _sum(run, call)
-        finally:
-            for name, parameter in part.named_parameters():
-                if name in saved:
-                    parameter.copy_(saved[name])
+                saved.append((parameter, parameter.data))
+                parameter.data = zeroed(parameter.data, masks)
+        return _sum(run, call)
+    finally:
+        for parameter, data in saved:
+            parameter.data = data
 
 
 _SILENT: dict[str, Callable[[_Silent, ops.Call], Any]] = {

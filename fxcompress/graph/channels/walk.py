@@ -20,6 +20,7 @@ from fxcompress.graph.channels.atoms import Atoms, Ints
 from fxcompress.graph.channels.labels import Label, Value
 from fxcompress.graph.channels.movement import Sites, move
 from fxcompress.graph.shapes import module_of
+from fxcompress.graph.tree import submodule
 
 __all__ = ["FAMILIES", "RULES", "Count", "Rule", "Walk", "rule"]
 
@@ -306,7 +307,9 @@ def evaluate(
     """Make a call on :func:`plain` operands."""
     args, kwargs = plain(env, (call.args, call.kwargs), device, special)
     if call.op == "call_module":
-        return module.get_submodule(str(call.target))(*args, **kwargs)
+        part = submodule(module, str(call.target))
+        assert part is not None
+        return part(*args, **kwargs)
     target = getattr(torch.Tensor, str(call.target)) if call.op == "call_method" else call.target
     return target(*args, **kwargs)
 
