@@ -97,6 +97,33 @@ def test_relu6_that_the_quantize_does_anyway_goes_and_any_other_stays() -> None:
     assert flatten(wide).module(torch.full((1, 3, 4, 4), 1e6))[0].max() <= 6
 
 
+class Patches(nn.Module):
+    """Patches through a convolution as wide as the layers behind it, as vision transformers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.norm = nn.Conv2d(3, 32, 4, 4), nn.LayerNorm(32)
+        self.wide, self.narrow = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch(x).flatten(2).transpose(1, 2)
+        return tokens + self.narrow(F.gelu(self.wide(self.norm(tokens))))  # type: ignore[no-any-return]
+
+
+def test_openvino_runs_every_layer_of_a_transformer_in_integers() -> None:
+    ov = pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    quantized = PTQQuantizer("openvino", num_calibration_batches=1, progress=False).quantize(Patches().eval(), [x])
+    read = ov.Core().read_model(quantized.get_buffer("engine.model").numpy().tobytes())
+    read.reshape(list(x.shape))
+    compiled = ov.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).get_runtime_model()
+    facts = [{key: str(value.value) for key, value in node.get_rt_info().items()} for node in compiled.get_ops()]
+    layers = [fact for fact in facts if fact["layerType"].startswith(("FullyConnected", "Convolution"))]
+    assert len(layers) == 3
+    assert {layer["runtimePrecision"] for layer in layers} <= {"u8", "i8"}
+
+
 def test_auto_keeps_the_fastest_of_those_installed_and_remembers_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fxcompress.passes import lower
 

@@ -100,6 +100,14 @@ def test_weights_are_int8_initialisers_behind_a_dequantize(cpu: tuple[Any, Path,
     assert any(np.array_equal(kept, levels) for levels in stored.values())
 
 
+def test_no_two_weights_share_a_zero_point(cpu: tuple[Any, Path, Any]) -> None:
+    """OpenVINO computes in float what reads a weight whose zero point another weight of the same width reads too."""
+    graph = cpu[2].graph
+    levels = {i.name for i in graph.initializer if i.data_type == onnx.TensorProto.INT8 and len(i.dims) > 1}
+    zero_points = [node.input[2] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in levels]
+    assert len(zero_points) == len(set(zero_points)) == 6
+
+
 def test_nothing_stands_between_quantize_and_dequantize(cpu: tuple[Any, Path, Any]) -> None:
     graph = cpu[2].graph
     made = producers(graph)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fxcompress import PassManager
-from fxcompress.backends import fbgemm, saturation
+from fxcompress.backends import cpu, fbgemm, saturation
 from fxcompress.quantization.weights import quantize_weight
 
 
@@ -118,3 +120,22 @@ def test_reduced_range_keeps_activations_to_seven_bits(seed: int) -> None:
     lowered = PassManager("[lower]").run(result, x)
     loud = 100 * x
     assert torch.allclose(result(loud), lowered(loud), atol=float(result(loud).max()) / 100)
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "avx512_core", "SSE41"])
+def test_kernels_held_below_vnni_count_as_without_it(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: "flags: avx2 avx512f avx512_vnni")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    assert cpu.has_vnni.__wrapped__()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+    assert not cpu.has_vnni.__wrapped__()
+
+
+def test_a_cpu_without_vnni_or_unknown_saturates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: "flags: avx2 avx512f")
+    assert not cpu.has_vnni.__wrapped__()
+    monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: "flags: avx2 avx512_vnni")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not cpu.has_vnni.__wrapped__()

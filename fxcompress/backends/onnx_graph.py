@@ -325,7 +325,10 @@ def _translations() -> dict[Any, Any]:
 
 
 def _tidied(model: Any) -> Any:
-    """Constants as initialisers, transposed weights stored transposed, and nothing that is not used; as a proto."""
+    """Constants as initialisers, transposed weights stored transposed, and nothing that is not used; as a proto.
+
+    Every weight has scales and zero points of its own: where two share them, OpenVINO computes both layers in float.
+    """
     import onnx_ir as ir
     from onnx_ir.passes import common
 
@@ -336,7 +339,6 @@ def _tidied(model: Any) -> Any:
         elif node.op_type == "Transpose":
             _fold_transpose(node)
     _name_batch(model)
-    common.DeduplicateInitializersPass()(model)
     common.RemoveUnusedNodesPass()(model)
     return ir.to_proto(model)
 
