@@ -76,6 +76,11 @@ def _describe(node: fx.Node, like: fx.Node, dtype: torch.dtype) -> None:
         node.meta["tensor_meta"] = meta._replace(dtype=dtype, requires_grad=False)
 
 
+def _apart(node: fx.Node) -> str:
+    readers = " and ".join(sorted({ops.kind(user) for user in node.users} - {"output"})) or "nothing"
+    return f"its range is watched behind {readers}: fold-batchnorm and fuse-activations join them with it, before this pass"
+
+
 class _Folding:
     """The rewrite of one region."""
 
@@ -146,11 +151,11 @@ class _Folding:
         if found is not None:
             self.parameters[node] = found
         elif not (known and rule.float_result and node not in watching):
-            self._demote(node)
+            self._demote(node, "no calibration batch reached it" if node in watching or not known else _apart(node))
 
-    def _demote(self, node: fx.Node) -> None:
+    def _demote(self, node: fx.Node, reason: str) -> None:
         node.meta["integer"] = False
-        node.meta["float"] = "no calibration batch reached it"
+        node.meta["float"] = reason
         self.context.skip(node, node.meta["float"])
 
     def _share(self, node: fx.Node) -> None:

@@ -390,3 +390,14 @@ def test_conversion_before_training_and_out_of_turn_is_refused() -> None:
         quantizer.convert(quantizer.prepare(model, images()[0]))
     with pytest.raises(ConfigError, match="no layer is called 'fc'"):
         QATQuantizer(exclude_layers=["fc"]).prepare(model, images()[0])
+
+
+def test_a_plan_holds_its_promises_for_a_model_in_training_mode() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)).train()
+    data = [torch.randn(4, 3, 8, 8) for _ in range(2)]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    manager = PassManager(["insert-fake-quant", "freeze-scales"])
+    frozen = manager.run(model, data=data)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert all(part.training for part in frozen.modules())

@@ -65,14 +65,22 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 @contextmanager
 def frozen_state(module: nn.Module) -> Iterator[None]:
-    """Run the module for a look: no gradients, no fused layers; buffers and random state as before afterwards."""
+    """Run the module for a look: no gradients, no fused layers; buffers and random state as before afterwards.
+
+    Layers with a method ``look``, which set ranges by what comes in while training, do not.
+    """
     training = any(m.training for m in module.modules())
+    looking = [m for m in module.modules() if m.training and hasattr(m, "look")]
     saved = {name: buffer.clone() for name, buffer in module.named_buffers()} if training else {}
     state = torch.get_rng_state()
+    for layer in looking:
+        layer.training = False
     try:
         with torch.no_grad(), plain_transformers():
             yield
     finally:
+        for layer in looking:
+            layer.training = True
         torch.set_rng_state(state)
         if saved:
             buffers = dict(module.named_buffers())
