@@ -115,7 +115,7 @@ def placed(model: fx.GraphModule) -> dict[str, str]:
     found = {}
     for region, module in regions(model).items():
         for node in module.graph.nodes:
-            owner = ops.owner_name(node)
+            owner = ops.owner_name(node) if ops.is_layer(node) else ""
             if owner and ("integer" in node.meta or "float" in node.meta):
                 name = f"{region}.{owner}" if region else owner
                 found[name] = "int8" if node.meta.get("integer") else str(node.meta["float"])

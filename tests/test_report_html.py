@@ -194,14 +194,40 @@ def test_layers_of_a_quantized_model_tell_their_own_error_and_where_they_run(
 ) -> None:
     case = gather("net", quantized, net, call=arguments(images))
     layers = {layer.name: layer for layer in case.layers}
-    assert [*layers][:3] == ["first", "norm", "second"]
+    assert [*layers] == ["x", "first", "norm", "second", "add", "mean", HOSTILE]
     assert (layers["first"].place, layers["norm"].place) == ("int8", "gone")
     assert (layers["norm"].before, layers["norm"].after) == (16, None)
+    assert layers["add"].place == ""  # an operator of no layer: the graph tells where it runs
     rows = {row.name: row for row in fxcompress.compare_activations(net, quantized, [images])}
     assert layers["second"].output_snr == rows["second"].snr_db
     assert layers["second"].own_snr == rows["second"].local_snr_db
     weights = {row.name: row for row in fxcompress.compare_weights(net, quantized, images)}
     assert layers["second"].weight_snr == weights["second"].snr_db > 30
+
+
+class Branching(nn.Module):
+    """Its own code decides on values, so that only its child is compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        found = self.child(x)
+        return [found * 2 if float(found.sum()) > 0 else found]
+
+
+def test_parts_of_a_model_whose_own_code_runs_are_compared_as_well(images: Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Branching().eval()
+    small = PassManager(INT8, progress=False).run(model, data=[images])
+    case = gather("branching", small, model, call=arguments(images))
+    snr = {layer.name: (layer.weight_snr, layer.output_snr) for layer in case.layers}
+    assert min(v for name in ("child.0", "child.2") for v in snr[name] if v is not None) > 20
+    assert (
+        "child.0"
+        in harmless(write_report(tmp_path / "a.html", small, model, data=[images]).read_text(encoding="utf-8")).texts
+    )
 
 
 def test_what_cannot_be_measured_is_said(net: nn.Module, quantized: fx.GraphModule, tmp_path: Path) -> None:

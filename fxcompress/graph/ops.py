@@ -21,7 +21,19 @@ from torch.nn import functional as F
 
 from fxcompress.graph.tree import submodule
 
-__all__ = ["Attr", "Call", "Op", "argument_order", "call_arguments", "kind", "lookup", "module_kind", "owner_name", "read"]
+__all__ = [
+    "Attr",
+    "Call",
+    "Op",
+    "argument_order",
+    "call_arguments",
+    "is_layer",
+    "kind",
+    "lookup",
+    "module_kind",
+    "owner_name",
+    "read",
+]
 
 
 @dataclass(frozen=True)
@@ -256,6 +268,12 @@ def owner_name(node: fx.Node) -> str:
     if not stack:
         return ""
     return str(next(reversed(stack.values()))[0])
+
+
+def is_layer(node: fx.Node) -> bool:
+    """Whether ``node`` is the work of one layer (a module's call, or a weight's), not a step of a larger module's code."""
+    call = read(node) if node.op.startswith("call") else None
+    return node.op == "call_module" or (call is not None and call["weight"] is not None)
 
 
 def read(node: fx.Node) -> Call | None:

@@ -73,18 +73,21 @@ def _axis(across: float, vertical: Scale, unit: str) -> list[Element]:
 
 
 def columns(title: str, summary: str, unit: str, labels: Sequence[str], series: Mapping[str, Sequence[float]]) -> Element:
-    """A column per label and series, in order; values that are not finite are left out. ``summary`` says it in words."""
+    """A column per label in order, and a mark over it for a second series; values that are not finite are left out.
+
+    ``summary`` says in words what is to be seen.
+    """
     width = max(580, _LEFT + _RIGHT + 7 * len(labels))
     slot = min(60.0, (width - _LEFT - _RIGHT) / max(1, len(labels)))
     vertical = scale([value for values in series.values() for value in values], _HEIGHT - _BOTTOM, _TOP)
-    thick = 0.8 * slot / len(series)
     made = _axis(width - _RIGHT, vertical, unit)
     for number, (what, values) in enumerate(series.items()):
         for place, (label, value) in enumerate(zip(labels, values, strict=True)):
             if math.isfinite(value):
-                x, y, base = _LEFT + place * slot + 0.1 * slot + number * thick, vertical(value), vertical(0)
-                size = {"y": min(y, base), "height": max(abs(base - y), 0.5), "width": thick}
-                made.append(tag("rect", hint(f"{label}: {what} {value:.4g} {unit}"), x=x, **size, class_=f"s{number}"))
+                y, base = vertical(value), vertical(0)
+                top, height = (y - 1.5, 3) if number else (min(y, base), max(abs(base - y), 0.5))
+                size = {"x": _LEFT + (place + 0.1) * slot, "y": top, "width": 0.8 * slot, "height": height}
+                made.append(tag("rect", hint(f"{label}: {what} {value:.4g} {unit}"), **size, class_=f"s{number}"))
     made.append(tag("text", "layers, from input to output", x=_LEFT, y=_HEIGHT - 6))
     return tag("div", _picture(title, summary, width, _HEIGHT, made), _legend(list(series)) if len(series) > 1 else None)
 

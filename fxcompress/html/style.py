@@ -55,7 +55,7 @@ nav ul, .legend { list-style: none; margin: 10px 0; padding: 0; display: flex; f
 .scroll {
   overflow-x: auto; max-width: 100%; border: 1px solid var(--line); border-radius: 8px; background: var(--paper);
 }
-.scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.scroll:focus-visible, summary:focus-visible, a:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .tall { max-height: min(75vh, 760px); overflow-y: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: 8px 10px; font-weight: 600; color: var(--soft); }
@@ -73,6 +73,8 @@ tbody tr:hover { background: var(--panel); }
 pre { margin: 0; padding: 10px 12px; background: var(--panel); font-size: 13px; line-height: 1.45; }
 details { margin: 10px 0; }
 summary { cursor: pointer; font-weight: 600; padding: 4px 0; overflow-wrap: anywhere; }
+td details { margin: 0; }
+td summary { padding: 0; font-weight: 400; }
 details.case > summary {
   font-size: 17px; padding: 10px 14px; border: 1px solid var(--line); border-radius: 8px; background: var(--panel);
 }

@@ -156,9 +156,9 @@ def _float_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What the int8 weights of a model stand for, under their names."""
     buffers = dict(model.named_buffers())
     axes = {
-        str(node.args[0].target): int(node.args[2])
-        for graph in regions(model).values()
-        for node in graph.graph.nodes
+        f"{region}.{node.args[0].target}" if region else str(node.args[0].target): int(node.args[2])
+        for region, graph in regions(model).items()
+        for node in graph.meta.get("portable", graph).graph.nodes
         if node.target is qdq.dequantize_per_channel
     }
     for name, levels in buffers.items():
@@ -208,7 +208,7 @@ def compare_activations(
         for region, graph in regions(reference).items():
             other = regions(portable).get(region)
             if other is not None:
-                _watch(region, graph, other, region_inputs(reference, call)[region], found)
+                _watch(region, graph, other.meta.get("portable", other), region_inputs(reference, call)[region], found)
     if reference is None:
         raise DataError("the dataloader is empty: there is nothing to compare on.")
     rows = [watched.row() for watched in found.values()]
@@ -243,9 +243,7 @@ def _watch(
 
 def _title(region: str, node: fx.Node) -> str:
     """A layer's own name for a layer, the node's for anything else."""
-    call = ops.read(node) if node.op.startswith("call") else None
-    is_layer = node.op == "call_module" or (call is not None and call["weight"] is not None)
-    label = (ops.owner_name(node) if is_layer else "") or node.name
+    label = (ops.owner_name(node) if ops.is_layer(node) else "") or node.name
     return f"{region}.{label}" if region else label
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,7 @@ def gather(
         title,
         [*_costs(traced, model), *_timed(timings), *_judged(metrics or {}), *_agreement(before, model, call, unknown)],
         [(entry["plan"], Ledger.from_data(entry["ledger"])) for entry in model.meta.get("history", [])],
-        _layers(before, model, _compared(before, model, call, unknown)),
+        _layers(traced, model, _compared(before, model, call, unknown)),
         None if traced is None else compare(operators(traced), operators(model)),
         coverage(model),
         unknown,
@@ -211,19 +211,29 @@ class _Kept(Recorder):
         return value
 
 
-def _layers(before: nn.Module | None, after: fx.GraphModule, compared: Rows) -> list[Layer]:
-    """A row per layer with parameters, and per further result that was compared, in the model's order."""
-    was, now = layer_parameters(before) if before is not None else {}, layer_parameters(after)
+def _layers(traced: fx.GraphModule | None, after: fx.GraphModule, compared: Rows) -> list[Layer]:
+    """A row per layer with parameters, and per further result that was compared, from input to output."""
+    was, now = layer_parameters(traced) if traced is not None else {}, layer_parameters(after)
     zeros = {name: 1 - int(t.count_nonzero()) / max(1, t.numel()) for name, t in weights_of(after).items()}
     where = placed(after)
-    order = {name: None for name, _ in (before if before is not None else after).named_modules()}
-    names = dict.fromkeys([*(n for n in order if n in was or n in now or n in compared), *now, *compared])
+    found = {*was, *now, *compared}
+    names = dict.fromkeys(name for name in [*_in_order(traced), *_in_order(after), *was, *now, *compared] if name in found)
     rows = []
     for name in names:
-        place = _GONE if name in was and name not in now else where.get(name, "float" if where else "")
+        place = _GONE if name in was and name not in now else where.get(name, "")
         place = place if place in ("", "int8", _GONE) else "float"
         rows.append(Layer(name or "model", was.get(name), now.get(name), zeros.get(name), place, *compared.get(name, ())))
     return rows
+
+
+def _in_order(model: fx.GraphModule | None) -> Iterator[str]:
+    """The names of layers and results, as a run meets them."""
+    for region, graph in {} if model is None else regions(model).items():
+        for node in graph.graph.nodes:
+            call = ops.read(node) if node.op.startswith("call") else None
+            weight = call["weight"] if call is not None else None
+            owner = weight.name.rpartition(".")[0] if isinstance(weight, ops.Attr) else ops.owner_name(node)
+            yield from (f"{region}.{name}" if region and name else name or region for name in (owner, node.name))
 
 
 _GONE = "gone"
