@@ -20,7 +20,7 @@ from fxcompress.passes.fuse_activations import FuseActivations
 from fxcompress.passes.insert_observers import InsertObservers
 from fxcompress.quantization.fake_quant import FakeQuantize, LearnedFakeQuantize, RangeFakeQuantize, WeightFakeQuantize
 from fxcompress.quantization.grid import Grid, grid
-from fxcompress.quantization.observer import ActivationObserver
+from fxcompress.quantization.observer import ActivationObserver, check_calibrator
 from fxcompress.quantization.overrides import Overrides
 from fxcompress.quantization.placement import activation_grid, weight_axis, weight_options
 
@@ -65,6 +65,7 @@ class InsertFakeQuant(Pass):
     reduce_range: bool | None = None
 
     def __post_init__(self) -> None:
+        check_calibrator(self.observer, self.observer_options, "observer_options")
         self._placing()
 
     def _placing(self) -> InsertObservers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fxcompress.builder import (
     build_quantizer,
     components,
 )
+from fxcompress.components import TRAINING
 from fxcompress.errors import ConfigError, PlanError
 from fxcompress.models import DATASETS, MODELS, build_data, build_model
 from fxcompress.options import options_of
@@ -263,6 +265,8 @@ def test_data_sets_are_named_by_registry() -> None:
         ("compression:\n  type: PTQQuantizer\n  overrides: {conv: {bits: 99}}\n", 3, "overrides"),
         ("compression:\n  type: PTQQuantizer\n  overrides: {conv: {float: true, bits: 4}}\n", 3, "float contradicts bits"),
         ("compression:\n  type: PTQQuantizer\n  calibrator_options: {num_bins: 1}\n", 3, "num_bins"),
+        ("compression:\n  type: QATQuantizer\n  observer_options: {num_bin: 1}\n", 3, "num_bin"),
+        ("compression:\n  type: FeatureDistiller\n  teacher_layers: [a]\n  logit_distill: {alpha: ~}\n", 4, "alpha"),
         (
             "compression:\n  type: PTQQuantizer\n  calibration_method: minmax\n  calibrator_options: {per_channel: true}\n",
             4,
@@ -455,6 +459,35 @@ def test_any_value_of_any_key_builds_or_is_refused_at_its_line(case: tuple[str, 
     if message and "not YAML" not in message:
         assert message.startswith("the configuration, line ")
         assert key in message
+
+
+NESTED: dict[str, tuple[str, list[str]]] = {
+    "finetune": ("MagnitudePruner", sorted(TRAINING)),
+    "scheduler": ("MagnitudePruner", ["type", *options_of(AGPScheduler)]),
+    "target": ("StructuredPruner", ["parameters", "macs", "latency"]),
+    "calibrator_options": ("PTQQuantizer", ["num_bins", "percentile", "symmetric", "per_channel", "axis"]),
+    "overrides": ("PTQQuantizer", ["conv", "*"]),
+    "optimizer_options": ("QATQuantizer", ["momentum", "lr", "weight_decay", "foreach"]),
+    "logit_distill": ("FeatureDistiller", ["temperature", "alpha", "distill_weight", "output"]),
+}
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_any_value_inside_an_option_builds_or_is_refused_at_its_line(data: st.DataObject) -> None:
+    section = data.draw(st.sampled_from(sorted(NESTED)))
+    name, keys = NESTED[section]
+    key = data.draw(st.sampled_from([*keys, keys[0] + "s", "x"]))
+    layers = {"teacher_layers": ["a"], "student_layers": ["a"]} if name == "FeatureDistiller" else {}
+    kind = {"type": "AGPScheduler"} if section == "scheduler" and key != "type" else {}
+    stage = {"type": name, **layers, section: {**kind, key: data.draw(VALUES)}}
+    text = yaml.safe_dump({"compression": stage}, sort_keys=False)
+    line = text[: text.index(f"{section}:")].count("\n") + 1
+    message = refusal(text)
+    if message and "not YAML" not in message:
+        found = re.match(r"the configuration, line (\d+): ", message)
+        assert found, message
+        assert int(found[1]) >= line, message
 
 
 SECTIONS = {

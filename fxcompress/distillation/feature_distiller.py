@@ -29,6 +29,7 @@ from fxcompress.distillation.projectors import align, build_projector, channel_a
 from fxcompress.errors import ConfigError
 from fxcompress.graph import taps
 from fxcompress.graph.taps import Features
+from fxcompress.options import validated
 
 __all__ = [
     "ATDistiller",
@@ -365,7 +366,10 @@ def _logit_member(options: Mapping[str, Any]) -> LogitDistiller:
         if key not in known:
             why = " The labels' weight is task_weight." if key == "beta" else ""
             raise ConfigError(f"logit_distill has no option {key!r}; it takes {', '.join(known)}.{why}")
-    return LogitDistiller(**options)
+    try:
+        return LogitDistiller(**validated(LogitDistiller, options, ("logit_distill",)))
+    except ConfigError as error:
+        raise error if error.path else ConfigError(f"logit_distill: {error}") from error
 
 
 def _listed(layers: Layers) -> tuple[str, ...]:

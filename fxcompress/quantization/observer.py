@@ -13,14 +13,14 @@ from fxcompress.quantization.calibrator import Calibrator, build_calibrator
 __all__ = ["ActivationObserver", "check_calibrator", "observers"]
 
 
-def check_calibrator(name: str, options: Mapping[str, Any]) -> None:
-    """Raise ConfigError for calibrator options that an activation's calibrator does not take."""
+def check_calibrator(name: str, options: Mapping[str, Any], option: str = "calibrator_options") -> None:
+    """Raise ConfigError, naming ``option``, for options that an activation's calibrator does not take."""
     try:
         made = build_calibrator(name, **options)
     except ConfigError as error:
-        raise ConfigError(f"calibrator_options: {error}") from error
+        raise ConfigError(f"{option}: {error}") from error
     if getattr(made, "per_channel", False):
-        raise ConfigError("calibrator_options: per_channel is for weights; an activation has one range.")
+        raise ConfigError(f"{option}: per_channel is for weights; an activation has one range.")
 
 
 class ActivationObserver(nn.Module):
