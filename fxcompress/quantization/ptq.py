@@ -36,6 +36,8 @@ class PTQQuantizer(Quantizer):
     ``overrides``                ``{name or glob: {bits, weight_bits, activation_bits, calibrator, calibrator_options,
                                  per_channel, symmetric, float}}``, layer by layer
     ``reduce_range``             None: as the CPU needs it; True: 7-bit activations; False: full range regardless
+    ``recover``                  options of the pass ``recover-accuracy``, such as ``{"max_drop": 0.5}``: what is done where
+                                 quantization costs more; None: nothing
     ``never_slower``             measure what runs in integers against float, and put back to float what is slower
 
     The model given is copied and put in eval mode; the caller's stays as it is. :attr:`ledger` holds the rows of the last
@@ -58,6 +60,7 @@ class PTQQuantizer(Quantizer):
         exclude_layers: Sequence[str] = (),
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         reduce_range: bool | None = None,
+        recover: Mapping[str, Any] | None = None,
         never_slower: bool = False,
         verify: bool = True,
         progress: bool | None = None,
@@ -85,13 +88,16 @@ class PTQQuantizer(Quantizer):
             "reduce_range": reduce_range,
         }
         if dtype == "fp16":
+            if recover is not None:
+                raise ConfigError("recover is what mends 8-bit integers; with dtype 'fp16' there is nothing to mend.")
             prepare, convert = _half(chosen)
             self.converts, self._calibrate = "float", Plan()
         else:
             folded = _fold(matmuls="matmul" in backends.find(backend).rules)
             prepare = Plan.parse([*folded, "fuse-activations", {"insert-observers": observe}])
             convert = Plan.parse(["fold-quantization", *(["revert-slow"] if never_slower else []), "lower"])
-            self._calibrate = Plan.parse([{"calibrate": {"num_batches": num_calibration_batches}}])
+            remedy = [] if recover is None else [{"recover-accuracy": dict(recover)}]
+            self._calibrate = Plan.parse([{"calibrate": {"num_batches": num_calibration_batches}}, *remedy])
         super().__init__(prepare, convert, verify=verify, progress=progress)
 
     @property
