@@ -89,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def described(options: argparse.Namespace, arguments: Sequence[str] | None) -> dict[str, Any]:
     """What is known before anything is measured."""
     torch.set_num_threads(1)
-    words = sys.argv[1:] if arguments is None else arguments
+    places = {str(path): path.name for path in (options.peers, options.json) if path is not None}
+    words = [places.get(word, word) for word in (sys.argv[1:] if arguments is None else arguments)]
     return {
         "command": shlex.join(["python", "-m", "benchmarks", *words]),
         "commit": machine.commit(),

@@ -105,7 +105,7 @@ def test_the_file_says_what_was_measured_and_on_what(
     assert command.main(["good", "--quick", "--json", str(tmp_path / "figures.json")]) == 0
     report = json.loads((tmp_path / "figures.json").read_text())
     assert set(report) == {"command", "commit", "started", "finished", "quick", "load", "machine", "benchmarks"}
-    assert "python -m benchmarks good --quick" in report["command"]
+    assert report["command"] == "python -m benchmarks good --quick --json figures.json"
     assert {"CPU", "AVX2", "AVX512", "VNNI", "AMX", "cores", "memory GB", "threads", "Python", "versions", "peers"} <= set(
         report["machine"]
     )
