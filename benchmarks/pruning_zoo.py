@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def lived_in(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def examine(name: str, shares: Sequence[float]) -> dict[str, Any]:
+def examine(name: str) -> dict[str, Any]:
     """One row."""
     model, call = _precise(lived_in(build(name)), inputs(name))
     started = time.perf_counter()
@@ -50,7 +50,7 @@ def examine(name: str, shares: Sequence[float]) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     notes = manager.ledger.remarks("prune-channels")
     before, after = manager.ledger.rows[0], manager.ledger.rows[-1]
-    row = {
+    return {
         "model": name,
         "parameters": f"{after.parameters / before.parameters:.1%}",
         "MACs": f"{after.macs / before.macs:.1%}" if before.macs else "",
@@ -63,11 +63,6 @@ def examine(name: str, shares: Sequence[float]) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "failed": "",
     }
-    missed = 0
-    for share in shares:
-        row[f"{share:.0%}"], groups = _achieved(model, call, share)
-        missed += groups
-    return {**row, "groups missed": missed}
 
 
 def _precise(model: nn.Module, call: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
@@ -129,35 +124,21 @@ def _resized(tensor: torch.Tensor, batch: int, scale: float) -> torch.Tensor:
     return torch.randn(shape, dtype=tensor.dtype)
 
 
-def _achieved(model: nn.Module, call: tuple[Any, ...], share: float) -> tuple[str, int]:
-    """The share removed where ``share`` was asked without rounding, and how many groups miss it by a unit or more."""
-    options = {"sparsity": share, "round_to": 1, "prove": False}
-    manager = PassManager(["open-attention", {"prune-channels": options}], progress=False, verify=False)
-    manager.run(model, call)
-    missed = [n for n in manager.ledger.remarks("prune-channels") if "units removed where" in n.reason]
-    done = [n.reason for n in manager.ledger.remarks("prune-channels") if "units removed (" in n.reason]
-    return ", ".join(reason.split("(")[1].rstrip(")") for reason in done) or "nothing", len(missed)
-
-
 def _is_wrong(row: dict[str, Any]) -> bool:
     tolerance = 1e-3 if row.get("precision") == "float32" else 1e-10
     return (row.get("worst") or 0.0) > tolerance or "WRONG" in row.get("sizes", "")
 
 
 def measure(run: Run) -> Iterator[Figure]:
-    """The whole zoo at 50 %, and the shares achieved where 10, 25, 50 and 75 % are asked."""
-    shares = run.pick((0.1, 0.25, 0.5, 0.75), (0.5,))
-    rows = run.sweep(lambda name: examine(name, shares), models.names())
+    """The whole zoo at 50 %."""
+    rows = run.sweep(examine, models.names())
     run.table("models without half of their channels", rows)
     failed = [row["model"] for row in rows if row["failed"]]
     done = [row for row in rows if not row["failed"]]
     wrong = [row["model"] for row in done if _is_wrong(row)]
-    missed = [row["model"] for row in done if row["groups missed"]]
     whole = [row["model"] for row in done if row["parameters"] == "100.0%"]
     yield Figure("models tried", len(rows))
     yield Figure("models that fail", len(failed), at_most=0, note=", ".join(failed))
     yield Figure("models pruned wrong", len(wrong), at_most=0, note=", ".join(wrong))
     yield Figure("models that lose nothing", len(whole), note=", ".join(whole))
     yield Figure("largest relative error of the proofs", max((row["worst"] or 0.0 for row in done), default=None))
-    total = sum(row["groups missed"] for row in done)
-    yield Figure("channel groups a unit or more off the share asked", total, at_most=0, note=", ".join(missed))

@@ -95,8 +95,15 @@ BENCHMARKS = tuple(
             "pruned-zoo",
             "pruning_zoo:measure",
             "every torchvision model without half its channels",
-            "no failure, none wrong, exact shares",
+            "no failure, none wrong",
             60,
+        ),
+        (
+            "pruned-shares",
+            "pruning_shares:measure",
+            "shares of channels achieved at 10, 25, 50, 75 % over every torchvision model",
+            "exact to one unit of every group",
+            6,
         ),
         (
             "distilled-digits",

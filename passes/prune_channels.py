@@ -11,8 +11,9 @@ import torch
 from pydantic import Field
 from torch import fx
 
-from fxcompress.errors import ConfigError, PassError, VerificationError
+from fxcompress.errors import ConfigError, PassError, VerificationError, did_you_mean
 from fxcompress.graph.channels import Channels, analyse, predict
+from fxcompress.graph.channels.analysis import group_name
 from fxcompress.graph.channels.cut import Cut, UnprovableError, cut
 from fxcompress.graph.channels.kept import Kept, mask_data
 from fxcompress.graph.channels.proof import Proof, tolerance
@@ -25,11 +26,11 @@ from fxcompress.pruning.importance import check_criterion, scores
 from fxcompress.pruning.latency import latency
 from fxcompress.pruning.parametrized import settle
 from fxcompress.pruning.pruning_plan import GroupPlan, PruningPlan
-from fxcompress.pruning.selection import Budget, choose, removed_classes
+from fxcompress.pruning.selection import Budget, choose, missed, removed_classes, whole_groups
 
 __all__ = ["PruneChannels"]
 
-ANALYSIS = ("exclude_layers", "prune_heads", "prune_head_dim", "policy", "dimension")
+ANALYSIS = ("exclude_layers", "prune_heads", "prune_head_dim", "whole_groups", "policy", "dimension")
 """The options that decide which groups there are."""
 
 
@@ -42,8 +43,10 @@ class PruneChannels(Pass):
     ``latency`` that stays; ``criterion`` with ``dimension`` (score a channel by the weights that make it, ``out``, or that
     read it, ``in``), ``reduction`` and ``normalisation``; ``round_to``, ``min_kept``, ``max_ratio``, ``uniform``;
     ``exclude_layers``, whose channels stay with everything tied to them; ``prune_heads`` and ``prune_head_dim`` for
-    attention; ``policy``: ``exact`` leaves alone what changes remaining values, ``approximate`` allows it, ``compensate``
-    folds the mean of removed channels into biases; ``plan``, a saved pruning plan to apply instead of choosing;
+    attention; ``whole_groups``, grouped convolutions that lose whole groups (names, globs; None: those that come nearer to
+    their share so), where the others lose equal numbers of channels from every group; ``policy``: ``exact`` leaves alone
+    what changes remaining values, ``approximate`` allows it, ``compensate`` folds the mean of removed channels into biases;
+    ``plan``, a saved pruning plan to apply instead of choosing;
     ``prove``: hold the analysis and the smaller model against the dense one; ``strict``: an operator nobody knows is an
     error instead of a frozen channel.
     """
@@ -69,6 +72,7 @@ class PruneChannels(Pass):
     exclude_layers: tuple[str, ...] = ()
     prune_heads: bool = False
     prune_head_dim: bool = True
+    whole_groups: tuple[str, ...] | None = None
     policy: Literal["exact", "approximate", "compensate"] = "approximate"
     plan: dict[str, Any] | None = None
     prove: bool = True
@@ -107,7 +111,19 @@ class PruneChannels(Pass):
                     context.note(name, reason)
                 found[region] = self.analyse(module, context)
                 self._report(found[region], context)
+        self._check_whole_groups(found)
         return found
+
+    def _check_whole_groups(self, found: dict[str, Channels]) -> None:
+        """Raise ConfigError for a name in ``whole_groups`` that no grouped convolution has."""
+        names = [
+            f"{region}.{group_name(site)}".lstrip(".")
+            for region, channels in found.items()
+            for site in channels.walk.grouped
+        ]
+        for pattern in self.whole_groups or ():
+            if not any(name in Selection((pattern,)) for name in names):
+                raise ConfigError(f"no grouped convolution is called {pattern!r}.{did_you_mean(pattern, names)}")
 
     def _prune(self, channels: Channels, context: Context) -> None:
         """Choose, cut and prove in one region."""
@@ -136,6 +152,20 @@ class PruneChannels(Pass):
     def analyse(self, module: fx.GraphModule, context: Context, refused: dict[str, str] | None = None) -> Channels:
         """The channel groups of one region under this pass's options."""
         prefix = f"{context.region}." if context.region else ""
+        named = Selection(self.whole_groups or ())
+        channels = self._analyse(module, prefix, lambda name: prefix + name in named, refused)
+        if self.whole_groups is None and self.plan is None and not self.target and not self.global_pruning:
+            found = whole_groups(channels, self._budget())
+            if found:
+                channels = self._nearer(channels, self._analyse(module, prefix, found.__contains__, refused))
+        if self.strict and channels.walk.opaque:
+            node, reason = next(iter(channels.walk.opaque.items()))
+            raise PassError(f"{node.name!r}: {reason}. With strict=True every operator must have a rule.")
+        return channels
+
+    def _analyse(
+        self, module: fx.GraphModule, prefix: str, whole: Callable[[str], bool], refused: dict[str, str] | None
+    ) -> Channels:
         frozen = self._excluded(module, prefix) if self.exclude_layers else {}
         channels = analyse(
             module,
@@ -144,13 +174,17 @@ class PruneChannels(Pass):
             heads=self.prune_heads,
             head_dims=self.prune_head_dim,
             dimension=self.dimension,
+            whole=whole,
             refused=refused,
         )
         channels.groups = [replace(group, name=prefix + group.name) for group in channels.groups]
-        if self.strict and channels.walk.opaque:
-            node, reason = next(iter(channels.walk.opaque.items()))
-            raise PassError(f"{node.name!r}: {reason}. With strict=True every operator must have a rule.")
+        channels.whole = tuple(prefix + name for name in map(group_name, channels.walk.grouped) if whole(name))
         return channels
+
+    def _nearer(self, channels: Channels, coarser: Channels) -> Channels:
+        """The analysis whose roundings come nearer to the shares asked; what ``coarser`` froze counts as missed."""
+        (misses, wanted), (others, left) = missed(channels, self._budget()), missed(coarser, self._budget())
+        return coarser if others + max(0.0, wanted - left) < misses else channels
 
     def _excluded(self, module: fx.GraphModule, prefix: str) -> dict[str, str]:
         """Tensors of layers that are excluded by name, with the reason."""
@@ -229,6 +263,7 @@ class PruneChannels(Pass):
             gone = np.flatnonzero(lost[group.blocks]).tolist()
             groups[group.name] = GroupPlan(group.size, gone, len(group.blocks))
         options = {name: getattr(self, name) for name in ANALYSIS if getattr(self, name) != getattr(type(self), name)}
+        options |= {"whole_groups": list(channels.whole)} if channels.whole else {}
         kept = {name: {dim: mask_data(mask) for dim, mask in masks.items()} for name, (_, _, masks) in done.tensors.items()}
         return {**PruningPlan(groups, options).as_data(), "kept": kept, "literals": dict(done.calls)}
 

@@ -65,8 +65,9 @@ def _steps(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
     for records in recipe["regions"].values():
         for number, record in enumerate(records):
             if number == len(steps):
-                steps.append({"options": dict(record["options"]), "groups": {}})
+                steps.append({"options": {**record["options"], "whole_groups": []}, "groups": {}})
             steps[number]["groups"].update(record["groups"])
+            steps[number]["options"]["whole_groups"] += record["options"].get("whole_groups", [])
     return steps
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -12,11 +11,13 @@ from torch import Tensor
 
 from fxcompress.errors import ConfigError, did_you_mean
 from fxcompress.graph.channels import ChannelGroup, Channels
+from fxcompress.graph.channels.analysis import group_name
 from fxcompress.graph.select import Selection
 from fxcompress.pruning import criteria
 from fxcompress.pruning.masks import check_sparsity
+from fxcompress.pruning.rounding import Rounding, layers_of, rounding, slices_of
 
-__all__ = ["Budget", "choose", "removed_classes", "sparsities"]
+__all__ = ["Budget", "choose", "missed", "removed_classes", "sparsities", "whole_groups"]
 
 Choice = dict[str, list[int]]
 """Group → positions of the units that go, counted through the group's blocks."""
@@ -57,6 +58,11 @@ class Budget:
         if not 0.0 < self.max_ratio <= 1.0:
             raise ConfigError(f"max_ratio is {self.max_ratio!r}; it is a number in (0, 1].")
 
+    def rounding(self, channels: Channels, group: ChannelGroup) -> Rounding:
+        """The numbers of units that a group may keep."""
+        blocks, size = group.blocks.shape
+        return rounding(size, blocks, slices_of(channels, group), self.round_to, self.min_kept, self.max_ratio)
+
 
 def sparsities(channels: Channels, budget: Budget) -> dict[str, float]:
     """Group → the share asked of it. Raises ConfigError for a name in ``layers`` that no group has."""
@@ -76,6 +82,38 @@ def sparsities(channels: Channels, budget: Budget) -> dict[str, float]:
 
 def _layer(group: ChannelGroup) -> str:
     return group.name.partition("#")[0]
+
+
+def whole_groups(channels: Channels, budget: Budget) -> list[str]:
+    """Grouped convolutions of which whole groups should go: that comes nearer to the share asked than rounding every group.
+
+    Every group of 24 channels can only keep 16 of them where multiples of 8 are asked, but 17 such groups can lose 8.
+    """
+    asked, found = sparsities(channels, budget), []
+    for group in channels.groups:
+        sites = {site: number for site, number in channels.walk.grouped.items() if _is_of(channels, group, site)}
+        if len(group.blocks) == 1 or len(set(sites.values())) != 1:
+            continue
+        number, share, now = next(iter(sites.values())), asked[group.name], budget.rounding(channels, group)
+        whole = rounding(number, 1, now.layer_size // number, budget.round_to, budget.min_kept, budget.max_ratio)
+        miss = abs(now.gone(share) - share)
+        if miss * now.size >= 1 and abs(whole.gone(share) - share) < miss:
+            found += [group_name(site) for site in sites]
+    return found
+
+
+def missed(channels: Channels, budget: Budget) -> tuple[float, float]:
+    """How many channels rounding leaves off the shares asked, over all groups, and how many were asked."""
+    asked = sparsities(channels, budget)
+    sizes = [sum(layers_of(channels, group)) for group in channels.groups]
+    gone = [budget.rounding(channels, group).gone(asked[group.name]) for group in channels.groups]
+    wanted = [asked[group.name] for group in channels.groups]
+    misses = sum(abs(g - w) * size for g, w, size in zip(gone, wanted, sizes, strict=True))
+    return misses, sum(w * size for w, size in zip(wanted, sizes, strict=True))
+
+
+def _is_of(channels: Channels, group: ChannelGroup, site: str) -> bool:
+    return bool(np.isin(channels.root[channels.walk.sites.inputs[site]], group.blocks).any())
 
 
 def choose(
@@ -107,40 +145,16 @@ class _Ladder:
     """A group's units in the order they go: rung i takes the i-th smallest of every block."""
 
     def __init__(self, channels: Channels, group: ChannelGroup, scores: Tensor, budget: Budget) -> None:
-        self.group, self.size = group, group.blocks.shape[1]
-        flat = criteria.normalise(scores.reshape(-1), budget.normalisation).reshape(scores.shape)
-        self.order = torch.argsort(flat, dim=1, stable=True)
-        self.scores = flat
-        step = budget.round_to // math.gcd(budget.round_to, self._slices(channels))
-        blocks = len(group.blocks)
-        self.step = step if self.size > step or blocks == 1 else step // math.gcd(step, blocks)
-        self.least = min(self.size, max(budget.min_kept, math.ceil(self.size * (1 - budget.max_ratio) - 1e-9), 1))
-        self.layer_size = self.size * blocks * self._slices(channels)
-        self.round_to = budget.round_to
+        self.group, self.rounding = group, budget.rounding(channels, group)
+        self.size, self.least = self.rounding.size, self.rounding.least
+        self.nearest, self.steps = self.rounding.nearest, self.rounding.steps
+        self.scores = criteria.normalise(scores.reshape(-1), budget.normalisation).reshape(scores.shape)
+        self.order = torch.argsort(self.scores, dim=1, stable=True)
 
     @property
     def cost(self) -> list[float]:
         """The mean score of what each rung takes."""
         return self.scores.gather(1, self.order).mean(0).tolist()
-
-    def _slices(self, channels: Channels) -> int:
-        """How many channels of its layer one unit is."""
-        for key, roots in self.group.slices.items():
-            if channels.walk.roles.get(key) == "out":
-                mine = np.zeros(len(channels.root), dtype=bool)
-                mine[self.group.blocks] = True
-                return max(1, int(mine[roots].sum()) // self.group.size)
-        return 1
-
-    def nearest(self, kept: float) -> int:
-        """The allowed number nearest to ``kept``, the larger of two."""
-        kept = min(max(kept, self.least), self.size)
-        if kept >= self.size or self.layer_size <= self.round_to:
-            return int(min(self.size, math.floor(kept + 0.5)))
-        rounded = math.floor(kept / self.step + 0.5) * self.step
-        while rounded < self.least:
-            rounded += self.step
-        return int(min(rounded, self.size))
 
     def first(self, number: int, stays: np.ndarray) -> list[int]:
         """The positions of the first ``number`` units of every block, of those that do not have to stay."""
@@ -148,10 +162,6 @@ class _Ladder:
         number = min(number, *map(len, free))
         chosen = np.concatenate([units[:number] + block * self.size for block, units in enumerate(free)])
         return np.sort(chosen).tolist()  # type: ignore[no-any-return]
-
-    def steps(self) -> list[int]:
-        """Every allowed number, from all down to the least."""
-        return sorted({self.nearest(kept) for kept in range(self.least, self.size + 1)}, reverse=True)
 
 
 def _globally(ladders: list[_Ladder], budget: Budget) -> list[int]:

@@ -37,7 +37,8 @@ class StructuredPruner:
     ``round_to``        what remains of a layer is a multiple of this, where it has more
 
     ``target`` asks for a share of ``parameters``, ``macs`` or measured ``latency`` instead; ``layers`` gives single groups a
-    share of their own; ``uniform_across_layers`` keeps like layers alike; ``policy`` is ``exact``, ``approximate`` or
+    share of their own; ``whole_groups`` names grouped convolutions that lose whole groups (None: those that come nearer to
+    their share so); ``uniform_across_layers`` keeps like layers alike; ``policy`` is ``exact``, ``approximate`` or
     ``compensate`` (which also recalibrates BatchNorm where data is given). Shapes come from ``example_inputs`` or data. The
     caller's model stays as it is. :attr:`ledger` holds the rows of the last call.
     """
@@ -59,6 +60,7 @@ class StructuredPruner:
         uniform_across_layers: bool = False,
         prune_heads: bool = False,
         prune_head_dim: bool = True,
+        whole_groups: Sequence[str] | None = None,
         policy: str = "approximate",
         example_inputs: Any = None,
         prove: bool = True,
@@ -84,6 +86,7 @@ class StructuredPruner:
             "uniform": uniform_across_layers,
             "prune_heads": prune_heads,
             "prune_head_dim": prune_head_dim,
+            "whole_groups": None if whole_groups is None else list(whole_groups),
             "policy": policy,
             "prove": prove,
             "strict": strict,
@@ -129,6 +132,8 @@ class StructuredPruner:
         plan = PruningPlan(options={k: self.options[k] for k in _ANALYSIS})
         for step, channels, context in self._analysed(model, example_inputs, data, **options):
             chosen = step.choose(channels, context)
+            if channels.whole:
+                plan.options["whole_groups"] = [*plan.options.get("whole_groups", ()), *channels.whole]
             for group in channels.groups:
                 plan.groups[group.name] = GroupPlan(group.size, chosen[group.name], len(group.blocks))
         return plan

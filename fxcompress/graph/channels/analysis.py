@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +24,7 @@ from fxcompress.graph.channels.movement import Sites
 from fxcompress.graph.channels.walk import Walk
 from fxcompress.graph.collector import collector_paused
 
-__all__ = ["ChannelGroup", "Channels", "Frozen", "analyse"]
+__all__ = ["ChannelGroup", "Channels", "Frozen", "analyse", "group_name", "layer_of"]
 
 ATTEMPTS = 5
 """A dimension that is taken apart has at most this many parts to try."""
@@ -71,6 +71,7 @@ class Channels:
     ``groups``  what can be pruned, in graph order
     ``frozen``  layers that make channels of which none can be removed, with the reason
     ``walk``    labels of every value; ``classes`` of their atoms
+    ``whole``   grouped convolutions that were asked to lose whole groups
     ``signature``  by class: equal for units that appear in the same dimensions of the same values
     """
 
@@ -79,6 +80,7 @@ class Channels:
     groups: list[ChannelGroup]
     frozen: list[Frozen]
     signature: np.ndarray
+    whole: tuple[str, ...] = ()
 
     @property
     def root(self) -> Ints:
@@ -107,6 +109,7 @@ def analyse(
     heads: bool = False,
     head_dims: bool = True,
     dimension: str = "out",
+    whole: Callable[[str], bool] = lambda name: False,
     refused: Mapping[str, str] | None = None,
 ) -> Channels:
     """Find the channel groups of a graph with shapes.
@@ -114,6 +117,7 @@ def analyse(
     ``frozen``     tensors whose channels stay, with the reason
     ``exact``      leave alone what cannot go without changing remaining values
     ``heads``      attention loses whole heads; otherwise dimensions of heads, if ``head_dims``
+    ``whole``      whether a grouped convolution loses whole groups; the others lose equal numbers of channels from every one
     ``refused``    nodes that nothing may be cut through, with the reason
     ``dimension``  ``out``: a group is named after the layer that makes its channels; ``in``: after the first that reads them
     """
@@ -122,19 +126,26 @@ def analyse(
         walk = Walk(module, Sites(offsets), refused=refused or {}).run()
         for atoms, reason in walk.atoms.inexact if exact else ():
             walk.atoms.freeze(atoms, f"removing it would not be exact: {reason}")
-        if not _advance(walk, offsets, heads):
+        coarse = {site for site in walk.grouped if whole(group_name(site))} | (walk.attention if heads else set())
+        if not _advance(walk, offsets, coarse):
             break
     _freeze(walk, frozen or {}, None if heads or head_dims else "attention keeps its heads")
     return _Grouping(walk, resolve(walk.atoms, walk.sites.blocks), dimension).run()
 
 
-def _advance(walk: Walk, offsets: dict[str, int], heads: bool) -> bool:
-    """Choose a coarser part where nothing of the finer one can go; returns whether a choice changed.
+def group_name(site: str) -> str:
+    """The convolution whose channels split into groups at this site."""
+    return site.removesuffix(":groups")
 
-    Heads are chosen first and by themselves: what looked stuck beside head dimensions may go with them.
+
+def _advance(walk: Walk, offsets: dict[str, int], coarse: set[str]) -> bool:
+    """Choose a coarser part at the sites ``coarse``, and where nothing of the finer one can go; returns whether a choice
+    changed.
+
+    The first are chosen by themselves: what looked stuck beside head dimensions may go with heads.
     """
     left = {site for site, parts in walk.sites.parts.items() if offsets.get(site, 0) + 1 < parts}
-    chosen = {site for site in left & walk.attention if heads and not offsets.get(site)}
+    chosen = {site for site in left & coarse if not offsets.get(site)}
     if left and not chosen:
         classes = walk.atoms.solve()
         frozen, root = classes.is_frozen(), classes.root

@@ -74,6 +74,7 @@ def _grouped(
     whole = min(per_input, per_output) == 1
     if not whole:
         site = f"{where}:groups"
+        walk.grouped[site] = groups
         whole = walk.sites.choose(site, 2, weight.labels[0].array if inputs is None else inputs) == 1
         sites |= {site}
     made = _whole_groups(walk, call, weight, inputs, groups, per_output, transposed) if whole else None

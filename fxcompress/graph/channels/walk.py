@@ -49,6 +49,7 @@ class Walk:
     ``counts``    arguments that state a number of channels
     ``alike``     tensor → others of its shape that lose what it loses
     ``refused``   nodes to give up on, with the reason
+    ``grouped``   where channels split into the groups of a convolution: site → number of groups
     ``attention`` splits that feed a product of two activations: heads and head dimensions
     """
 
@@ -59,6 +60,7 @@ class Walk:
     tensors: dict[str, Value] = field(default_factory=dict)
     roles: dict[tuple[str, int], str] = field(default_factory=dict)
     counts: list[Count] = field(default_factory=list)
+    grouped: dict[str, int] = field(default_factory=dict)
     attention: set[str] = field(default_factory=set)
     opaque: dict[fx.Node, str] = field(default_factory=dict)
 
