@@ -43,7 +43,7 @@ def options_of(made: Callable[..., Any]) -> dict[str, Option]:
 
     A class that hands keywords on (``**options``) has the options of its base as well.
     """
-    is_plain_class = isinstance(made, type) and not dataclasses.is_dataclass(made)
+    is_plain_class = isinstance(made, type) and (not dataclasses.is_dataclass(made) or _has_own_constructor(made))
     typed = getattr(made, "__init__") if is_plain_class else made  # noqa: B009 - mypy mistrusts the plain form
     hints = get_type_hints(typed, include_extras=True)
     found: dict[str, Option] = {}
@@ -55,6 +55,10 @@ def options_of(made: Callable[..., Any]) -> dict[str, Option]:
             if checker is not None:
                 found[name] = Option(name, checker, parameter.default)
     return found
+
+
+def _has_own_constructor(made: type) -> bool:
+    return "__init__" in vars(made) and "__dataclass_fields__" not in vars(made)
 
 
 def _checker(hint: Any) -> pydantic.TypeAdapter[Any] | None:

@@ -38,7 +38,7 @@ def load_weights(model: nn.Module, file: str | os.PathLike[str]) -> None:
     wrong = _mismatches(model, weights)
     if wrong:
         raise ConfigError(f"the weights file {str(file)!r} does not fit: {'; '.join(wrong)}.")
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=any(t.is_meta for t in model.state_dict().values()))
 
 
 def _mismatches(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:

@@ -175,7 +175,7 @@ def test_masked_weights_stay_zero_while_distilling() -> None:
         ({"type": "LogitDistiler"}, "Did you mean 'LogitDistiller'"),
         ({"options": {"temprature": 2.0}}, "Did you mean 'temperature'"),
         ({"type": "FeatureDistiller"}, "needs teacher_layers and student_layers"),
-        ({"options": {"temperature": -1.0}}, "temperature is -1.0"),
+        ({"options": {"temperature": -1.0}}, "temperature: -1.0 cannot be meant: input should be greater than 0"),
         ({"loss": "mae"}, "no loss 'mae'"),
         ({"loss_options": {"reduction": "sum"}}, "there is no loss"),
         ({"epoch": 2}, "Did you mean 'epochs'"),

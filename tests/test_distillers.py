@@ -28,6 +28,7 @@ from fxcompress.distillation import (
     LogitDistiller,
     OFDDistiller,
     RelationDistiller,
+    RKDDistiller,
     losses,
     make_distiller,
 )
@@ -443,6 +444,7 @@ def test_files_that_are_missing_or_hold_code_are_refused(tmp_path: Path, capsys:
 
 
 WRONG: Any = "mae"
+NUMBERS: Any = [3]
 
 
 @pytest.mark.parametrize(
@@ -453,7 +455,11 @@ WRONG: Any = "mae"
         (lambda t, s: FeatureDistiller(t, s), ConfigError, "needs teacher_layers and student_layers"),
         (lambda t, s: FeatureDistiller(t, s, ["stage1"], LAYERS), ConfigError, "teacher_layers names 1 values"),
         (lambda t, s: FeatureDistiller(t, s, ["stage1"], ["fc"]), ConfigError, "no projector aligns a feature"),
-        (lambda t, s: FeatureDistiller(t, s, LAYERS, loss_type=WRONG), ConfigError, "no loss_type 'mae'"),
+        (
+            lambda t, s: FeatureDistiller(t, s, LAYERS, loss_type=WRONG),
+            ConfigError,
+            "loss_type is 'mae': input",
+        ),
         (
             lambda t, s: FeatureDistiller(t, s, LAYERS, projector="cnv"),
             ConfigError,
@@ -462,11 +468,26 @@ WRONG: Any = "mae"
         (lambda t, s: FeatureDistiller(t, s, LAYERS, projector="identity"), ConfigError, "identity cannot bring 4 channels"),
         (lambda t, s: FeatureDistiller(t, s, LAYERS, projector=["conv"]), ConfigError, "lists 1 projectors for 2"),
         (lambda t, s: ATDistiller(t, s, ["fc"]), ConfigError, "has no positions"),
-        (lambda t, s: ATDistiller(t, s, LAYERS, p=0), ConfigError, "1 or more"),
+        (lambda t, s: ATDistiller(t, s, LAYERS, p=0), ConfigError, "p is 0: input should be greater than or equal to 1"),
         (lambda t, s: FSPDistiller(t, s, ["stage1"]), ConfigError, "name two at least"),
         (lambda t, s: LogitDistiller(t, s, temperature=0.0), ConfigError, "temperature is 0.0"),
         (lambda t, s: LogitDistiller(t, s, distill_weight=-1.0), ConfigError, "distill_weight is -1.0"),
-        (lambda t, s: LogitDistiller(t, None), ConfigError, "needs teacher and student, or neither"),
+        (lambda t, s: LogitDistiller(t, s, temperature=WRONG), ConfigError, "temperature is 'mae': input should be a valid"),
+        (lambda t, s: LogitDistiller(t, s, alpha=float("nan")), ConfigError, "alpha is nan"),
+        (lambda t, s: DKDDistiller(t, s, warmup_epochs=-1), ConfigError, "warmup_epochs is -1"),
+        (
+            lambda t, s: FeatureDistiller(t, s, NUMBERS),
+            ConfigError,
+            r"teacher_layers is \[3\]: input should be a valid string",
+        ),
+        (lambda t, s: FeatureDistiller(t, s, LAYERS, channel_dim=5), ConfigError, "channel_dim is 5, and 'stage1'"),
+        (lambda t, s: RKDDistiller(t, s, distance_weight=-1.0), ConfigError, "distance_weight is -1.0"),
+        (lambda t, s: CRDDistiller(t, s, samples=9)(X, Y, torch.rand(6)), DataError, "index holds the samples' numbers"),
+        (lambda t, s: CRDDistiller(t, s, samples=9)(X, Y, INDEX[:2]), DataError, "2 indices for 6 samples"),
+        (lambda t, s: LogitDistiller(t, s)(X, Y.tolist()), DataError, "targets are a list"),
+        (lambda t, s: LogitDistiller(t, s)(X, Y[:2]), DataError, r"targets are \[2\] labels.* take \[6\]"),
+        (lambda t, s: LogitDistiller(t, s)(X, Y.float()), DataError, r"\[6\] probabilities \(labels are int64\)"),
+        (lambda t, s: LogitDistiller(t), ConfigError, "needs teacher and student, or neither"),
         (lambda t, s: LogitDistiller(WRONG, s), ConfigError, "teacher is a str; it is a module"),
         (lambda t, s: RelationDistiller(t, s, "angels"), ConfigError, "relation_type is 'angels'"),
         (lambda t, s: CRDDistiller(t, s, mode="bank"), ConfigError, "samples=len"),

@@ -105,7 +105,7 @@ PUBLIC = {
 ORDER = [
     {"errors", "registry", "distributed", "files"},
     {"graph", "options", "html"},
-    {"backends", "pass_base", "data", "timing", "weights"},
+    {"backends", "pass_base", "data", "timing", "weighted", "weights"},
     {"plan", "yaml_text", "manager", "observe", "library", "ledger", "artifact", "export", "serial", "reproducer", "stages"},
     {"quantization", "pruning", "distillation", "training"},
     {"passes"},

@@ -1,7 +1,7 @@
 """Knowledge distillation: losses, distillers, what they remember."""
 
 from fxcompress.distillation import losses
-from fxcompress.distillation.base_distiller import DISTILLERS, BaseDistiller, logits_of, make_distiller
+from fxcompress.distillation.base_distiller import DISTILLERS, BaseDistiller, make_distiller
 from fxcompress.distillation.feature_distiller import (
     ATDistiller,
     FeatureDistiller,
@@ -20,6 +20,7 @@ from fxcompress.distillation.relation_distiller import (
     RelationDistiller,
     RKDDistiller,
 )
+from fxcompress.distillation.step import logits_of
 from fxcompress.distillation.teacher import TeacherCache
 
 __all__ = [

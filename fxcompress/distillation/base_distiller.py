@@ -6,8 +6,8 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -15,48 +15,26 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxcompress.distillation.examples import guess_example
 from fxcompress.distillation.losses.logits import check_labels
+from fxcompress.distillation.models import check_values, common_dtype, deterministic, in_dtype, traced
+from fxcompress.distillation.parameters import Assignable, Weight, check_options, distiller
+from fxcompress.distillation.step import Step, logits_of
 from fxcompress.distillation.teacher import TeacherCache, frozen
 from fxcompress.errors import ConfigError, DataError, FxCompressError
-from fxcompress.graph import propagate, taps, trace
+from fxcompress.graph import taps
 from fxcompress.graph.inputs import Arguments, arguments
 from fxcompress.graph.taps import Features, features
 from fxcompress.options import Seed, validated
 from fxcompress.registry import Registry
+from fxcompress.weighted import Weighted
 from fxcompress.weights import load_weights
 
-__all__ = ["DISTILLERS", "BaseDistiller", "Row", "Step", "logits_of", "make_distiller"]
+__all__ = ["DISTILLERS", "BaseDistiller", "Row", "make_distiller"]
 
 log = logging.getLogger("fxcompress")
 
 DISTILLERS = Registry("distiller")
 """Distillers by class name."""
-
-
-@dataclass
-class Step:
-    """One forward of both models: outputs, tapped values by address, and what came with the batch.
-
-    ``epoch`` counts from 1.
-    """
-
-    student: Any
-    teacher: Any
-    student_features: dict[str, Tensor]
-    teacher_features: dict[str, Tensor]
-    targets: Any = None
-    index: Tensor | None = None
-    epoch: int = 1
-    output: str | int | None = None
-    ignore_index: int = -100
-
-    def logits(self) -> tuple[Tensor, Tensor]:
-        """The student's and the teacher's class scores; the student's are resized where only the positions differ."""
-        student, teacher = logits_of(self.student, self.output), logits_of(self.teacher, self.output)
-        if student.dim() == teacher.dim() == 4 and student.shape[2:] != teacher.shape[2:]:
-            student = F.interpolate(student, teacher.shape[2:], mode="bilinear", align_corners=False)
-        return student, teacher
 
 
 @dataclass(frozen=True)
@@ -70,7 +48,8 @@ class Row:
     how: str
 
 
-class BaseDistiller(nn.Module):
+@distiller
+class BaseDistiller(Assignable):
     """A student and a teacher, trained by ``task_weight`` · task loss + ``distill_weight`` · distillation loss.
 
     ``teacher``, ``student``   modules. The student is copied and learns (:attr:`student`); both may be left out and given to
@@ -97,59 +76,44 @@ class BaseDistiller(nn.Module):
     term: ClassVar[str] = "distill"
     reads_features: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        teacher: nn.Module | None = None,
-        student: nn.Module | None = None,
-        teacher_pretrained: str | os.PathLike[str] | None = None,
-        freeze_teacher: bool = True,
-        distill_weight: float = 1.0,
-        task_weight: float = 1.0,
-        *,
-        distillers: Sequence[Any] = (),
-        example_inputs: Any = None,
-        task_loss: Callable[[Any, Any], Tensor] | None = None,
-        output: str | int | None = None,
-        ignore_index: int = -100,
-        cache_teacher: str | os.PathLike[str] | None = None,
-        seed: Seed = 0,
-    ) -> None:
-        super().__init__()
-        for name, weight in (("distill_weight", distill_weight), ("task_weight", task_weight)):
-            if not 0 <= weight < float("inf"):
-                raise ConfigError(f"{name} is {weight!r}; it is a finite number, 0 or more.")
-        if not isinstance(distillers, (list, tuple)) or not all(isinstance(d, (BaseDistiller, Mapping)) for d in distillers):
-            raise ConfigError(f"distillers is {distillers!r}; it is a list of distillers, or mappings with their type.")
-        distillers = [part if isinstance(part, BaseDistiller) else make_distiller(part) for part in distillers]
-        if any(member.is_bound for member in distillers):
-            raise ConfigError(
-                "distillers=[...] takes distillers without models of their own: leave teacher and student out."
-            )
-        self.distill_weight, self.task_weight = distill_weight, task_weight
-        self.freeze_teacher, self.teacher_pretrained = freeze_teacher, teacher_pretrained
-        self.example_inputs, self.task_loss, self.output = example_inputs, task_loss, output
-        self.ignore_index, self.cache_teacher, self.seed = ignore_index, cache_teacher, seed
-        if cache_teacher is not None and not freeze_teacher:
+    teacher: nn.Module = None  # type: ignore[assignment]
+    student: nn.Module = None  # type: ignore[assignment]
+    _: KW_ONLY
+    teacher_pretrained: str | os.PathLike[str] | None = None
+    freeze_teacher: bool = True
+    distill_weight: Weight = 1.0
+    task_weight: Weight = 1.0
+    distillers: Sequence[Any] = ()
+    example_inputs: Any = None
+    task_loss: Callable[[Any, Any], Tensor] | None = None
+    output: str | int | None = None
+    ignore_index: int = -100
+    cache_teacher: str | os.PathLike[str] | None = None
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        self.prepare()
+        if self.cache_teacher is not None and not self.freeze_teacher:
             raise ConfigError("cache_teacher keeps a frozen teacher's answers; this one learns (freeze_teacher=False).")
-        self.members = nn.ModuleList(distillers)
+        self.members = nn.ModuleList(_unbound(self.distillers))
         self.epoch = 1
         self.rows: list[Row] = []
-        self._held: list[nn.Module] = []
         self._views: list[Features] = []
         self._cache: TeacherCache | None = None
+        self._teacher_dtype: torch.dtype | None = None
         self._last: Step | None = None
-        self._loss: Tensor | None = None
+        self._losses: list[tuple[float, Tensor]] = []
         self._own_taps: list[str] = []
-        self._bind(teacher, student)
-
-    def _bind(self, teacher: nn.Module | None, student: nn.Module | None) -> None:
-        """The last line of every constructor: take the models where they are given."""
-        if (teacher is None) != (student is None):
+        if (self.teacher is None) != (self.student is None):
             raise ConfigError(f"{type(self).__name__} needs teacher and student, or neither (and register_hooks later).")
-        if teacher is not None and student is not None:
-            self.register_hooks(teacher, student)
+        if self.is_bound:
+            self.register_hooks(self.teacher, self.student)
 
     # what a kind of distiller defines
+
+    def prepare(self) -> None:
+        """Look at the options and bring them into form; ConfigError for those that do not go together."""
 
     def choose(self, teacher: fx.GraphModule, student: fx.GraphModule) -> tuple[Sequence[str], Sequence[str]]:
         """The addresses to tap in both graphs."""
@@ -163,22 +127,16 @@ class BaseDistiller(nn.Module):
         """The losses between student and teacher by name, unweighted."""
         return {}
 
-    def task_scale(self) -> float:
-        """A factor of the task loss that is this distiller's own."""
-        return 1.0
+    def factors(self) -> dict[str, float]:
+        """This distiller's own weights of its losses by name, 1 where none is named; ``task`` is the task loss."""
+        return {}
 
     # models
 
     @property
     def is_bound(self) -> bool:
         """Whether teacher and student are there."""
-        return "student" in self._modules
-
-    @property
-    def teacher(self) -> nn.Module:
-        """The teacher."""
-        self._require_models()
-        return self._modules["learning_teacher"] if not self.freeze_teacher else self._held[0]  # type: ignore[return-value]
+        return self.student is not None
 
     def register_hooks(self, teacher: nn.Module, student: nn.Module) -> Self:
         """Bind the two models: copy the student, freeze the teacher, tap what is compared, build projectors.
@@ -190,22 +148,22 @@ class BaseDistiller(nn.Module):
                 raise ConfigError(
                     f"{name} is a {type(model).__name__}; it is a module. (build_distiller makes one from a configuration.)"
                 )
-        teacher = frozen(teacher) if self.freeze_teacher and self.teacher_pretrained is None else copy.deepcopy(teacher)
-        if self.teacher_pretrained is not None:
-            load_weights(teacher, self.teacher_pretrained)
-            teacher = frozen(teacher) if self.freeze_teacher else teacher
-        student = copy.deepcopy(student)
+        teacher, student = self._own_teacher(teacher), copy.deepcopy(student)
+        for name, model in (("teacher", teacher), ("student", student)):
+            check_values(model, name)
+        self._teacher_dtype = common_dtype(teacher) if common_dtype(teacher) != common_dtype(student) else None
         parts = list(self._parts())
         if any(part.reads_features for part in parts):
             teacher, student = self._tapped(teacher, student, parts)
+        self._modules.pop("teacher", None)
         if self.freeze_teacher:
-            self._held = [teacher.eval()]
+            self.__dict__["teacher"] = teacher.eval()  # not a child: it does not learn and is not saved
         else:
-            self.learning_teacher = teacher
+            self.teacher = teacher
         self.student = student
         if self._views:
             for part in parts:
-                with _seeded(self.seed):
+                with deterministic(self.seed, common_dtype(student)):
                     part.rows = part.build(*self._views)
             log.info("%s", self.layout())
         if self.cache_teacher is not None:
@@ -214,6 +172,13 @@ class BaseDistiller(nn.Module):
             f"{name}.{leaf}" for name, m in self.named_modules() if hasattr(m, "kept_alike") for leaf in m.kept_alike
         ]
         return self
+
+    def _own_teacher(self, teacher: nn.Module) -> nn.Module:
+        if self.teacher_pretrained is not None:
+            teacher = copy.deepcopy(teacher)
+            load_weights(teacher, self.teacher_pretrained)
+            return frozen(teacher) if self.freeze_teacher else teacher
+        return frozen(teacher) if self.freeze_teacher else copy.deepcopy(teacher)
 
     def _parts(self) -> Iterator[BaseDistiller]:
         yield self
@@ -224,7 +189,10 @@ class BaseDistiller(nn.Module):
     def _tapped(
         self, teacher: nn.Module, student: nn.Module, parts: Sequence[BaseDistiller]
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        graphs = (self._traced(teacher), self._traced(student))
+        graphs = (
+            traced(teacher, self.example_inputs, "teacher", self._teacher_dtype),
+            traced(student, self.example_inputs, "student"),
+        )
         present = taps.taps(graphs[1])
         for part in parts:
             for graph, addresses, who in zip(graphs, part.choose(*graphs), ("teacher", "student"), strict=True):
@@ -235,16 +203,6 @@ class BaseDistiller(nn.Module):
         self._own_taps = [name for name in taps.taps(graphs[1]) if name not in present]
         self._views = [features(graph) for graph in graphs]
         return graphs
-
-    def _traced(self, model: nn.Module) -> fx.GraphModule:
-        """``model`` as a graph with the shape of every value."""
-        example = self.example_inputs if self.example_inputs is not None else guess_example(model)
-        device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-        call = arguments(example).to(device)
-        graph = trace(model, call, copied=True)
-        if any("tensor_meta" not in node.meta for node in graph.graph.nodes if node.op.startswith("call")):
-            propagate(graph, call)
-        return graph
 
     def student_model(self) -> nn.Module:
         """A copy of the student as it is now, without the distiller's taps: what the training was for."""
@@ -272,49 +230,41 @@ class BaseDistiller(nn.Module):
 
     def forward(
         self, images: Any = None, targets: Any = None, index: Tensor | None = None, **inputs: Any
-    ) -> tuple[Any, dict[str, Tensor]]:
+    ) -> tuple[Any, Weighted]:
         """The student's output, and every loss by name, weighted: their sum is the total.
 
         ``images`` is a tensor, a tuple of positional arguments or a dict by keyword (which may also be given as keywords);
         without ``targets`` there is no task loss. ``index`` holds the samples' numbers in the dataset.
         """
         self._require_models()
-        self._last = self._loss = None
+        self._last, self._losses = None, []
         call = Arguments((), inputs) if images is None else arguments(images)
-        student, student_features = self._run(1, self.student, call)
-        teacher, teacher_features = self._answer(call, index)
-        step = Step(
-            student,
-            teacher,
-            student_features,
-            teacher_features,
-            targets,
-            index,
-            self.epoch,
-            self.output,
-            self.ignore_index,
-        )
-        losses: dict[str, Tensor] = {}
+        index = None if index is None else _numbers(index)
+        student, theirs = self._run(1, self.student, call)
+        teacher, ours = self._answer(call, index)
+        step = Step(student, teacher, theirs, ours, targets, index, self.epoch, self.output, self.ignore_index)
+        raw: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}
         if targets is not None and self.task_weight:
-            losses["task"] = self.task_weight * self.task_scale() * self._task(student, targets)
+            raw["task"], weights["task"] = self._task(student, targets), self.task_weight * self.factors().get("task", 1.0)
             if not self.freeze_teacher:
-                losses["teacher_task"] = self.task_weight * self._task(teacher, targets)
-        total = []
+                raw["teacher_task"], weights["teacher_task"] = self._task(teacher, targets), self.task_weight
         for part in self._parts():
-            share = 1.0 if part is self else part.distill_weight
+            share, own = 1.0 if part is self else part.distill_weight, part.factors()
             for name, value in part.distill_losses(step).items():
-                total.append(share * value)
-                losses[_free(name, losses)] = self.distill_weight * share * value
-        self._last, self._loss = step, torch.stack(total).sum() if total else None
-        if not losses:
+                factor, free = share * own.get(name, 1.0), _free(name, raw)
+                self._losses.append((factor, value))
+                raw[free], weights[free] = value, self.distill_weight * factor
+        self._last = step
+        if not raw:
             raise DataError("there is nothing to learn from: no targets, and no distillation loss.")
-        return student, losses
+        return student, Weighted(raw, weights)
 
     def compute_distill_loss(self) -> Tensor:
         """The distillation loss of the last forward, before ``distill_weight``."""
         if self._last is None:
             raise ConfigError("there is no distillation loss yet: call the distiller on a batch first.")
-        return self._loss if self._loss is not None else torch.zeros(())
+        return torch.stack([factor * value for factor, value in self._losses]).sum() if self._losses else torch.zeros(())
 
     def get_teacher_features(self) -> dict[str, Tensor]:
         """The teacher's tapped values of the last forward by address."""
@@ -337,13 +287,13 @@ class BaseDistiller(nn.Module):
     def _answer(self, call: Arguments, index: Tensor | None) -> tuple[Any, dict[str, Tensor]]:
         if self._cache is None:
             with torch.no_grad() if self.freeze_teacher else nullcontext():
-                return self._run(0, self.teacher, call)
+                return self._run(0, self.teacher, in_dtype(call, self._teacher_dtype))
         if index is None:
             raise DataError("cache_teacher needs every sample's index: wrap the dataset in IndexedDataset.")
         known = self._cache.answer(index, tuple(call))
         if known is None:
             with torch.no_grad():
-                known = self._run(0, self.teacher, call)
+                known = self._run(0, self.teacher, in_dtype(call, self._teacher_dtype))
             self._cache.keep(index, tuple(call), known)
         return known  # type: ignore[no-any-return]
 
@@ -351,7 +301,8 @@ class BaseDistiller(nn.Module):
         if self.task_loss is not None:
             return self.task_loss(output, targets)
         logits = logits_of(output, self.output)
-        if isinstance(targets, Tensor) and not targets.is_floating_point():
+        _check_targets(targets, logits)
+        if not targets.is_floating_point():
             check_labels(targets, logits.shape[1], self.ignore_index)
             if not bool((targets != self.ignore_index).any()):
                 return logits.sum() * 0.0
@@ -365,11 +316,11 @@ class BaseDistiller(nn.Module):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None, "_loss": None}
+        return {**self.__dict__, "_last": None, "_losses": []}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        for teacher in self._held:
-            teacher._apply(fn)
+        if self.freeze_teacher and self.is_bound:
+            self.teacher._apply(fn)
         super()._apply(fn, recurse)
         return self
 
@@ -390,23 +341,36 @@ def make_distiller(config: Mapping[str, Any] | Sequence[Any], **given: Any) -> B
     return cls(**validated(cls, options, (name,)), **given)
 
 
-def logits_of(output: Any, key: str | int | None = None) -> Tensor:
-    """The class scores in a model's output; ConfigError where ``key`` must say which they are."""
-    if isinstance(output, Tensor):
-        return output
-    if key is not None:
-        found = getattr(output, key, None) if isinstance(key, str) and not isinstance(output, Mapping) else output[key]
-    elif isinstance(output, Mapping):
-        found = next((output[name] for name in ("out", "logits") if name in output), None)
-        found = next(iter(output.values())) if found is None and len(output) == 1 else found
-    elif isinstance(output, (tuple, list)):
-        found = output[0] if output else None
-    else:
-        found = getattr(output, "logits", None)
-    if not isinstance(found, Tensor):
-        held = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
-        raise ConfigError(f"the model returns a {type(output).__name__}{held}: say where the logits are with output=name.")
-    return found
+def _unbound(distillers: Any) -> list[BaseDistiller]:
+    """Further distillers, made where they are configurations; ConfigError where one has models of its own."""
+    if not isinstance(distillers, (list, tuple)) or not all(isinstance(d, (BaseDistiller, Mapping)) for d in distillers):
+        raise ConfigError(f"distillers is {distillers!r}; it is a list of distillers, or mappings with their type.")
+    made = [part if isinstance(part, BaseDistiller) else make_distiller(part) for part in distillers]
+    if any(member.is_bound for member in made):
+        raise ConfigError("distillers=[...] takes distillers without models of their own: leave teacher and student out.")
+    return made
+
+
+def _numbers(index: Any) -> Tensor:
+    """The samples' numbers in the dataset as a tensor; DataError where they are none."""
+    numbers = torch.as_tensor(index)
+    if numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype is torch.bool:
+        raise DataError(
+            f"index holds the samples' numbers in the dataset, (B,) of int64, not {list(numbers.shape)} of {numbers.dtype}."
+        )
+    return numbers.long()
+
+
+def _check_targets(targets: Any, logits: Tensor) -> None:
+    """DataError unless targets are labels for these logits, or probabilities of their shape."""
+    if not isinstance(targets, Tensor):
+        raise DataError(f"targets are a {type(targets).__name__}; they are a tensor of labels. (Or give task_loss.)")
+    wanted = logits.shape if targets.is_floating_point() else logits.shape[:1] + logits.shape[2:]
+    if targets.shape != wanted:
+        what = "probabilities (labels are int64)" if targets.is_floating_point() else "labels"
+        raise DataError(
+            f"targets are {list(targets.shape)} {what}, and the student's logits {list(logits.shape)} take {list(wanted)}."
+        )
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:
@@ -415,10 +379,3 @@ def _free(name: str, taken: Mapping[str, Any]) -> str:
         count += 1
         free = f"{name}_{count}"
     return free
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import KW_ONLY
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from pydantic import Field
+from torch import Tensor, fx
 
-from fxcompress.distillation.base_distiller import BaseDistiller, Row, Step
+from fxcompress.distillation.base_distiller import Row
 from fxcompress.distillation.fusion import Reviewer
-from fxcompress.distillation.logit_distiller import LogitDistiller, warmed_up
+from fxcompress.distillation.layer_distiller import LayerDistiller, ProjectedDistiller, Projector
+from fxcompress.distillation.layers import Layer, map_of
+from fxcompress.distillation.logit_distiller import warmed_up
 from fxcompress.distillation.losses import (
     attention_transfer_loss,
     feature_loss,
@@ -19,17 +23,17 @@ from fxcompress.distillation.losses import (
     hint_loss,
     ofd_loss,
 )
+from fxcompress.distillation.parameters import Count, distiller
 from fxcompress.distillation.preactivation import (
     batch_norm_margin,
     find_preactivations,
     measured_margin,
     preactivation,
 )
-from fxcompress.distillation.projectors import align, build_projector, channel_axis, channels
+from fxcompress.distillation.projectors import feed
+from fxcompress.distillation.step import Step
 from fxcompress.errors import ConfigError
-from fxcompress.graph import taps
 from fxcompress.graph.taps import Features
-from fxcompress.options import validated
 
 __all__ = [
     "ATDistiller",
@@ -40,119 +44,8 @@ __all__ = [
     "ReviewKDDistiller",
 ]
 
-Layers = str | Sequence[str]
-Projector = str | dict[str, Any] | Sequence[str | dict[str, Any]] | None
-"""As a configuration writes it; a module, or a list of modules, is taken too."""
 
-
-class LayerDistiller(BaseDistiller):
-    """Compares values of layers, pair by pair.
-
-    ``teacher_layers``, ``student_layers``  addresses of values (see ``insert-taps``), pair by pair; one list serves both
-                       where names agree, as after pruning
-    ``logit_distill``  options of a LogitDistiller that is added
-
-    Further options: :class:`BaseDistiller`.
-    """
-
-    reads_features: ClassVar[bool] = True
-    needs_layers: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        teacher: nn.Module | None = None,
-        student: nn.Module | None = None,
-        teacher_layers: Layers | None = None,
-        student_layers: Layers | None = None,
-        *,
-        logit_distill: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        if logit_distill is not None:
-            options["distillers"] = [*options.get("distillers", ()), _logit_member(logit_distill)]
-        super().__init__(**options)
-        first = teacher_layers if teacher_layers is not None else student_layers
-        if not first and self.needs_layers:
-            raise ConfigError(f"{type(self).__name__} needs teacher_layers and student_layers: names of layers to compare.")
-        self.teacher_layers = _listed(first or ())
-        self.student_layers = self.teacher_layers if student_layers is None else _listed(student_layers)
-        self._bind(teacher, student)
-
-    def choose(self, teacher: fx.GraphModule, student: fx.GraphModule) -> tuple[Sequence[str], Sequence[str]]:
-        layers = taps.expand(teacher, self.teacher_layers), taps.expand(student, self.student_layers)
-        if len(layers[0]) != len(layers[1]):
-            raise ConfigError(
-                f"teacher_layers names {len(layers[0])} values ({', '.join(layers[0])}) and student_layers {len(layers[1])} "
-                f"({', '.join(layers[1])}); they are compared pair by pair."
-            )
-        self.teacher_layers, self.student_layers = layers
-        return layers
-
-    def pairs(self) -> list[tuple[str, str]]:
-        """Teacher and student addresses, pair by pair."""
-        return list(zip(self.teacher_layers, self.student_layers, strict=True))
-
-    def compared(self, step: Step) -> tuple[list[Tensor], list[Tensor]]:
-        """The values of the student's layers and of the teacher's."""
-        students = [step.student_features[name] for name in self.student_layers]
-        return students, [step.teacher_features[name] for name in self.teacher_layers]
-
-
-class ProjectedDistiller(LayerDistiller):
-    """Compares values of layers after bringing the student's to the teacher's channels.
-
-    ``projector``    a name in PROJECTORS, a mapping with ``type``, a module, or a list of these by layer; None: what is
-                     needed, a 1×1 convolution where channels differ
-    ``channel_dim``  the axis of the channels; None: the second, of tokens (B, N, C) the last
-
-    Other options: :class:`LayerDistiller`.
-    """
-
-    default_projector: ClassVar[str | None] = None
-
-    def __init__(
-        self,
-        teacher: nn.Module | None = None,
-        student: nn.Module | None = None,
-        teacher_layers: Layers | None = None,
-        student_layers: Layers | None = None,
-        *,
-        projector: Projector = None,
-        channel_dim: int | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(None, None, teacher_layers, student_layers, **options)
-        self.projector = [projector] if isinstance(projector, nn.Module) else projector  # not a child before it is bound
-        self.channel_dim = channel_dim
-        self._bind(teacher, student)
-
-    def build(self, teacher: Features, student: Features) -> list[Row]:
-        count = len(self.teacher_layers)
-        configs = self.projector if isinstance(self.projector, (list, tuple)) else [self.projector] * count
-        if len(configs) != count:
-            raise ConfigError(f"projector lists {len(configs)} projectors for {count} layers.")
-        self.projectors, rows = nn.ModuleList(), []
-        for config, (ours, theirs) in zip(configs, self.pairs(), strict=True):
-            shapes = known_shape(teacher, ours), known_shape(student, theirs)
-            try:
-                layer = build_projector(config, shapes[1], shapes[0], self.channel_dim, self.default_projector)
-            except ConfigError as error:
-                raise ConfigError(f"{ours!r} and {theirs!r}: {error}") from error
-            self.projectors.append(layer)
-            rows.append(Row(ours, shapes[0], theirs, shapes[1], _described(layer, *shapes, self.channel_dim)))
-        return rows
-
-    def projected(self, step: Step) -> tuple[list[Tensor], list[Tensor]]:
-        """The student's features with the teacher's channels, and the teacher's."""
-        students, teachers = self.compared(step)
-        return [layer(s) for layer, s in zip(self.projectors, students, strict=True)], teachers
-
-    def aligned(self, step: Step) -> tuple[list[Tensor], list[Tensor]]:
-        """The student's features with the teacher's channels and positions, and the teacher's."""
-        students, teachers = self.projected(step)
-        return [align(s, t, self.channel_dim) for s, t in zip(students, teachers, strict=True)], teachers
-
-
+@distiller
 class FeatureDistiller(ProjectedDistiller):
     """Bring the student's features to the teacher's: projected to its channels, then resized to its positions.
 
@@ -167,36 +60,17 @@ class FeatureDistiller(ProjectedDistiller):
 
     term: ClassVar[str] = "feature"
 
-    def __init__(
-        self,
-        teacher: nn.Module | None = None,
-        student: nn.Module | None = None,
-        teacher_layers: Layers | None = None,
-        student_layers: Layers | None = None,
-        loss_type: Literal["mse", "l1", "cosine", "kl"] = "mse",
-        projector: Projector = None,
-        normalize: bool = False,
-        *,
-        axis: Literal["channel", "spatial", "flat"] = "channel",
-        **options: Any,
-    ) -> None:
-        super().__init__(None, None, teacher_layers, student_layers, projector=projector, **options)
-        if loss_type not in ("mse", "l1", "cosine", "kl"):
-            raise ConfigError(f"there is no loss_type {loss_type!r}; known: mse, l1, cosine, kl.")
-        if axis not in ("channel", "spatial", "flat"):
-            raise ConfigError(f"there is no axis {axis!r}; known: channel, spatial, flat.")
-        self.loss_type, self.normalize, self.axis = loss_type, normalize, axis
-        self._bind(teacher, student)
+    loss_type: Literal["mse", "l1", "cosine", "kl"] = "mse"
+    projector: Projector = None
+    normalize: bool = False
+    _: KW_ONLY
+    axis: Literal["channel", "spatial", "flat"] = "channel"
 
     def distill_losses(self, step: Step) -> dict[str, Tensor]:
-        losses = []
-        for s, t in zip(*self.aligned(step), strict=True):
-            axis = channel_axis(tuple(s.shape), self.channel_dim)
-            options: dict[str, Any] = {"axis": self.axis, "normalize": self.normalize, "channel_dim": axis}
-            losses.append(feature_loss(s, t, self.loss_type, **options))
-        return {self.term: torch.stack(losses).sum()}
+        return {self.term: feature_loss(*self.aligned(step), self.loss_type, axis=self.axis, normalize=self.normalize)}
 
 
+@distiller
 class FitNetDistiller(ProjectedDistiller):
     """Bring a regressor of the student's layer to the teacher's (FitNets, Romero 2015).
 
@@ -207,10 +81,14 @@ class FitNetDistiller(ProjectedDistiller):
     term: ClassVar[str] = "hint"
     default_projector: ClassVar[str | None] = "conv"
 
+    _: KW_ONLY
+    projector: Projector = None
+
     def distill_losses(self, step: Step) -> dict[str, Tensor]:
         return {self.term: hint_loss(*self.aligned(step))}
 
 
+@distiller
 class ATDistiller(LayerDistiller):
     """Look where the teacher looks (attention transfer, Zagoruyko 2017): mean of |f|^p over channels, per position.
 
@@ -220,32 +98,25 @@ class ATDistiller(LayerDistiller):
 
     term: ClassVar[str] = "attention"
 
-    def __init__(
-        self,
-        teacher: nn.Module | None = None,
-        student: nn.Module | None = None,
-        teacher_layers: Layers | None = None,
-        student_layers: Layers | None = None,
-        p: float = 2,
-        normalize: bool = True,
-        **options: Any,
-    ) -> None:
-        super().__init__(None, None, teacher_layers, student_layers, **options)
-        if p < 1:
-            raise ConfigError(f"p is {p!r}; the power of an attention map is 1 or more.")
-        self.p, self.normalize = p, normalize
-        self._bind(teacher, student)
+    p: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 2
+    normalize: bool = True
 
-    def build(self, teacher: Features, student: Features) -> list[Row]:
-        return [
-            Row(ours, known_maps(teacher, ours), theirs, known_maps(student, theirs), "attention map")
-            for ours, theirs in self.pairs()
-        ]
+    def layer(self, view: Features, address: str) -> Layer:
+        return map_of(view, address, self.channel_dim)
+
+    def how(self, number: int) -> str:
+        ours, theirs = self.pairs[number]
+        if len(ours.shape) != len(theirs.shape):
+            raise ConfigError(
+                f"{ours.address!r} {ours.shape} and {theirs.address!r} {theirs.shape}: their positions do not compare."
+            )
+        return "attention map"
 
     def distill_losses(self, step: Step) -> dict[str, Tensor]:
         return {self.term: attention_transfer_loss(*self.compared(step), self.p, self.normalize)}
 
 
+@distiller
 class FSPDistiller(ProjectedDistiller):
     """Learn the flow between consecutive layers (Yim 2017): products of their features over all positions.
 
@@ -255,18 +126,23 @@ class FSPDistiller(ProjectedDistiller):
 
     term: ClassVar[str] = "flow"
 
+    _: KW_ONLY
+    projector: Projector = None
+
+    def layer(self, view: Features, address: str) -> Layer:
+        return map_of(view, address, self.channel_dim)
+
     def build(self, teacher: Features, student: Features) -> list[Row]:
-        if len(self.teacher_layers) < 2:
+        rows = super().build(teacher, student)
+        if len(rows) < 2:
             raise ConfigError("FSPDistiller compares the flow from layer to layer: name two at least.")
-        for ours, theirs in self.pairs():
-            known_maps(teacher, ours)
-            known_maps(student, theirs)
-        return super().build(teacher, student)
+        return rows
 
     def distill_losses(self, step: Step) -> dict[str, Tensor]:
         return {self.term: fsp_loss(*self.projected(step))}
 
 
+@distiller
 class OFDDistiller(ProjectedDistiller):
     """Learn the teacher's features before their ReLU, as far as they matter (overhaul, Heo 2019).
 
@@ -280,6 +156,9 @@ class OFDDistiller(ProjectedDistiller):
     default_projector: ClassVar[str | None] = "conv_bn"
     needs_layers: ClassVar[bool] = False
 
+    _: KW_ONLY
+    projector: Projector = None
+
     def choose(self, teacher: fx.GraphModule, student: fx.GraphModule) -> tuple[Sequence[str], Sequence[str]]:
         if self.teacher_layers:
             chosen = super().choose(teacher, student)
@@ -292,9 +171,9 @@ class OFDDistiller(ProjectedDistiller):
 
     def build(self, teacher: Features, student: Features) -> list[Row]:
         rows = super().build(teacher, student)
-        for number, name in enumerate(self.teacher_layers):
-            margin = batch_norm_margin(teacher.model, name)
-            unknown = torch.full((known_shape(teacher, name)[1],), torch.nan)
+        for number, (layer, _) in enumerate(self.pairs):
+            margin = batch_norm_margin(teacher.model, layer.address)
+            unknown = torch.full((layer.channels,), torch.nan)
             self.register_buffer(f"margin_{number}", unknown if margin is None else margin)
         return rows
 
@@ -313,6 +192,7 @@ class OFDDistiller(ProjectedDistiller):
         return {self.term: ofd_loss(students, teachers, self.margins(teachers))}
 
 
+@distiller
 class ReviewKDDistiller(LayerDistiller):
     """Let every layer of the student learn from the teacher's by way of all deeper ones (ReviewKD, Chen 2021).
 
@@ -323,79 +203,34 @@ class ReviewKDDistiller(LayerDistiller):
 
     term: ClassVar[str] = "review"
 
-    def __init__(
-        self,
-        teacher: nn.Module | None = None,
-        student: nn.Module | None = None,
-        teacher_layers: Layers | None = None,
-        student_layers: Layers | None = None,
-        *,
-        width: int | None = None,
-        warmup_epochs: int = 20,
-        **options: Any,
-    ) -> None:
-        super().__init__(None, None, teacher_layers, student_layers, **options)
-        self.width, self.warmup_epochs = width, warmup_epochs
-        self._bind(teacher, student)
+    _: KW_ONLY
+    width: Count | None = None
+    warmup_epochs: Annotated[int, Field(ge=0)] = 20
 
     def build(self, teacher: Features, student: Features) -> list[Row]:
-        shapes = [(known_shape(teacher, ours), known_shape(student, theirs)) for ours, theirs in self.pairs()]
-        for (ours, theirs), pair in zip(self.pairs(), shapes, strict=True):
-            if any(len(shape) not in (2, 4) for shape in pair):
-                raise ConfigError(
-                    f"{ours!r} {pair[0]} and {theirs!r} {pair[1]}: ReviewKD takes maps (B, C, H, W) or (B, C)."
-                )
-        width = self.width or min(512, shapes[-1][1][1])
-        self.reviewer = Reviewer([s[1] for _, s in shapes], [t[1] for t, _ in shapes], width)
-        how = f"attention-based fusion, width {width}"
-        return [Row(ours, t, theirs, s, how) for (ours, theirs), (t, s) in zip(self.pairs(), shapes, strict=True)]
+        rows = super().build(teacher, student)
+        self.reviewer = Reviewer([s.channels for _, s in self.pairs], [t.channels for t, _ in self.pairs], self._width())
+        return rows
+
+    def _width(self) -> int:
+        return self.width or min(512, self.pairs[-1][1].channels)
+
+    def how(self, number: int) -> str:
+        ours, theirs = self.pairs[number]
+        if any(len(layer.shape) > 4 for layer in (ours, theirs)) or len(ours.shape) != len(theirs.shape):
+            raise ConfigError(
+                f"{ours.address!r} {ours.shape} and {theirs.address!r} {theirs.shape}: "
+                "ReviewKD takes maps (B, C, H, W), (B, C, N) or (B, C), both alike."
+            )
+        return f"attention-based fusion, width {self._width()}"
+
+    def factors(self) -> dict[str, float]:
+        return {self.term: warmed_up(self.epoch, self.warmup_epochs)}
 
     def distill_losses(self, step: Step) -> dict[str, Tensor]:
         students, teachers = (list(map(_as_map, side)) for side in self.compared(step))
-        loss = hcl_loss(self.reviewer(students, teachers), teachers)
-        return {self.term: warmed_up(step.epoch, self.warmup_epochs) * loss}
+        return {self.term: hcl_loss(feed(self.reviewer, students, teachers), teachers)}
 
 
 def _as_map(feature: Tensor) -> Tensor:
-    return feature[:, :, None, None] if feature.dim() == 2 else feature
-
-
-def _logit_member(options: Mapping[str, Any]) -> LogitDistiller:
-    known = ("temperature", "alpha", "distill_weight", "output")
-    for key in options:
-        if key not in known:
-            why = " The labels' weight is task_weight." if key == "beta" else ""
-            raise ConfigError(f"logit_distill has no option {key!r}; it takes {', '.join(known)}.{why}")
-    try:
-        return LogitDistiller(**validated(LogitDistiller, options, ("logit_distill",)))
-    except ConfigError as error:
-        raise error if error.path else ConfigError(f"logit_distill: {error}") from error
-
-
-def _listed(layers: Layers) -> tuple[str, ...]:
-    return (layers,) if isinstance(layers, str) else tuple(layers)
-
-
-def known_shape(view: Features, name: str) -> tuple[int, ...]:
-    """The shape of a tapped value; ConfigError where it is not one tensor with a batch."""
-    shape = view.shapes[name]
-    if shape is None or len(shape) < 2:
-        raise ConfigError(f"the value {name!r} is no feature: its shape is {None if shape is None else tuple(shape)}.")
-    return tuple(shape)
-
-
-def known_maps(view: Features, name: str) -> tuple[int, ...]:
-    """The shape of a tapped feature map; ConfigError where there are no positions."""
-    shape = known_shape(view, name)
-    if len(shape) < 3:
-        raise ConfigError(f"the value {name!r} is {shape}: it has no positions. Choose a feature map (B, C, *positions).")
-    return shape
-
-
-def _described(layer: nn.Module, teacher: tuple[int, ...], student: tuple[int, ...], channel_dim: int | None) -> str:
-    wide = channels(student, channel_dim), channels(teacher, channel_dim)
-    name = "" if isinstance(layer, nn.Identity) else f"{type(layer).__name__} {wide[0]} → {wide[1]}"
-    axis = channel_axis(student, channel_dim)
-    positions = [shape[1:axis] + shape[axis + 1 :] for shape in (student, teacher)]
-    resized = "interpolation" if positions[0] != positions[1] else ""
-    return ", ".join(part for part in (name, resized) if part) or "as it is"
+    return feature[(...,) + (None,) * (4 - feature.dim())]

@@ -70,7 +70,7 @@ class MemoryBank(_Memory):
 
     def forward(self, student: Tensor, teacher: Tensor, index: Tensor | None, labels: Tensor | None) -> Tensor:
         """The loss of a batch of embeddings of length one, which then enter the bank."""
-        index = self._checked(index)
+        index = self._checked(index, len(student))
         drawn = torch.randint(self.samples, (self.negatives,), generator=self._generator()).to(index.device)
         counted = drawn != index[:, None]
         if labels is not None:
@@ -85,9 +85,11 @@ class MemoryBank(_Memory):
             self._update(student.detach(), teacher.detach(), index, labels)
         return loss
 
-    def _checked(self, index: Tensor | None) -> Tensor:
+    def _checked(self, index: Tensor | None, batch: int) -> Tensor:
         if index is None:
             raise DataError("the memory bank needs every sample's index: wrap the dataset in IndexedDataset.")
+        if len(index) != batch:
+            raise DataError(f"there are {len(index)} indices for {batch} samples.")
         wrong = (index < 0) | (index >= self.samples)
         if bool(wrong.any()):
             raise DataError(f"sample index {int(index[wrong][0])} is outside the memory bank of {self.samples} samples.")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import KW_ONLY
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.distillation.base_distiller import BaseDistiller, Row, Step
-from fxcompress.distillation.feature_distiller import known_shape
-from fxcompress.distillation.logit_distiller import positive
+from fxcompress.distillation.base_distiller import BaseDistiller, Row
+from fxcompress.distillation.layers import layer_of
 from fxcompress.distillation.losses import (
     angle_loss,
     correlation_congruence_loss,
@@ -19,9 +19,11 @@ from fxcompress.distillation.losses import (
     pkt_loss,
     similarity_loss,
 )
-from fxcompress.distillation.losses.precision import unit
+from fxcompress.distillation.losses.precision import raised, unit
 from fxcompress.distillation.memory import InBatch, MemoryBank, MemoryQueue
-from fxcompress.distillation.projectors import channel_axis, channels
+from fxcompress.distillation.parameters import Count, Fraction, Positive, Weight, distiller
+from fxcompress.distillation.projectors import feed
+from fxcompress.distillation.step import Step
 from fxcompress.errors import ConfigError
 from fxcompress.graph import ops
 from fxcompress.graph.taps import Features
@@ -41,10 +43,11 @@ def embedding(graph: fx.GraphModule) -> str:
 
 
 def _vectors(feature: Tensor) -> Tensor:
-    """One vector per sample: the mean over positions."""
-    return feature if feature.dim() == 2 else feature.movedim(channel_axis(tuple(feature.shape)), 1).flatten(2).mean(2)
+    """One vector per sample, (B, C): the mean over positions."""
+    return feature if feature.dim() == 2 else feature.flatten(2).mean(2)
 
 
+@distiller
 class EmbeddingDistiller(BaseDistiller):
     """Compares embeddings: one vector per sample and model.
 
@@ -54,18 +57,9 @@ class EmbeddingDistiller(BaseDistiller):
 
     reads_features: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        teacher: nn.Module | None = None,
-        student: nn.Module | None = None,
-        *,
-        teacher_layer: str | None = None,
-        student_layer: str | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.teacher_layer, self.student_layer = teacher_layer, student_layer
-        self._bind(teacher, student)
+    _: KW_ONLY
+    teacher_layer: str | None = None
+    student_layer: str | None = None
 
     def choose(self, teacher: fx.GraphModule, student: fx.GraphModule) -> tuple[Sequence[str], Sequence[str]]:
         self.teacher_layer = self.teacher_layer or embedding(teacher)
@@ -73,18 +67,17 @@ class EmbeddingDistiller(BaseDistiller):
         return (self.teacher_layer,), (self.student_layer,)
 
     def build(self, teacher: Features, student: Features) -> list[Row]:
-        assert self.teacher_layer
-        assert self.student_layer
-        shapes = known_shape(teacher, self.teacher_layer), known_shape(student, self.student_layer)
-        return [Row(self.teacher_layer, shapes[0], self.student_layer, shapes[1], "relations of samples")]
+        self.pair = layer_of(teacher, str(self.teacher_layer)), layer_of(student, str(self.student_layer))
+        ours, theirs = self.pair
+        return [Row(ours.address, ours.shape, theirs.address, theirs.shape, "relations of samples")]
 
     def embeddings(self, step: Step) -> tuple[Tensor, Tensor]:
         """The student's and the teacher's embeddings, (B, D)."""
-        assert self.teacher_layer
-        assert self.student_layer
-        return _vectors(step.student_features[self.student_layer]), _vectors(step.teacher_features[self.teacher_layer])
+        ours, theirs = self.pair
+        return _vectors(theirs.read(step.student_features)), _vectors(ours.read(step.teacher_features))
 
 
+@distiller
 class RelationDistiller(EmbeddingDistiller):
     """Keep the relations between the samples of a batch as the teacher has them.
 
@@ -92,48 +85,40 @@ class RelationDistiller(EmbeddingDistiller):
     usual weights are 25 for distances, 50 for angles, 3000 for similarities. Other options: :class:`EmbeddingDistiller`.
     """
 
-    def __init__(
-        self,
-        teacher: nn.Module | None = None,
-        student: nn.Module | None = None,
-        relation_type: str | Sequence[str] | Mapping[str, float] = "distance",
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        names = [relation_type] if isinstance(relation_type, str) else relation_type
+    relation_type: str | Sequence[str] | Mapping[str, float] = "distance"
+
+    def prepare(self) -> None:
+        super().prepare()
+        names = [self.relation_type] if isinstance(self.relation_type, str) else self.relation_type
         self.relations = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
         unknown = [name for name in self.relations if name not in _RELATIONS]
         if unknown or not self.relations:
-            raise ConfigError(f"relation_type is {relation_type!r}; known: {', '.join(_RELATIONS)}.")
-        self._bind(teacher, student)
+            raise ConfigError(f"relation_type is {self.relation_type!r}; known: {', '.join(_RELATIONS)}.")
+
+    def factors(self) -> dict[str, float]:
+        return self.relations
 
     def distill_losses(self, step: Step) -> dict[str, Tensor]:
         pair = self.embeddings(step)
-        return {name: weight * _RELATIONS[name](*pair) for name, weight in self.relations.items() if weight}
+        return {name: _RELATIONS[name](*pair) for name, weight in self.factors().items() if weight}
 
 
+@distiller
 class RKDDistiller(EmbeddingDistiller):
     """Keep distances and angles between samples (RKD, Park 2019).
 
     ``distance_weight`` · distances + ``angle_weight`` · angles. Other options: :class:`EmbeddingDistiller`.
     """
 
-    def __init__(
-        self,
-        teacher: nn.Module | None = None,
-        student: nn.Module | None = None,
-        distance_weight: float = 25.0,
-        angle_weight: float = 50.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.distance_weight, self.angle_weight = distance_weight, angle_weight
-        self._bind(teacher, student)
+    distance_weight: Weight = 25.0
+    angle_weight: Weight = 50.0
+
+    def factors(self) -> dict[str, float]:
+        return {"distance": self.distance_weight, "angle": self.angle_weight}
 
     def distill_losses(self, step: Step) -> dict[str, Tensor]:
         pair = self.embeddings(step)
-        weighted = (("distance", self.distance_weight), ("angle", self.angle_weight))
-        return {name: weight * _RELATIONS[name](*pair) for name, weight in weighted if weight}
+        return {name: _RELATIONS[name](*pair) for name, weight in self.factors().items() if weight}
 
 
 class PKTDistiller(EmbeddingDistiller):
@@ -144,14 +129,11 @@ class PKTDistiller(EmbeddingDistiller):
 
     term: ClassVar[str] = "pkt"
 
-    def __init__(self, teacher: nn.Module | None = None, student: nn.Module | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self._bind(teacher, student)
-
     def distill_losses(self, step: Step) -> dict[str, Tensor]:
         return {self.term: pkt_loss(*self.embeddings(step))}
 
 
+@distiller
 class CCDistiller(EmbeddingDistiller):
     """Keep the correlations of samples under a Gaussian kernel (CC, Peng 2019): ``gamma``, and the series' ``order``.
 
@@ -160,24 +142,14 @@ class CCDistiller(EmbeddingDistiller):
 
     term: ClassVar[str] = "cc"
 
-    def __init__(
-        self,
-        teacher: nn.Module | None = None,
-        student: nn.Module | None = None,
-        gamma: float = 0.4,
-        order: int = 2,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        if gamma <= 0 or order < 1:
-            raise ConfigError(f"gamma is {gamma!r} and order {order!r}; gamma is above 0, order 1 or more.")
-        self.gamma, self.order = gamma, order
-        self._bind(teacher, student)
+    gamma: Positive = 0.4
+    order: Count = 2
 
     def distill_losses(self, step: Step) -> dict[str, Tensor]:
         return {self.term: correlation_congruence_loss(*self.embeddings(step), self.gamma, self.order)}
 
 
+@distiller
 class CRDDistiller(EmbeddingDistiller):
     """Tell a sample's pair of embeddings from those of other samples (contrastive, Tian 2020).
 
@@ -196,53 +168,39 @@ class CRDDistiller(EmbeddingDistiller):
 
     term: ClassVar[str] = "crd"
 
-    def __init__(
-        self,
-        teacher: nn.Module | None = None,
-        student: nn.Module | None = None,
-        feature_dim: int = 128,
-        num_negatives: int = 16384,
-        temperature: float = 0.07,
-        momentum: float = 0.5,
-        *,
-        samples: int | None = None,
-        mode: Literal["bank", "queue", "batch"] | None = None,
-        same_class: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        mode = mode or ("bank" if samples else "queue")
-        if mode not in ("bank", "queue", "batch"):
-            raise ConfigError(f"mode is {mode!r}; known: bank, queue, batch.")
-        if mode == "bank" and not (isinstance(samples, int) and samples > 0):
-            raise ConfigError(f"a bank has a place for every sample: give samples=len(dataset), not {samples!r}.")
-        for name, count in (("feature_dim", feature_dim), ("num_negatives", num_negatives)):
-            if not isinstance(count, int) or count < 1:
-                raise ConfigError(f"{name} is {count!r}; it is a positive integer.")
-        if not 0 <= momentum < 1:
-            raise ConfigError(f"momentum is {momentum!r}; it is in [0, 1).")
-        self.feature_dim, self.num_negatives, self.momentum = feature_dim, num_negatives, momentum
-        self.temperature, self.samples = positive("temperature", temperature), samples
-        self.mode, self.same_class = mode, same_class
-        self._bind(teacher, student)
+    feature_dim: Count = 128
+    num_negatives: Count = 16384
+    temperature: Positive = 0.07
+    momentum: Fraction = 0.5
+    _: KW_ONLY
+    samples: Count | None = None
+    mode: Literal["bank", "queue", "batch"] | None = None
+    same_class: bool = False
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.mode = self.mode or ("bank" if self.samples else "queue")
+        if self.mode == "bank" and self.samples is None:
+            raise ConfigError("a bank has a place for every sample: give samples=len(dataset).")
 
     def build(self, teacher: Features, student: Features) -> list[Row]:
         (row,) = super().build(teacher, student)
-        self.teacher_head = nn.Linear(channels(row.teacher_shape), self.feature_dim)
-        self.student_head = nn.Linear(channels(row.student_shape), self.feature_dim)
-        memories = {
-            "bank": lambda: MemoryBank(
-                self.samples or 0, self.feature_dim, self.num_negatives, self.temperature, self.momentum, self.seed
-            ),
-            "queue": lambda: MemoryQueue(self.num_negatives, self.feature_dim, self.temperature, self.seed),
-            "batch": lambda: InBatch(self.temperature),
-        }
-        self.memory = memories[self.mode]()
+        ours, theirs = self.pair
+        self.teacher_head, self.student_head = (nn.Linear(layer.channels, self.feature_dim) for layer in (ours, theirs))
+        self.memory = self._remembering()
         return [dataclasses.replace(row, how=f"linear to {self.feature_dim}, {self.mode} of negatives")]
+
+    def _remembering(self) -> nn.Module:
+        if self.mode == "batch":
+            return InBatch(self.temperature)
+        if self.mode == "queue":
+            return MemoryQueue(self.num_negatives, self.feature_dim, self.temperature, self.seed)
+        numbers = self.num_negatives, self.temperature, self.momentum
+        return MemoryBank(self.samples or 0, self.feature_dim, *numbers, self.seed)
 
     def distill_losses(self, step: Step) -> dict[str, Tensor]:
         student, teacher = self.embeddings(step)
-        pair = unit(self.student_head(student).float()), unit(self.teacher_head(teacher).float())
+        pair = unit(raised(feed(self.student_head, student))), unit(raised(feed(self.teacher_head, teacher)))
         with torch.autocast(pair[0].device.type, enabled=False):
             return {self.term: self.memory(*pair, step.index, None if self.same_class else _labels(step))}
 

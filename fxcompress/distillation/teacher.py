@@ -87,7 +87,8 @@ class TeacherCache:
         length = flat.shape[1]
         if length not in self._weights:
             self._weights[length] = torch.randn(length, generator=torch.Generator().manual_seed(length)) / length**0.5
-        return flat @ self._weights[length], flat.square().mean(1).sqrt()
+        with torch.autocast("cpu", enabled=False):
+            return flat @ self._weights[length], flat.square().mean(1).sqrt()
 
     def _describe(self, leaves: list[Tensor], spec: pytree.TreeSpec) -> None:
         self.spec = spec

@@ -20,8 +20,9 @@ __all__ = ["History"]
 
 @dataclass
 class History:
-    """A row per epoch: ``epoch``, ``step``, ``lr``, ``loss``; per loss term ``loss/NAME``, ``weight/NAME`` and
-    ``gradient/NAME`` (its gradient norm on the epoch's first batch); what the evaluation gave; ``seconds``.
+    """A row per epoch: ``epoch``, ``step``, ``lr``, ``loss``; per loss term ``loss/NAME`` (before its weight),
+    ``weight/NAME`` and ``gradient/NAME`` (its gradient norm on the epoch's first batch, before the weight as well); what the
+    evaluation gave; ``seconds``.
 
     ``stopped``  why training ended before its last epoch, or an empty string
     """

@@ -200,15 +200,13 @@ class Trainer:
     def _backward(self, batch: Any, size: int, share: float) -> None:
         dtype = _PRECISIONS[self.recipe.precision]
         with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
-            terms = loss_terms(self._forward, self.model, self.loss, batch, self.device)
-        given: Mapping[str, float] = getattr(self.model, "loss_weights", None) or {}
-        weights = {name: given.get(name, 1.0) for name in terms}
+            terms, weights = loss_terms(self._forward, self.model, self.loss, batch, self.device)
         total = weighted(terms, weights)
         self.record.add(self.step + 1, terms, total, size)
         if not self.first and self.recipe.gradient_norms:
             norms = gradient_norms(terms, self.parameters, self.scaler.get_scale())
             self.first = {f"gradient/{name}": norm for name, norm in norms.items()}
-            self.first |= {f"weight/{name}": float(weight) for name, weight in weights.items()}
+            self.first |= {f"weight/{name}": weight for name, weight in weights.items()}
         self.scaler.scale(total * share if share != 1.0 else total).backward()
 
     def _descend(self) -> None:

@@ -15,20 +15,32 @@ from fxcompress.data import split_batch
 from fxcompress.distributed import average, gather
 from fxcompress.errors import ConfigError, DataError, TrainingError
 from fxcompress.graph.inputs import Arguments
+from fxcompress.weighted import Weighted
 
-__all__ = ["TermRecord", "Terms", "gradient_norms", "loss_terms"]
+__all__ = ["TermRecord", "Terms", "gradient_norms", "loss_terms", "weighted"]
 
 Terms = dict[str, Tensor]
 
 
 def loss_terms(
     forward: Callable[..., Any], model: nn.Module, loss: Callable[[Any, Any], Any] | None, batch: Any, device: torch.device
-) -> Terms:
-    """The scalar losses of a batch by name.
+) -> tuple[Terms, dict[str, float]]:
+    """The scalar losses of a batch by name, and their weights.
 
     With ``loss``: ``loss(model(input), target)``, a scalar or scalars by name. Without: the model is called with everything
-    in the batch, and returns ``(output, {name: loss})``.
+    in the batch, and returns ``(output, {name: loss})``, which may be :class:`~fxcompress.weighted.Weighted`. The model's
+    ``loss_weights`` count as well.
     """
+    terms = _terms(forward, model, loss, batch, device)
+    inside = terms.weights if isinstance(terms, Weighted) else {}
+    given: Mapping[str, float] = getattr(model, "loss_weights", None) or {}
+    raw = terms.raw if isinstance(terms, Weighted) else dict(terms)
+    return raw, {name: inside.get(name, 1.0) * given.get(name, 1.0) for name in raw}
+
+
+def _terms(
+    forward: Callable[..., Any], model: nn.Module, loss: Callable[[Any, Any], Any] | None, batch: Any, device: torch.device
+) -> Mapping[str, Tensor]:
     if loss is None:
         return _own_terms(forward, model, _moved(batch, device))
     call, target = split_target(model, batch, device)
@@ -57,7 +69,7 @@ def split_target(model: nn.Module, batch: Any, device: torch.device) -> tuple[Ar
     return call, target
 
 
-def _own_terms(forward: Callable[..., Any], model: nn.Module, batch: Any) -> Terms:
+def _own_terms(forward: Callable[..., Any], model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
     if isinstance(batch, Mapping):
         result = forward(**batch)
     else:
@@ -70,13 +82,13 @@ def _own_terms(forward: Callable[..., Any], model: nn.Module, batch: Any) -> Ter
     return _checked(result[1], type(model).__name__)
 
 
-def _checked(terms: Mapping[str, Any], who: str) -> Terms:
+def _checked(terms: Mapping[str, Any], who: str) -> Mapping[str, Tensor]:
     if not terms:
         raise ConfigError(f"{who} gives no loss term.")
     for name, value in terms.items():
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ConfigError(f"{who} gives {name!r}, which is not a scalar tensor.")
-    return dict(terms)
+    return terms
 
 
 def weighted(terms: Terms, weights: Mapping[str, float]) -> Tensor:

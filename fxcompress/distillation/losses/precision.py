@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import DataError
 
-__all__ = ["Features", "full_precision", "layers", "nothing", "same_batch", "same_shape", "unit"]
+__all__ = ["Features", "full_precision", "layers", "nothing", "raised", "same_batch", "same_shape", "unit"]
 
 P = ParamSpec("P")
 
@@ -28,12 +28,13 @@ def full_precision(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         device = tensors[0].device.type if tensors else "cpu"
         with torch.autocast(device, enabled=False):
-            return loss(*pytree.tree_map(_raised, args), **pytree.tree_map(_raised, kwargs))
+            return loss(*pytree.tree_map(raised, args), **pytree.tree_map(raised, kwargs))
 
     return computed
 
 
-def _raised(value: Any) -> Any:
+def raised(value: Any) -> Any:
+    """Half-precision tensors in float32; anything else as it is."""
     is_half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
     return value.float() if is_half else value
 

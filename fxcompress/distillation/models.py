@@ -1,0 +1,105 @@
+"""Models on their way into a distiller: that they have values, their number type, their graph, and what to run them on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxcompress.errors import ConfigError
+from fxcompress.graph import propagate, trace
+from fxcompress.graph.inputs import Arguments, arguments
+
+__all__ = ["check_values", "common_dtype", "deterministic", "guess_example", "in_dtype", "traced"]
+
+log = logging.getLogger("fxcompress")
+
+_SIZES = (64, 224, 32, 299)
+
+
+def check_values(model: nn.Module, who: str) -> None:
+    """ConfigError where parameters or buffers are on the meta device."""
+    empty = [name for table in (model.named_parameters(), model.named_buffers()) for name, t in table if t.is_meta]
+    if empty:
+        raise ConfigError(
+            f"the {who} has no values: {len(empty)} of its tensors are on the meta device ({', '.join(empty[:3])}, …). "
+            "Load its weights (load_state_dict(..., assign=True)) or build it on a real device."
+        )
+
+
+def common_dtype(model: nn.Module) -> torch.dtype | None:
+    """The number type of all parameters; None where they have several, or there are none."""
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
+
+
+def in_dtype(call: Arguments, dtype: torch.dtype | None) -> Arguments:
+    """``call`` with its fractional numbers as ``dtype``; None: as they are."""
+    if dtype is None:
+        return call
+    return Arguments(*pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tuple(call)))
+
+
+@contextmanager
+def deterministic(seed: int, dtype: torch.dtype | None) -> Iterator[None]:
+    """Make layers as ``seed`` says, in float64 where the student is."""
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_default_dtype(torch.float64 if dtype is torch.float64 else before)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+def traced(model: nn.Module, example_inputs: Any, who: str, dtype: torch.dtype | None = None) -> fx.GraphModule:
+    """``model`` as a graph with the shape of every value. ``dtype`` is what its example inputs are brought to."""
+    original = getattr(model, "_orig_mod", None)
+    if isinstance(original, nn.Module):
+        log.warning(
+            "the %s was compiled; what is compared by layers runs as a graph of its own: compile the distiller.", who
+        )
+        model = original
+    example = example_inputs if example_inputs is not None else guess_example(model)
+    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    call = in_dtype(arguments(example).to(device), dtype)
+    graph = trace(model, call, copied=True)
+    if any("tensor_meta" not in node.meta for node in graph.graph.nodes if node.op.startswith("call")):
+        propagate(graph, call)
+    return graph
+
+
+def guess_example(model: nn.Module) -> Tensor:
+    """A batch of two that runs through ``model``; ConfigError asks for example_inputs where none is found."""
+    layer = next((m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))), None)
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    if isinstance(layer, nn.Linear):
+        shapes: list[tuple[int, ...]] = [(2, layer.in_features)]
+    elif layer is not None:
+        shapes = [(2, layer.in_channels, *[size] * len(layer.kernel_size)) for size in _SIZES]
+    else:
+        shapes = []
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for shape in shapes:
+            example = torch.zeros(shape, device=first.device, dtype=first.dtype)
+            try:
+                with torch.no_grad():
+                    model(example)
+            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+                continue
+            return example
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    raise ConfigError(
+        f"the features of {type(model).__name__} have no known shapes, and its first layer does not tell its input: "
+        "give example_inputs=."
+    )

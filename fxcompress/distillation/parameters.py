@@ -1,0 +1,57 @@
+"""Distillers as dataclasses: what one takes is written down once, as its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Self, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic import Field
+from torch import nn
+
+from fxcompress.errors import ConfigError
+from fxcompress.options import options_of
+
+__all__ = ["Assignable", "Count", "Fraction", "Positive", "Weight", "check_options", "distiller"]
+
+T = TypeVar("T", bound=type)
+
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass_transform(field_specifiers=(dataclasses.field,))
+def distiller(cls: T) -> T:
+    """Make the annotated names of a module class the parameters of its constructor.
+
+    Defaults do not stay on the class: there they would hide a module that is given in their place.
+    """
+    dataclasses.dataclass(eq=False, repr=False)(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in vars(cls):
+            delattr(cls, field.name)
+    return cls
+
+
+class Assignable(nn.Module):
+    """A module from its first moment on, so that fields can be assigned to it before any constructor has run."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        made = super().__new__(cls)
+        nn.Module.__init__(made)
+        return made
+
+
+def check_options(made: nn.Module) -> None:
+    """ConfigError for an option of another type, or out of its range; what is no plain data is not looked at."""
+    kind: Any = type(made)
+    for name, option in options_of(kind).items():
+        value = getattr(made, name)
+        if any(isinstance(leaf, nn.Module) for leaf in (value if isinstance(value, (list, tuple)) else [value])):
+            continue
+        try:
+            option.checker.validate_python(value, strict=True)
+        except pydantic.ValidationError as error:
+            raise ConfigError(f"{name} is {value!r}: {error.errors()[0]['msg'].lower()}.") from error
