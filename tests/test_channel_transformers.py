@@ -258,7 +258,6 @@ def test_transformers_run_in_integers_layer_by_layer() -> None:
     ("build", "change", "reason"),
     [
         (attention(plain, dropout=0.1), lambda model: model.att.train(), "its dropout is active"),
-        (attention(plain), lambda model: model.att.register_forward_hook(lambda *given: None), "it has hooks"),
         (attention(lambda self, x: (self.out(self.embed(x) * 2), attends(self, x))), None, "passed on whole"),
     ],
 )

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import TraceError
 from fxcompress.graph import ops
-from fxcompress.graph.inputs import Arguments, bind, frozen_state, preserved_attributes
+from fxcompress.graph.inputs import Arguments, autocast_refused, bind, frozen_state, preserved_attributes
 
 __all__ = ["capture", "inline", "ordered"]
 
@@ -45,7 +45,7 @@ def capture(
                 name: pytree.tree_map(lambda leaf, free=free, kept=kept: None if id(leaf) in kept else free(leaf), value)
                 for name, value in bind(module, attempt).arguments.items()
             }
-            with _quiet(), frozen_state(module), preserved_attributes(module):
+            with _quiet(), frozen_state(module), preserved_attributes(module), autocast_refused():
                 program = torch.export.export(module, attempt.args, attempt.kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # whatever torch.export raises means the same: this rung does not hold
             failure = failure or error

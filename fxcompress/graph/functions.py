@@ -34,7 +34,8 @@ class _Function(nn.Module):
 
 def open_functions(module: fx.GraphModule, call: Arguments | None) -> list[Rung]:
     """Capture the functions that tracing took for one operator (``torch.fx.wrap``) and the op table does not know."""
-    unknown = [n for n in module.graph.nodes if n.op == "call_function" and ops.lookup(n) is None and not _is_aten(n)]
+    calls = [n for n in module.graph.nodes if n.op == "call_function" and not isinstance(n.target, type)]
+    unknown = [n for n in calls if ops.lookup(n) is None and not _is_aten(n)]  # a class makes the model's result
     if not unknown or call is None:
         return [Rung(n.name, "island", "without example_inputs torch.export cannot capture it") for n in unknown]
     known = _known_sizes(module, call, unknown)

@@ -11,10 +11,19 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxcompress.errors import DataError
+from fxcompress.errors import DataError, TraceError
 from fxcompress.graph.transformers import plain_transformers
 
-__all__ = ["Arguments", "arguments", "bind", "frozen_state", "preserved_attributes", "record_calls", "tensors_in"]
+__all__ = [
+    "Arguments",
+    "arguments",
+    "autocast_refused",
+    "bind",
+    "frozen_state",
+    "preserved_attributes",
+    "record_calls",
+    "tensors_in",
+]
 
 
 class Arguments(NamedTuple):
@@ -87,6 +96,24 @@ def frozen_state(module: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for name, value in saved.items():
                     buffers[name].copy_(value)
+
+
+@contextmanager
+def autocast_refused() -> Iterator[None]:
+    """Raise TraceError where the model's code switches autocast on."""
+
+    enter = torch.autocast.__enter__
+
+    def refuse(self: torch.autocast) -> Any:
+        if self._enabled:
+            raise TraceError("its code switches autocast on, which a graph would forget")
+        return enter(self)
+
+    torch.autocast.__enter__ = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
 @contextmanager

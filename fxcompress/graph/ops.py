@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fxcompress.graph.hooks import has_hooks
 from fxcompress.graph.tree import submodule
 
 __all__ = [
@@ -242,7 +243,7 @@ def lookup(node: fx.Node) -> Op | None:
     """The row of the op table for ``node``, or None where its operator is unknown."""
     if node.op == "call_module":
         module = _submodule(node)
-        return _table().module(type(module)) if module is not None else None
+        return None if module is None or has_hooks(module) else _table().module(type(module))
     if node.op == "call_method":
         row = _table().methods.get(str(node.target))
     else:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -15,11 +17,14 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.graph import ops
 from fxcompress.graph.capture import ordered
-from fxcompress.graph.inputs import Arguments, bind, preserved_attributes
+from fxcompress.graph.hooks import around, has_hooks, with_own_hooks
+from fxcompress.graph.inputs import Arguments, autocast_refused, bind, preserved_attributes
 from fxcompress.graph.transformers import PLAIN, plain_transformers
 from fxcompress.graph.tree import tensors
 
 __all__ = [
+    "PADDED",
+    "STARS",
     "LadderTracer",
     "concrete_arguments",
     "first_line",
@@ -44,6 +49,7 @@ class LadderTracer(fx.Tracer):
         self._autowrap_search.append(rnn)  # for those who call nn.utils.rnn.pack_padded_sequence
         self.defeated: dict[str, str] = {}
         self.notes: list[tuple[str, str]] = []
+        self.opened: set[nn.Module] = set()
         self._proxies: dict[str, fx.Proxy] = {}
         self._names: dict[int, str] = {}
 
@@ -60,11 +66,18 @@ class LadderTracer(fx.Tracer):
         return graph
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) is OrderedDict:
-            return ordered(self.graph, {key: self.create_arg(value) for key, value in a.items()})
+        if isinstance(a, dict) and type(a) is not dict:
+            return self._mapping(a)
         if ops.is_named_tuple(type(a)):
             return self.graph.call_function(type(a), tuple(self.create_arg(value) for value in a))
         return super().create_arg(a)
+
+    def _mapping(self, a: dict[Any, Any]) -> Any:
+        """A mapping of a class of its own, made as dataclasses are, or from a dict."""
+        items = {key: self.create_arg(value) for key, value in a.items()}
+        if type(a) is OrderedDict:
+            return ordered(self.graph, items)
+        return self.graph.call_function(type(a), *(((), items) if is_dataclass(a) else ((items,), {})))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
@@ -85,22 +98,33 @@ class LadderTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = self.path_of_module(m)
-        if self.is_leaf_module(m, name):
+        opens = has_hooks(m) and ops.is_known_module(m) and name not in self.defeated
+        if self.is_leaf_module(m, name) and not opens:
             return super().call_module(m, forward, args, kwargs)
-        if m._forward_hooks or m._forward_pre_hooks:
-            self.notes.append((name, "its forward hooks do not run in the graph"))
         if isinstance(m, nn.TransformerEncoder) and kwargs.get("src_key_padding_mask") is not None:
             self.notes.append((name, PADDED))
         last = next(reversed(self.graph.nodes), None)
         depth, calls, scope = len(self.module_stack), dict(self.num_calls), self.scope
         try:
-            return super().call_module(m, forward, args, kwargs)
+            return self._open(m, name, forward, args, kwargs)
         except Exception as error:  # user code may raise anything on a proxy
             self.defeated[name] = first_line(error)
         self._roll_back(last)
         while len(self.module_stack) > depth:
             self.module_stack.popitem(last=True)
         self.num_calls, self.scope = calls, scope
+        return super().call_module(m, forward, args, kwargs)
+
+    def _open(
+        self, m: nn.Module, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What a module computes: by its own code, or as a layer between the hooks that it has."""
+        if not self.is_leaf_module(m, name):
+            return super().call_module(m, forward, args, kwargs)
+        self.opened.add(m)
+        return around(m, functools.partial(self._call_leaf, m, forward), args, kwargs)
+
+    def _call_leaf(self, m: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return super().call_module(m, forward, args, kwargs)
 
     def _roll_back(self, last: fx.Node | None) -> None:
@@ -119,12 +143,12 @@ def first_line(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__)[:160]
 
 
-_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 def placeholder_target(parameter: inspect.Parameter) -> str:
     """A placeholder's target: the argument's name, with the stars fx wants."""
-    return _STARS.get(parameter.kind, "") + parameter.name
+    return STARS.get(parameter.kind, "") + parameter.name
 
 
 def name_placeholders(graph: fx.Graph, model: nn.Module) -> None:
@@ -139,7 +163,7 @@ def name_placeholders(graph: fx.Graph, model: nn.Module) -> None:
 
 def symbolic(tracer: LadderTracer, model: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph | None, str]:
     try:
-        with preserved_attributes(model), plain_transformers():
+        with preserved_attributes(model), plain_transformers(), with_own_hooks(model), autocast_refused():
             return tracer.trace(model, concrete or None), ""
     except Exception as error:  # user code may raise anything on a proxy
         return None, first_line(error)

@@ -24,12 +24,14 @@ from fxcompress.graph.capture import capture, inline
 from fxcompress.graph.collector import collector_paused
 from fxcompress.graph.copying import copied_model
 from fxcompress.graph.functions import inline_call, open_functions
-from fxcompress.graph.inputs import Arguments, arguments, bind, record_calls
+from fxcompress.graph.hooks import ONCE, drop_hooks, has_hooks
+from fxcompress.graph.inputs import Arguments, arguments, bind, record_calls, tensors_in
 from fxcompress.graph.island import TOP, Island, regions
 from fxcompress.graph.module import TracedModule
 from fxcompress.graph.rungs import Rung, join
 from fxcompress.graph.shapes import describe, placeholder_values, propagate
 from fxcompress.graph.symbolic import (
+    STARS,
     LadderTracer,
     concrete_arguments,
     first_line,
@@ -38,7 +40,7 @@ from fxcompress.graph.symbolic import (
     placeholder_target,
     symbolic,
 )
-from fxcompress.graph.tree import submodule, tensors
+from fxcompress.graph.tree import parts, submodule, tensors, unwrapped
 
 __all__ = ["Rung", "around_island", "is_traced", "region_inputs", "trace"]
 
@@ -52,8 +54,9 @@ def is_traced(model: nn.Module) -> bool:
 def trace(model: nn.Module, example_inputs: Any = None, *, copied: bool = False, shared: bool = False) -> fx.GraphModule:
     """Capture ``model`` as a graph module with the same signature, names, parameters and outputs.
 
-    The caller's model is copied, never changed. ``example_inputs`` (a tensor, a tuple of positionals, a dict by keyword)
-    let the second rung work and give every node its shape; optional arguments left out of them keep their defaults.
+    The caller's model is copied, never changed; DistributedDataParallel, DataParallel and ``torch.compile`` are taken off.
+    ``example_inputs`` (a tensor, a tuple of positionals, a dict by keyword) let the second rung work and give every node
+    its shape; optional arguments left out of them keep their defaults.
     ``copied`` says that ``model`` is a copy that nobody else uses, and may be taken apart; ``shared`` lets parameters use
     the model's memory, for a caller who calls :func:`fxcompress.graph.sharing.own` before anything writes to it.
 
@@ -61,6 +64,10 @@ def trace(model: nn.Module, example_inputs: Any = None, *, copied: bool = False,
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace() takes an nn.Module, got a {type(model).__name__}.")
+    model = unwrapped(model)
+    sharded = [name for name, tensor, _ in tensors(model) if type(tensor).__name__ in ("DTensor", "FlatParameter")]
+    if sharded:
+        raise TraceError(f"{sharded[0]} is one process's shard (FSDP): gather the whole model on one device first.")
     lazy = [name for name, tensor, _ in tensors(model) if nn.parameter.is_lazy(tensor)]
     if lazy:
         raise TraceError(f"{lazy[0]} has no shape yet: its layer is lazy. Call the model once on a batch, then compress it.")
@@ -97,7 +104,17 @@ def _trace(model: nn.Module, call: Arguments | None) -> fx.GraphModule:
     module, reason = _capture_whole(model, call)
     if module is not None:
         return module
-    return around_island(model, [Rung("", "island", reason), *_compile_children(model, call)])
+    stars = _stars(model)
+    if call is not None and any(bind(model, call).arguments.get(parameter.name) for parameter in stars):
+        raise TraceError(f"{type(model).__name__}.forward was given {stars[0]}; an island needs named arguments.")
+    notes = [Rung("", "note", f"{parameter} is not taken any more") for parameter in stars]
+    return around_island(model, [Rung("", "island", reason), *notes, *_compile_children(model, call)])
+
+
+def _stars(model: nn.Module) -> list[inspect.Parameter]:
+    """The parameters of ``forward`` that take any number of arguments."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [parameter for parameter in parameters if parameter.kind in STARS]
 
 
 def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphModule | None, str]:
@@ -105,6 +122,7 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
     if call is not None and any(isinstance(value, PackedSequence) for value in [*call.args, *call.kwargs.values()]):
         return None, "it takes a packed sequence, whose shape depends on its data"
     tracer = LadderTracer()
+    hooked = [name for name, part in parts(model).items() if has_hooks(part)]
     concrete = concrete_arguments(model, call)
     graph, failure = symbolic(tracer, model, concrete)
     if graph is None and call is not None and (nested := nested_arguments(model, call)):
@@ -119,7 +137,10 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
         rungs += [Rung(name, "note", note) for name, note in tracer.notes]
         rungs += _resolve(module, model, tracer.defeated, call)
         rungs += open_functions(module, call)
-        return _finish(module, model, rungs), ""
+        for node in module.graph.nodes:
+            if node.op == "call_module" and (layer := module.get_submodule(node.target)) in tracer.opened:
+                drop_hooks(layer)
+        return _finish(module, model, [*rungs, *_hook_notes(hooked, rungs)]), ""
     if call is None:
         return None, join(failure, "without example_inputs torch.export cannot capture it")
     try:
@@ -127,7 +148,14 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
         module = _from_export(model, call, program)
     except TraceError as error:
         return None, join(failure, str(error))
-    return _finish(module, model, [*rungs, Rung("", "exported", join(failure, fixed))]), ""
+    rungs += [Rung("", "exported", join(failure, fixed)), *_hook_notes(hooked, rungs)]
+    return _finish(module, model, rungs), ""
+
+
+def _hook_notes(hooked: list[str], rungs: list[Rung]) -> list[Rung]:
+    """A note for every module whose hooks are operators now: those outside islands."""
+    islands = {rung.module for rung in rungs if rung.rung == "island"}
+    return [Rung(name, "note", ONCE) for name in hooked if not any(f"{name}.".startswith(f"{i}.") for i in islands)]
 
 
 def _finish(module: fx.GraphModule, model: nn.Module, rungs: list[Rung]) -> fx.GraphModule:
@@ -157,10 +185,12 @@ def _from_export(model: nn.Module, call: Arguments, program: torch.export.Export
     return TracedModule(model, graph, type(model).__name__)
 
 
-def _placeholders(graph: fx.Graph, model: nn.Module) -> dict[str, fx.Node]:
-    """Placeholders with the names and defaults of the model's forward."""
+def _placeholders(graph: fx.Graph, model: nn.Module, *, stars: bool = True) -> dict[str, fx.Node]:
+    """Placeholders with the names and defaults of the model's forward; ``stars``: of ``*args`` and ``**kwargs`` as well."""
     nodes: dict[str, fx.Node] = {}
     for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.kind in STARS and not stars:
+            continue
         target = placeholder_target(parameter)
         default = () if parameter.default is inspect.Parameter.empty else (parameter.default,)
         nodes[name] = graph.create_node("placeholder", target, default, {}, name=name)
@@ -180,7 +210,7 @@ def around_island(model: nn.Module, rungs: list[Rung]) -> fx.GraphModule:
     island.training = model.training
     root.add_module(TOP, island)
     graph = fx.Graph()
-    nodes = _placeholders(graph, model)
+    nodes = _placeholders(graph, model, stars=False)
     args, kwargs = _forwarded(model, nodes)
     graph.output(graph.create_node("call_module", TOP, args, kwargs))
     module = TracedModule(root, graph, type(model).__name__)
@@ -196,11 +226,9 @@ def _forwarded(model: nn.Module, nodes: dict[str, fx.Node]) -> tuple[tuple[Any, 
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     for name, parameter in inspect.signature(model.forward).parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TraceError(f"{type(model).__name__}.forward takes {parameter}; an island needs named arguments.")
         if parameter.kind is parameter.KEYWORD_ONLY:
             kwargs[name] = nodes[name]
-        else:
+        elif parameter.kind not in STARS:
             args.append(nodes[name])
     return tuple(args), kwargs
 
@@ -265,7 +293,8 @@ def _compile_below(
             _compile_below(child, prefix, inner, calls, called_only, rungs, replaced)
             continue
         full = f"{prefix}.{inner}" if prefix else inner
-        compiled, reason = _capture_whole(child, calls[inner][0] if inner in calls else None)
+        call = calls[inner][0] if inner in calls else None
+        compiled, reason = (None, CAST) if call is not None and _is_cast(child, call) else _capture_whole(child, call)
         if compiled is None:
             rungs.append(Rung(full, "island", reason))
             _compile_below(child, prefix, inner, calls, called_only, rungs, replaced)
@@ -273,3 +302,13 @@ def _compile_below(
         rungs += [Rung(f"{full}.{r.module}".rstrip("."), r.rung, r.reason) for r in compiled.meta["rungs"]]
         replaced.append((part, name, child))
         setattr(part, name, compiled)
+
+
+CAST = "it is called under autocast, with values of another type than its parameters"
+
+
+def _is_cast(module: nn.Module, call: Arguments) -> bool:
+    """Whether floating-point values that go into ``module`` are in a type that none of its parameters has."""
+    own = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+    given = {value.dtype for value in tensors_in(tuple(call)) if value.is_floating_point()}
+    return bool(own and given) and own.isdisjoint(given)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-__all__ = ["parts", "submodule", "tensors"]
+__all__ = ["parts", "submodule", "tensors", "unwrapped"]
 
 
 def submodule(module: nn.Module, name: str) -> nn.Module | None:
@@ -43,3 +43,11 @@ def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
                     yield prefix + name, tensor, learned
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel or ``torch.compile``, whose layers have their own names."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod  # type: ignore[assignment]
+    return model

@@ -16,12 +16,13 @@ from torch import Tensor, fx, nn
 
 from fxcompress.errors import ConfigError, did_you_mean
 from fxcompress.graph.select import Selection, matches
+from fxcompress.graph.tree import unwrapped
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
 from fxcompress.options import Seed
 from fxcompress.plan import Plan
 from fxcompress.pruning.masks import CRITERIA, check_sparsity, n_of_m, score, smallest
-from fxcompress.pruning.sites import PRUNABLE, Site, Skip, bake_masks, sites, unwrapped
+from fxcompress.pruning.sites import PRUNABLE, Site, Skip, bake_masks, sites
 
 __all__ = ["L1UnstructuredPruner", "MagnitudePruner", "RandomPruner", "mask_weights"]
 

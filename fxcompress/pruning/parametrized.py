@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
 
+from fxcompress.graph.hooks import computes_a_weight
 from fxcompress.pruning.sites import Mask
 
 __all__ = ["settle"]
@@ -20,7 +21,7 @@ def settle(model: nn.Module) -> Iterator[tuple[str, str]]:
         for leaf in _parametrized(module):
             parametrize.remove_parametrizations(_own_class(module), leaf, leave_parametrized=True)
             yield name, f"the parametrization of its {leaf} is now part of the {leaf}"
-        for hook in [h for h in module._forward_pre_hooks.values() if _computes_a_weight(h)]:
+        for hook in [h for h in module._forward_pre_hooks.values() if computes_a_weight(h)]:
             _remove(module, hook)
             yield name, f"{type(hook).__name__} is now part of the weight"
 
@@ -37,11 +38,6 @@ def _own_class(module: nn.Module) -> nn.Module:
     cls = type(module)
     module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
     return module
-
-
-def _computes_a_weight(hook: Any) -> bool:
-    known = ("WeightNorm", "SpectralNorm")
-    return isinstance(hook, torch_prune.BasePruningMethod) or type(hook).__name__ in known
 
 
 def _remove(module: nn.Module, hook: Any) -> None:

@@ -21,8 +21,9 @@ from fxcompress.errors import ConfigError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.island import regions
 from fxcompress.graph.select import Selection, matches
+from fxcompress.graph.tree import unwrapped
 
-__all__ = ["PRUNABLE", "Mask", "Site", "bake_masks", "sites", "unwrapped"]
+__all__ = ["PRUNABLE", "Mask", "Site", "bake_masks", "sites"]
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
@@ -179,14 +180,6 @@ def _insert(graph: fx.GraphModule, target: str, mask: Mask) -> None:
         for user in [user for user in fetch.users if user is not node]:
             user.replace_input_with(fetch, node)
     graph.recompile()
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel or ``torch.compile``, whose layers have their own names."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, wrappers) else model._orig_mod  # type: ignore[assignment]
-    return model
 
 
 def sites(model: nn.Module, selection: Selection = EVERYTHING, skip: Skip = _silently) -> dict[str, Site]:
