@@ -111,6 +111,7 @@ class InsertObservers(Pass):
             "symmetric": self.symmetric or not backend.affine_weights,
             "reduce_range": bool(self.reduce_range),
             "bound_pairs": self.reduce_range is None and backend.saturates(),
+            "full_range": self.reduce_range is False,
         }
 
 

@@ -15,6 +15,7 @@ from fxcompress.errors import BackendError
 from fxcompress.graph.island import regions
 from fxcompress.graph.module import shared_copy
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
+from fxcompress.quantization.weight_bounds import bound_weights
 from fxcompress.timing import interleaved
 
 __all__ = ["Lower", "become"]
@@ -61,12 +62,12 @@ class Lower(Pass):
             context.note("", f"{why}: the quantize/dequantize graph stays, and export_onnx writes what {backend.name} takes")
             return
         _check_device(module, backend)
-        if backend.saturates() and not settings["bound_pairs"] and not settings["reduce_range"]:
-            context.note("", "weights are not bounded for this CPU: partial sums may saturate; quantize again here")
+        _bound(module, backend, context)
         backend.lower(module, context.skip)
 
     def _lower_to_fastest(self, module: fx.GraphModule, context: Context) -> None:
         _check_device(module, backends.AUTO)
+        _bound(module, backends.AUTO, context)
         known = module.meta["quantization"].get("fastest")
         trials: dict[str, fx.GraphModule] = {}
         for name in backends.CANDIDATES:
@@ -96,6 +97,23 @@ def _fastest(trials: dict[str, fx.GraphModule], module: fx.GraphModule, context:
     order = sorted(timed, key=lambda name: timed[name].median)
     context.note("", "auto measured " + ", ".join(f"{name} {1e3 * timed[name].median:.2f} ms" for name in order))
     return order[0]
+
+
+def _bound(module: fx.GraphModule, backend: Backend, context: Context) -> None:
+    """Keep a graph that was quantized for another CPU from saturating this one's sums; the portable form stays as it is."""
+    settings = module.meta["quantization"]
+    if not backend.saturates() or settings["bound_pairs"] or settings["reduce_range"]:
+        return
+    if settings.get("full_range"):
+        context.note("", "full-range weights were asked for: partial sums may saturate on this CPU")
+        return
+    coarser = bound_weights(module, backend, settings)
+    if coarser:
+        context.note(
+            "",
+            f"quantized for a CPU that adds in 32 bits: {len(coarser)} weight(s) were put on coarser scales, so that 16-bit "
+            "sums cannot saturate here; quantizing again on this CPU finds better ones",
+        )
 
 
 def _check_device(module: nn.Module, backend: Backend) -> None:

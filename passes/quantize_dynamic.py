@@ -75,6 +75,7 @@ class QuantizeDynamic(Pass):
             "symmetric": self.symmetric or not backend.affine_weights,
             "reduce_range": bool(self.reduce_range),
             "bound_pairs": self.reduce_range is None and backend.saturates(),
+            "full_range": self.reduce_range is False,
         }
         module.meta["quantization"] = settings
         rewriting = _Rewriting(module, backend, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fxcompress import PassManager
+from fxcompress import PassManager, backends
 from fxcompress.backends import cpu, fbgemm, saturation
 from fxcompress.quantization.weights import quantize_weight
 
@@ -94,10 +95,6 @@ class _Wide(nn.Module):
 @pytest.mark.parametrize("saturates", [True, False])
 def test_a_cpu_that_saturates_gets_bounded_weights(saturates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.rand(1, 8, 6, 6)
-    from dataclasses import replace
-
-    from fxcompress import backends
-
     monkeypatch.setitem(backends.BACKENDS, "fbgemm", replace(fbgemm.BACKEND, saturates=lambda: saturates))
     result = PassManager(["insert-observers", "calibrate", "fold-quantization"]).run(_Wide().eval(), x, [x])
     limits = [
@@ -139,3 +136,41 @@ def test_a_cpu_without_vnni_or_unknown_saturates(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: "flags: avx2 avx512_vnni")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not cpu.has_vnni.__wrapped__()
+
+
+class _Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_model_quantized_on_another_cpu_is_made_safe_when_it_is_lowered(
+    full: bool, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = (_Tagger(), torch.rand(5, 1, 8)) if dynamic else (_Wide(), torch.rand(1, 8, 6, 6))
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.0)
+    monkeypatch.setitem(backends.BACKENDS, "fbgemm", replace(fbgemm.BACKEND, saturates=lambda: False))
+    chosen = {"reduce_range": False} if full else {}
+    steps = [{"quantize-dynamic": chosen}] if dynamic else [{"insert-observers": chosen}, "calibrate", "fold-quantization"]
+    portable = PassManager(steps).run(model.eval(), x, [x])
+    monkeypatch.setitem(backends.BACKENDS, "fbgemm", replace(fbgemm.BACKEND, saturates=lambda: True))
+    manager = PassManager(["lower"])
+    lowered = manager.run(portable, x)
+    said = " ".join(remark.reason for remark in manager.ledger.remarks("lower"))
+    weights = [(name, b) for name, b in lowered.named_buffers() if b.dtype == torch.int8 and b.dim() > 1]
+    safe = [saturation.largest_activation(b, adjacent="depthwise" not in name) == 255 for name, b in weights]
+    assert len(safe) == 3
+    assert (not any(safe) and "as" in said) if full else (all(safe) and "coarser scales" in said)
+    for name, b in lowered.meta["portable"].named_buffers():
+        if b.dtype == torch.int8 and b.dim() > 1:
+            assert saturation.largest_activation(b, adjacent="depthwise" not in name) < 255
+    with torch.no_grad():
+        expected, found = model(x), lowered(x)
+    assert full or float((expected - found).abs().max()) < 0.03 * float(expected.abs().max())
