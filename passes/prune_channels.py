@@ -17,6 +17,7 @@ from fxcompress.graph.channels.analysis import group_name
 from fxcompress.graph.channels.cut import Cut, UnprovableError, cut
 from fxcompress.graph.channels.kept import Kept, mask_data
 from fxcompress.graph.channels.proof import Proof, tolerance
+from fxcompress.graph.channels.walk import place
 from fxcompress.graph.island import regions
 from fxcompress.graph.select import Selection
 from fxcompress.options import Seed
@@ -93,13 +94,12 @@ class PruneChannels(Pass):
         if self.plan is not None:
             PruningPlan.from_data(self.plan).check(groups)
         if not groups:
-            reasons = [f"{frozen.layer}: {frozen.reason}" for channels in found.values() for frozen in channels.frozen]
-            raise PassError(
-                "no channel can be removed, every one is frozen:\n  " + "\n  ".join(reasons[:20] or ["no layers"])
-            )
+            raise _nothing(found)
         for region, channels in found.items():
             with context.in_region(region):
-                self._prune(channels, context)
+                found[region] = self._prune(channels, context)
+        if not any(channels.groups for channels in found.values()):
+            raise _nothing(found)
 
     def analysed(self, model: fx.GraphModule, context: Context) -> dict[str, Channels]:
         """The channel groups of every region of a traced model, whose computed weights are made plain first."""
@@ -125,11 +125,11 @@ class PruneChannels(Pass):
             if not any(name in Selection((pattern,)) for name in names):
                 raise ConfigError(f"no grouped convolution is called {pattern!r}.{did_you_mean(pattern, names)}")
 
-    def _prune(self, channels: Channels, context: Context) -> None:
-        """Choose, cut and prove in one region."""
+    def _prune(self, channels: Channels, context: Context) -> Channels:
+        """Choose, cut and prove in one region; returns the analysis that was cut."""
         module = channels.walk.module
         if not channels.groups:
-            return
+            return channels
         call = context.example() if self.prove else None
         refused: dict[str, str] = {}
         while True:
@@ -148,6 +148,7 @@ class PruneChannels(Pass):
         fold(channels, removed, folded)
         module.meta["pruning"] = [*module.meta.get("pruning", []), self._record(channels, removed, done)]
         self._account(channels, removed, context)
+        return channels
 
     def analyse(self, module: fx.GraphModule, context: Context, refused: dict[str, str] | None = None) -> Channels:
         """The channel groups of one region under this pass's options."""
@@ -292,3 +293,16 @@ class PruneChannels(Pass):
         context.note("", "proved: " + ", ".join(f"{oracle} error {error:.1e}" for oracle, error in errors.items()))
         if not proof.moved:
             context.note("", "the outputs do not depend on what was removed, so the proof says little about this model")
+
+
+def _nothing(found: dict[str, Channels]) -> PassError:
+    reasons = [reason for region, channels in found.items() for reason in _reasons(region, channels)]
+    return PassError("no channel can be removed, every one is frozen:\n  " + "\n  ".join(reasons[:20] or ["no layers"]))
+
+
+def _reasons(region: str, channels: Channels) -> list[str]:
+    """Why nothing can go, layer by layer."""
+    prefix = f"{region}." if region else ""
+    layers = {frozen.layer: frozen.reason for frozen in channels.frozen}
+    opaque = {place(node): reason for node, reason in channels.walk.opaque.items()}
+    return [f"{prefix}{name}: {reason}" for name, reason in {**opaque, **layers}.items()]

@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.pruning import StructuredPruner
 
-__all__ = ["Case", "check", "error", "image", "lived_in", "net", "prune", "remarks", "silenced", "tokens"]
+__all__ = ["Case", "Hostile", "check", "error", "image", "lived_in", "net", "prune", "remarks", "silenced"]
+__all__ += ["LeaveOutTheSilent", "shapes", "tokens"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -63,6 +64,23 @@ class Case:
     frozen: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     plain: Callable[[Any], Any] = lambda model: model
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """A model to be pruned by every policy: ``build`` makes it, ``inputs`` are its example, ``more`` other inputs to try.
+
+    ``frozen``      a part of the reason why nothing of it can go
+    ``statistics``  it divides by what goes, or compares it, which zeros in the eager model cannot tell: the oracles judge it
+    ``options``     of the pruner
+    """
+
+    build: Callable[[], Any]
+    inputs: tuple[Any, ...] = field(default_factory=lambda: (image(),))
+    more: Iterable[Any] = field(default_factory=lambda: [(image(size=13, batch=3),)])
+    frozen: str = ""
+    statistics: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def lived_in(model: Any, seed: int = 0) -> Any:

@@ -149,7 +149,7 @@ def writes(node: fx.Node) -> bool:
     """Whether a node writes into its first input, or runs code that nobody knows and that might."""
     if node.op in ("placeholder", "output", "get_attr"):
         return False
-    if is_in_place(node) or ops.kind(node) in ("setitem", "copy"):
+    if is_in_place(node) or ops.kind(node) in ("setitem", "copy", "fill"):
         return True
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable

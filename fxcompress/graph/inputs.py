@@ -78,9 +78,8 @@ def frozen_state(module: nn.Module) -> Iterator[None]:
 
     Layers with a method ``look``, which set ranges by what comes in while training, do not.
     """
-    training = any(m.training for m in module.modules())
     looking = [m for m in module.modules() if m.training and hasattr(m, "look")]
-    saved = {name: buffer.clone() for name, buffer in module.named_buffers()} if training else {}
+    saved = {name: tensor.clone() for name, tensor in _written(module).items()}
     state = torch.get_rng_state()
     for layer in looking:
         layer.training = False
@@ -92,10 +91,17 @@ def frozen_state(module: nn.Module) -> Iterator[None]:
             layer.training = True
         torch.set_rng_state(state)
         if saved:
-            buffers = dict(module.named_buffers())
+            held = _written(module)
             with torch.no_grad():
                 for name, value in saved.items():
-                    buffers[name].copy_(value)
+                    held[name].copy_(value)
+
+
+def _written(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors that a forward pass may write: buffers of a module in training, tables whose entries are bounded in length."""
+    held = dict(module.named_buffers()) if any(m.training for m in module.modules()) else {}
+    bounded = [(n, m) for n, m in module.named_modules() if getattr(m, "max_norm", None) is not None]
+    return held | {f"{n}.weight": m.weight for n, m in bounded if isinstance(m.weight, torch.Tensor)}
 
 
 @contextmanager

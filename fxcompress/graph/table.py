@@ -91,6 +91,13 @@ _MAX_POOL = "input kernel_size stride padding dilation ceil_mode return_indices"
 _AVG_POOL = "input kernel_size stride padding ceil_mode count_include_pad divisor_override"
 
 
+PADS: tuple[type[nn.Module], ...] = tuple(
+    getattr(nn, f"{how}Pad{dims}d")
+    for how in ("Zero", "Constant", "Reflection", "Replication", "Circular")
+    for dims in (1, 2, 3)
+)
+
+
 def _pools(dims: int) -> list[Op]:
     return [
         Op(
@@ -99,7 +106,10 @@ def _pools(dims: int) -> list[Op]:
             f"max_pool{dims}d",
             _MAX_POOL,
             modules=(getattr(nn, f"MaxPool{dims}d"),),
-            functions=((getattr(F, f"_max_pool{dims}d"), _MAX_POOL),),
+            functions=(
+                (getattr(F, f"_max_pool{dims}d"), _MAX_POOL),
+                *((getattr(aten, f"max_pool{dims}d_with_indices"), _MAX_POOL),) * (dims > 1),
+            ),
             defaults={"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False},
         ),
         _pool(
@@ -229,9 +239,14 @@ TABLE: tuple[Op, ...] = (
     _activation("tanhshrink", nn.Tanhshrink),
     _activation("threshold", nn.Threshold, "threshold value"),
     _activation("logsigmoid", nn.LogSigmoid),
+    _activation("hardshrink", nn.Hardshrink, "lambd"),
+    _activation("softshrink", nn.Softshrink, "lambd"),
+    _activation("rrelu", nn.RReLU, "lower upper training"),
     Op("prelu", "activation", "prelu", "input weight", (nn.PReLU,), ("weight",)),
     Op("glu", "movement", "glu", "input dim", (nn.GLU,), defaults={"dim": -1}),
     Op("softmax", "activation", "softmax _softmax", "input dim", (nn.Softmax,)),
+    Op("softmin", "activation", "softmin", "input dim", (nn.Softmin,)),
+    Op("softmax2d", "activation", "", "input", (nn.Softmax2d,)),
     Op("log_softmax", "activation", "log_softmax _log_softmax", "input dim", (nn.LogSoftmax,)),
     # pointwise arithmetic
     Op(
@@ -303,16 +318,28 @@ TABLE: tuple[Op, ...] = (
     _movement("narrow", "narrow", "input dim start length"),
     _movement("index_select", "index_select", "input dim index"),
     _movement("index", "index", "input indices"),
-    _movement("gather", "gather", "input dim index"),
+    Op(
+        "cosine_similarity",
+        "other",
+        "cosine_similarity",
+        "input other dim eps",
+        modules=(nn.CosineSimilarity,),
+        defaults={"dim": 1},
+    ),
+    Op("cdist", "other", "cdist", "input other p"),
+    Op("gather", "other", "gather take_along_dim", "input dim index"),
+    Op("scatter", "other", "scatter scatter_add scatter_reduce index_add index_copy", "input dim index other"),
     _movement("chunk", "chunk tensor_split", "input chunks dim", defaults={"dim": 0}),
     _movement("split", "split split_with_sizes unsafe_split", "input split_size dim", defaults={"dim": 0}),
     _movement("unbind", "unbind", "input dim", defaults={"dim": 0}),
     _movement("cat", "cat concat concatenate", "tensors dim", defaults={"dim": 0}),
     _movement("stack", "stack", "tensors dim", defaults={"dim": 0}),
     _movement("flip", "flip", "input *dims"),
+    _movement("mirror", "fliplr flipud rot90", "input k dims"),
+    _movement("diagonal", "diagonal", "input offset dim1 dim2"),
     _movement("roll", "roll", "input shifts dims"),
     _movement("unfold", "unfold im2col", "input kernel_size dilation padding stride", modules=(nn.Unfold,)),
-    _movement("fold", "fold col2im", "input output_size kernel_size", modules=(nn.Fold,)),
+    Op("fold", "other", "fold col2im", "input output_size kernel_size", modules=(nn.Fold,)),
     _movement("pixel_shuffle", "pixel_shuffle", "input upscale_factor", modules=(nn.PixelShuffle,)),
     _movement("pixel_unshuffle", "pixel_unshuffle", "input downscale_factor", modules=(nn.PixelUnshuffle,)),
     _movement("channel_shuffle", "channel_shuffle native_channel_shuffle", "input groups", modules=(nn.ChannelShuffle,)),
@@ -320,9 +347,10 @@ TABLE: tuple[Op, ...] = (
         "pad",
         "pad constant_pad_nd",
         "input pad mode value",
-        modules=(nn.ZeroPad2d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d),
+        modules=PADS,
     ),
-    _movement("copy", "copy_ slice_scatter select_scatter index_put index_put_", "input other"),
+    _movement("copy", "copy_ slice_scatter select_scatter index_put index_put_", "input other value"),
+    _movement("fill", "fill fill_ zero zero_", "input value"),
     # pooling and resampling
     *(row for dims in (1, 2, 3) for row in _pools(dims)),
     Op(
@@ -333,6 +361,17 @@ TABLE: tuple[Op, ...] = (
         modules=(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     ),
     Op("grid_sample", "other", "grid_sample grid_sampler", "input grid"),
+    Op(
+        "max_unpool",
+        "other",
+        "max_unpool1d max_unpool2d max_unpool3d",
+        "input indices",
+        modules=(nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d),
+    ),
+    *(
+        _pool(f"lp_pool{dims}d", "input norm_type kernel_size stride ceil_mode", getattr(nn, f"LPPool{dims}d"), stride=None)
+        for dims in (1, 2, 3)
+    ),
     # reductions
     Op("mean", "reduction", "mean", "input dim keepdim"),
     Op("sum", "reduction", "sum", "input dim keepdim"),
@@ -341,7 +380,12 @@ TABLE: tuple[Op, ...] = (
     Op("var", "reduction", "var std var_mean std_mean", "input dim"),
     Op("norm", "reduction", "norm linalg_norm linalg_vector_norm", "input p dim"),
     Op("argmax", "reduction", "argmax argmin", "input dim keepdim"),
-    Op("topk", "reduction", "topk sort argsort", "input k dim"),
+    Op("topk", "reduction", "topk kthvalue", "input k dim"),
+    Op("sort", "reduction", "sort argsort msort", "input dim descending"),
+    Op("logsumexp", "reduction", "logsumexp", "input dim keepdim"),
+    Op("prod", "reduction", "prod", "input dim keepdim"),
+    Op("median", "reduction", "median nanmedian mode", "input dim keepdim"),
+    Op("any", "reduction", "any all", "input dim keepdim"),
     Op("cumsum", "reduction", "cumsum cumprod", "input dim"),
     # lookups
     Op(

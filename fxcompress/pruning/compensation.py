@@ -52,6 +52,8 @@ def _lost(channels: Channels, kept: Kept, node: fx.Node) -> Any:
     call = ops.read(node) if node.op.startswith("call") else None
     if call is None or call.kind not in ("linear", "conv1d", "conv2d", "conv3d") or not isinstance(call["weight"], ops.Attr):
         return None
+    if not isinstance(call["input"], fx.Node):
+        return None
     if call.kind != "linear" and call["groups"] != 1:
         return None
     value = channels.walk.value(call["weight"])
@@ -85,7 +87,7 @@ class _Means(Recorder):
             call = _read(n)
             x = self.env[call["input"]]
             channel = x.dim() - 1 if call.kind == "linear" else 1
-            self.means[n] = x.movedim(channel, 0).flatten(1).to(torch.float64).mean(1)
+            self.means[n] = x.movedim(channel, 0).reshape(x.shape[channel], -1).to(torch.float64).mean(1)
         return super().run_node(n)
 
 

@@ -14,8 +14,10 @@ from fxcompress.graph.channels import (  # noqa: F401 - each fills the table of 
     contractions,
     convolutions,
     elementwise,
+    making,
     moving,
     sequences,
+    writing,
 )
 from fxcompress.graph.channels.atoms import Classes, Ints
 from fxcompress.graph.channels.blocks import EqualCounts, resolve

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fxcompress.graph import ops
-from fxcompress.graph.channels.labels import Label, Value, aligned, broadcast, join, moved
+from fxcompress.graph.channels.labels import Label, Value, aligned, alone, broadcast, join, moved
 from fxcompress.graph.channels.walk import Walk, place, rule
 
 
@@ -48,8 +48,7 @@ def linear(walk: Walk, call: ops.Call) -> Value:
     value, weight = walk.operand(call["input"]), walk.operand(call["weight"])
     where, last = place(call.node), len(value.shape) - 1
     rank = len(value.shape)
-    wanted = weight.labels.get(1)
-    column = wanted.with_array(moved(wanted.array, {1: last}, rank)) if wanted else None
+    column = lying(walk, weight, 1, last, rank)
     if weight.shape[1] > 1:
         contract(walk, [value.labels.get(last)], where, column)
         bind(weight, 1, value.labels.get(last), last)
@@ -58,8 +57,14 @@ def linear(walk: Walk, call: ops.Call) -> Value:
     shape = (*value.shape[:-1], weight.shape[0])
     result = Value(shape, {d: independent(walk, label, last, rank) for d, label in value.labels.items() if d != last})
     result.labels = {d: _not_zero(label, walk, call["bias"]) for d, label in result.labels.items()}
-    produce(walk, call, result, weight.labels.get(0), last)
+    produce(walk, call, result, lying(walk, weight, 0, 0, 1), last)
     return result
+
+
+def lying(walk: Walk, value: Value, dim: int, along: int, rank: int) -> Label | None:
+    """The label of a weight's dimension, laid along another dimension of a tensor of ``rank``."""
+    line = alone(walk.atoms, value, dim)
+    return value.labels[dim].with_array(moved(line, {0: along}, rank)) if line is not None else None
 
 
 def _not_zero(label: Label, walk: Walk, bias: Any) -> Label:
@@ -73,16 +78,13 @@ def produce(walk: Walk, call: ops.Call, result: Value, label: Label | None, dim:
     rank = len(result.shape)
     array = moved(label.array, {0: dim}, rank) if label.array.ndim else label.array
     bias = walk.value(call["bias"]) if call["bias"] is not None else None
-    if bias is not None and 0 in bias.labels:
-        walk.atoms.merge(array, moved(bias.labels[0].array, {0: dim}, rank), place(call.node))
+    own = alone(walk.atoms, bias, 0) if bias is not None else None
+    if own is not None:
+        walk.atoms.merge(array, moved(own, {0: dim}, rank), place(call.node))
         walk.role(call["bias"], 0, "out")
     elif bias is not None:
         walk.atoms.freeze(array, f"its bias has a fixed size at {place(call.node)}")
     result.labels[dim] = Label(array, True, label.sites)
-
-
-def _flat(label: Label | None) -> Label | None:
-    return label.with_array(label.array.reshape(-1)) if label is not None else None
 
 
 @rule("matmul")
@@ -160,8 +162,7 @@ def bilinear(walk: Walk, call: ops.Call) -> Value:
     first, second, weight = (walk.operand(call[name]) for name in ("input", "other", "weight"))
     rank, last = len(first.shape), len(first.shape) - 1
     for value, dim in ((first, 1), (second, 2)):
-        wanted = weight.labels.get(dim)
-        column = wanted.with_array(moved(wanted.array, {dim: last}, rank)) if wanted else None
+        column = lying(walk, weight, dim, last, rank)
         if weight.shape[dim] > 1:
             contract(walk, [value.labels.get(last)], place(call.node), column)
         walk.role(call["weight"], dim, "in")
@@ -170,7 +171,7 @@ def bilinear(walk: Walk, call: ops.Call) -> Value:
                 walk.freeze(label, f"a batch dimension at {place(call.node)}")
     walk.role(call["weight"], 0, "out")
     result = Value((*first.shape[:-1], weight.shape[0]))
-    produce(walk, call, result, _flat(weight.labels.get(0)), last)
+    produce(walk, call, result, lying(walk, weight, 0, 0, 1), last)
     return result
 
 
@@ -239,6 +240,22 @@ def _letters(equation: str, ranks: list[int], rank: int) -> tuple[list[list[str]
     return inputs, spell(right, rank)
 
 
+@rule("cosine_similarity", "cdist")
+def compared(walk: Walk, call: ops.Call) -> Value:
+    """Two tensors compared along a dimension: corresponding indices go together; the others stay."""
+    values, where = [walk.operand(call[name]) for name in ("input", "other")], place(call.node)
+    dim = -1 if call.kind == "cdist" else call["dim"]
+    labels = [value.labels.get(value.dim(dim)) for value in values]
+    lines = [
+        label.with_array(walk.row_of(label, value.dim(dim), 0, 1)) if label is not None else None
+        for value, label in zip(values, labels, strict=True)
+    ]
+    contract(walk, lines, where)
+    for value in values:
+        walk.freeze(value.without(value.dim(dim)), f"is compared with others at {where}")
+    return Value(walk.shape(call.node))
+
+
 @rule("embedding")
 def embedding(walk: Walk, call: ops.Call) -> Value:
     return _look_up(walk, call)
@@ -254,8 +271,15 @@ def _look_up(walk: Walk, call: ops.Call) -> Value:
     shape = walk.shape(call.node)
     walk.freeze(weight.labels.get(0), "the entries of a table stay")
     walk.role(call["weight"], 1, "out")
-    result, last = Value(shape), len(shape) - 1
-    if 1 in weight.labels:
-        label = weight.labels[1]
-        result.labels[last] = Label(moved(label.array, {1: last}, len(shape)), True, label.sites)
-    return result
+    last = len(shape) - 1
+    found = lying(walk, weight, 1, last, len(shape))
+    if found is not None and _renormalises(walk, call):
+        walk.freeze(found, f"the length of its entries is bounded at {place(call.node)}")
+    return Value(shape, {last: found} if found is not None else {})
+
+
+def _renormalises(walk: Walk, call: ops.Call) -> bool:
+    """Whether a look-up scales entries to ``max_norm`` in place, as a longer or shorter entry would not be."""
+    if call.node.op == "call_module":
+        return getattr(walk.module.get_submodule(str(call.node.target)), "max_norm", None) is not None
+    return call["max_norm"] is not None

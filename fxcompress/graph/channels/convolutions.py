@@ -6,8 +6,8 @@ import numpy as np
 
 from fxcompress.graph import ops
 from fxcompress.graph.channels.atoms import Ints
-from fxcompress.graph.channels.contractions import bind, contract, produce
-from fxcompress.graph.channels.labels import Label, Value, moved
+from fxcompress.graph.channels.contractions import bind, contract, lying, produce
+from fxcompress.graph.channels.labels import Label, Value
 from fxcompress.graph.channels.walk import Count, Walk, place, rule
 
 CONVOLUTIONS = tuple(f"conv{d}d" for d in (1, 2, 3))
@@ -34,14 +34,18 @@ def _convolved(walk: Walk, call: ops.Call, transposed: bool) -> Value:
     _keep_space(walk, call, value, weight, channel, spatial, result)
     walk.role(call["weight"], made, "out")
     walk.role(call["weight"], read, "in")
-    if call["groups"] != 1:
+    groups = walk.plain(call["groups"])
+    if not isinstance(groups, int) or (groups > 1 and 0 not in weight.labels):
+        return walk.give_up(call.node, "its groups are not known")  # type: ignore[no-any-return]
+    if not isinstance(call["groups"], int) and groups not in (value.shape[channel], result.shape[channel]):
+        return walk.give_up(call.node, "its groups are computed")  # type: ignore[no-any-return]
+    if groups != 1:
         return _grouped(walk, call, value, weight, channel, result, transposed)
-    wanted, found = weight.labels.get(read), weight.labels.get(made)
-    column = wanted.with_array(moved(wanted.array, {read: channel}, len(value.shape))) if wanted else None
+    column, found = lying(walk, weight, read, channel, len(value.shape)), lying(walk, weight, made, 0, 1)
     if weight.shape[read] > 1:
         contract(walk, [value.labels.get(channel)], place(call.node), column)
         bind(weight, read, value.labels.get(channel), channel)
-    produce(walk, call, result, found.with_array(moved(found.array, {made: 0}, 1)) if found else None, channel)
+    produce(walk, call, result, found, channel)
     return result
 
 
@@ -65,7 +69,7 @@ def _grouped(
 
     Every group may keep inputs and outputs of its own as long as each keeps as many; or whole groups go.
     """
-    where, groups = place(call.node), int(call["groups"])
+    where, groups = place(call.node), int(walk.plain(call["groups"]))
     per_input, per_output = value.shape[channel] // groups, result.shape[channel] // groups
     found = value.labels.get(channel)
     flat = _line(walk, found, channel) if found is not None else None

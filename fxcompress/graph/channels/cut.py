@@ -18,6 +18,7 @@ from fxcompress.graph.channels.analysis import Channels
 from fxcompress.graph.channels.kept import Kept, Mask, select
 from fxcompress.graph.channels.labels import Value
 from fxcompress.graph.channels.literals import PROPOSALS, Index, Move, commutes, gathered
+from fxcompress.graph.channels.moving import varies
 from fxcompress.graph.channels.walk import Count, Spelling, Walk, evaluate, operand_names
 from fxcompress.graph.collector import collector_paused
 from fxcompress.graph.shapes import module_of
@@ -25,7 +26,7 @@ from fxcompress.graph.tree import submodule
 
 __all__ = ["Cut", "UnprovableError", "cut"]
 
-STAYS = {"identity", "dropout", "cat", "stack", "glu", "copy"}
+STAYS = {"identity", "dropout", "cat", "stack", "glu", "copy", "fill", "setitem"}
 """Movement that states no number of channels, or whose numbers are another operator's."""
 
 
@@ -105,6 +106,13 @@ def _smaller(old: torch.Tensor, masks: dict[int, Mask]) -> torch.Tensor:
     return made
 
 
+@dataclass(frozen=True)
+class Number:
+    """A number that is computed anew, from the dense number of channels and from what differs from call to call."""
+
+    spelling: Spelling
+
+
 class _Rewriting:
     """Finds new spellings for the calls that state numbers of channels; changes nothing."""
 
@@ -123,7 +131,42 @@ class _Rewriting:
                 self._make(call)
             elif call.op.family == "movement" and call.kind not in STAYS:
                 self._move(call)
+            elif call.op.family in ("pointwise", "activation", "attention"):
+                self._keep_numbers(node)
+            elif isinstance(call["groups"], fx.Node):
+                self._check_groups(node, call["groups"])
         return self.found
+
+    def _check_groups(self, node: fx.Node, groups: fx.Node) -> None:
+        """A number of groups that the graph computes must follow the groups that are left."""
+        stated = [
+            self.kept.count(count.atoms) for count in self.walk.counts if count.node is node and count.name == "groups"
+        ]
+        if stated and stated != [self.env[groups]]:
+            raise UnprovableError(node)
+
+    def _keep_numbers(self, node: fx.Node) -> None:
+        """A number of channels that values are computed with (a scale, a divisor) stays the dense one."""
+        if not isinstance(self.walk.env[node], Value):
+            return
+        spelling = Spelling.of(node)
+        given: Any = (spelling.args, spelling.kwargs)
+        args, kwargs = fx.node.map_arg(given, self._dense)
+        if (args, kwargs) != given:
+            self.found[node] = Spelling(spelling.op, spelling.target, args, kwargs)
+
+    def _dense(self, node: fx.Node) -> Any:
+        before = self.walk.env[node]
+        if not isinstance(before, (int, float)) or before == self.env[node]:
+            return node
+        if not varies(self.walk, node):
+            return before
+        dense = Spelling.of(node)
+        given: Any = (dense.args, dense.kwargs)
+        args, kwargs = fx.node.map_arg(given, self._dense)
+        if (args, kwargs) == given:
+            raise UnprovableError(node)
+        return Number(Spelling(dense.op, dense.target, args, kwargs))
 
     def _new_value(self, node: fx.Node) -> Any:
         """What a node is after the cut: smaller values, and plain values computed from them."""
@@ -209,6 +252,13 @@ def _respell(module: fx.GraphModule, node: fx.Node, spelling: Spelling) -> None:
     """Write a proven spelling into the graph; index tensors become buffers."""
 
     def store(leaf: Any) -> Any:
+        if isinstance(leaf, Number):
+            inner: Any = (leaf.spelling.args, leaf.spelling.kwargs)
+            args, kwargs = fx.node.map_aggregate(inner, store)
+            with module.graph.inserting_before(node):
+                made = module.graph.create_node(leaf.spelling.op, leaf.spelling.target, args, kwargs)
+            made.meta["tensor_meta"] = None
+            return made
         if not isinstance(leaf, Index):
             return leaf
         name = f"{node.name}_index"

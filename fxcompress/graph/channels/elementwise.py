@@ -9,7 +9,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxcompress.graph import ops
-from fxcompress.graph.channels.labels import Label, Value, broadcast, join, moved
+from fxcompress.graph.channels.labels import Label, Value, alone, broadcast, join, moved, row
 from fxcompress.graph.channels.walk import FAMILIES, Count, Walk, place, rule
 
 ZERO_IF_ALL = {"add", "sub", "rsub", "maximum", "minimum", "where", "lerp", "addcmul", "to"}
@@ -76,7 +76,9 @@ def prelu(walk: Walk, call: ops.Call) -> Value:
     result = Value(value.shape, dict(value.labels))
     if weight.shape and weight.shape[-1] > 1:
         _bind(walk, call, result, 1, ("weight",))
-        walk.counts.append(Count(call.node, "num_parameters", weight.labels[0].array.reshape(-1)))
+        line = alone(walk.atoms, weight, 0)
+        if line is not None:
+            walk.counts.append(Count(call.node, "num_parameters", line))
     return result
 
 
@@ -84,10 +86,11 @@ def _bind(walk: Walk, call: ops.Call, result: Value, channel: int, names: tuple[
     """Vectors with an entry per channel go with the channels."""
     for name in names:
         vector = walk.value(call[name]) if call[name] is not None else None
-        if vector is None or 0 not in vector.labels:
+        line = alone(walk.atoms, vector, 0) if vector is not None else None
+        if line is None:
             continue
         walk.role(call[name], 0, "scale" if name == "weight" and call.kind == "batch_norm" else "norm")
-        array = moved(vector.labels[0].array.reshape(-1), {0: channel}, len(result.shape))
+        array = moved(line, {0: channel}, len(result.shape))
         label = result.labels.get(channel)
         if label is None:
             walk.atoms.freeze(array, f"belongs to channels of fixed size at {place(call.node)}")
@@ -106,7 +109,7 @@ def batch_norm(walk: Walk, call: ops.Call) -> Value:
     names = ("weight", "bias", "running_mean", "running_var")
     _bind(walk, call, result, 1, names)
     if 1 in value.labels:
-        walk.counts.append(Count(call.node, "num_features", result.labels[1].array.reshape(-1)))
+        walk.counts.append(Count(call.node, "num_features", row(result.labels[1].array, 1)))
     return result
 
 
@@ -135,7 +138,7 @@ def layer_norm(walk: Walk, call: ops.Call) -> Value:
             label = result.labels[dim]
             walk.atoms.doubt(label.array, f"changes the statistics of {where}")
             result.labels[dim] = Label(label.array, call["weight"] is not None or call.kind == "rms_norm", label.sites)
-            walk.counts.append(Count(call.node, f"normalized_shape.{dim - first}", label.array))
+            walk.counts.append(Count(call.node, f"normalized_shape.{dim - first}", row(label.array, dim)))
     return result
 
 
@@ -172,9 +175,14 @@ def group_norm(walk: Walk, call: ops.Call) -> Value:
     return result
 
 
-@rule("softmax", "log_softmax")
+@rule("softmax", "log_softmax", "softmin")
 def softmax(walk: Walk, call: ops.Call) -> Value | None:
     return _along(walk, call, "changes the sum of")
+
+
+@rule("softmax2d")
+def softmax2d(walk: Walk, call: ops.Call) -> Value | None:
+    return _along(walk, call, "changes the sum of", default=-3)
 
 
 @rule("normalize")
@@ -233,6 +241,10 @@ def grid_sample(walk: Walk, call: ops.Call) -> Value:
     return Value(walk.shape(call.node), {1: value.labels[1]} if 1 in value.labels else {})
 
 
+ORDERED = ("argmax", "topk", "sort", "cumsum")
+"""Reductions whose result depends on where along the dimension a value stands."""
+
+
 @rule("reduction", table=FAMILIES)
 def reduction(walk: Walk, call: ops.Call) -> Any:
     """Dimensions that are reduced go; whether that is exact depends on the operator and on what a channel leaves behind."""
@@ -243,12 +255,12 @@ def reduction(walk: Walk, call: ops.Call) -> Any:
         return pointwise(walk, call)
     for dim in dims & set(value.labels):
         label = value.labels[dim]
-        if call.kind in ("argmax", "topk", "cumsum"):
+        if call.kind in ORDERED:
             walk.freeze(label, f"order matters at {where}")
         elif not (call.kind in ("sum", "norm") and label.zero):
             walk.atoms.doubt(label.array, f"changes the {call.kind} of {where}")
     shapes = walk.unlabelled(call.node)
-    if call.kind in ("topk", "cumsum"):
+    if call.kind in ("topk", "sort", "cumsum"):
         kept = {d: label for d, label in value.labels.items() if d not in dims}
         return pytree.tree_map_only(Value, lambda v: Value(v.shape, dict(kept)), shapes)
     keepdim = call["keepdim"] is True or any(
@@ -274,5 +286,5 @@ def _reduced(call: ops.Call, value: Value) -> set[int] | None:
     if isinstance(dim, fx.Node):
         return None
     if dim is None or isinstance(dim, bool):
-        dim = -1 if call.kind == "topk" else tuple(range(len(value.shape)))
+        dim = -1 if call.kind in ("topk", "sort") else tuple(range(len(value.shape)))
     return {value.dim(d) for d in ((dim,) if isinstance(dim, int) else dim)} or set(range(len(value.shape)))

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from fxcompress.graph.channels.atoms import Atoms, Ints
 
-__all__ = ["Label", "Value", "aligned", "broadcast", "join", "moved"]
+__all__ = ["Label", "Value", "aligned", "alone", "broadcast", "join", "moved", "row"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,26 @@ def moved(array: Ints, dims: dict[int, int], rank: int) -> Ints:
         shape[dims[old]] = array.shape[old]
     rest = [d for d in range(array.ndim) if d not in dims]
     return array.transpose(order + rest).reshape(shape)
+
+
+def alone(atoms: Atoms, value: Value, dim: int) -> Ints | None:
+    """The atoms along one dimension by themselves, other dimensions tied; None where it is not labelled."""
+    label = value.labels.get(dim)
+    if label is None:
+        return None
+    array = label.array
+    for other in range(array.ndim):
+        if other != dim and array.shape[other] > 1:
+            array = atoms.tie(array, other)
+    if array is not label.array:
+        value.labels[dim] = label.with_array(array)
+    return array.reshape(-1)
+
+
+def row(array: Ints, dim: int) -> Ints:
+    """The atoms along ``dim`` in the first of the blocks that keep as many each."""
+    first: Ints = np.moveaxis(array, dim, -1).reshape(-1, array.shape[dim])[0]
+    return first
 
 
 def join(atoms: Atoms, labels: list[Label], where: str) -> Label:

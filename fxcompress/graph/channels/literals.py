@@ -99,6 +99,15 @@ def _sizes(name: str) -> Callable[[Move], Iterator[Spelling]]:
     return propose
 
 
+def _repeats(move: Move) -> Iterator[Spelling]:
+    """How often each dimension is repeated, from the sizes that are left."""
+    given, old, new = move.call["repeats"], move.source.shape, move.kept.shape(move.results[0])
+    if not isinstance(given, (tuple, list)) or len(given) != len(new):
+        return
+    left = (*(1 for _ in range(len(new) - len(old))), *move.kept.shape(move.source))
+    yield _with(move, "repeats", [n // had if isinstance(r, int) else r for r, n, had in zip(given, new, left, strict=True)])
+
+
 def _with(move: Move, name: str, values: list[Any]) -> Spelling:
     """The call with one argument that may be spread over positionals replaced."""
     node = move.call.node
@@ -246,6 +255,7 @@ def _pad(move: Move) -> Iterator[Spelling]:
 PROPOSALS: dict[str, Callable[[Move], Iterator[Spelling]]] = {
     "reshape": _sizes("shape"),
     "expand": _sizes("sizes"),
+    "repeat": _repeats,
     "unflatten": _unflatten,
     "split": _split,
     "chunk": _split,

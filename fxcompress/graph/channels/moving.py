@@ -25,7 +25,7 @@ def movement(walk: Walk, call: ops.Call) -> Any:
     if any(isinstance(walk.env[node], Value) and _dtype(node) == torch.bool for node in others):
         return walk.give_up(call.node, "picks where a mask says so")
     result = walk.move(call)
-    if any(_varies(walk, node) for node in others):
+    if any(varies(walk, node) for node in others):
         _keep_what_is_picked_from(walk, call, result)
     return result
 
@@ -34,7 +34,7 @@ def _dtype(node: fx.Node) -> Any:
     return getattr(node.meta.get("tensor_meta"), "dtype", None)
 
 
-def _varies(walk: Walk, node: fx.Node) -> bool:
+def varies(walk: Walk, node: fx.Node) -> bool:
     """Whether a number or an index may differ from call to call: it comes from data or from a size that no channels have."""
     if node.op in ("placeholder", "get_attr"):
         return node.op == "placeholder"
@@ -48,7 +48,7 @@ def _varies(walk: Walk, node: fx.Node) -> bool:
     value = walk.value(source)
     if value is not None and isinstance(dim, int) and not isinstance(walk.env.get(node), Value):
         return value.dim(dim) not in value.labels
-    return any(isinstance(walk.env[n], Value) or _varies(walk, n) for n in node.all_input_nodes)
+    return any(isinstance(walk.env[n], Value) or varies(walk, n) for n in node.all_input_nodes)
 
 
 def _keep_what_is_picked_from(walk: Walk, call: ops.Call, result: Any) -> None:
@@ -69,7 +69,22 @@ def identity(walk: Walk, call: ops.Call) -> Value | None:
 def query(walk: Walk, call: ops.Call) -> Any:
     if call.kind == "container":
         return walk.evaluate_containers(call.node)
-    return walk.constant(call.node)
+    if call.kind == "getattr" and call["name"] in VIEWED and walk.value(call["input"]) is not None:
+        return walk.move(call)
+    held = walk.env.get(call["input"]) if call.kind == "getattr" and isinstance(call["input"], fx.Node) else None
+    if isinstance(held, tuple) and call["name"] in FIELDS:
+        return held[FIELDS[call["name"]]]
+    found = walk.constant(call.node)
+    if any(isinstance(leaf, Value) for leaf in pytree.tree_leaves(found)) and any(v.labels for v in walk.inputs(call.node)):
+        return walk.give_up(call.node, f"{call.kind} {call['name'] or ''} has no rule".replace("  ", " "))
+    return found
+
+
+VIEWED = ("T", "mT", "H", "mH", "data", "real")
+"""Attributes of a tensor that are its values, moved."""
+
+FIELDS = {"values": 0, "indices": 1}
+"""Names of the results of operators that give two."""
 
 
 @rule("getitem")
@@ -158,7 +173,7 @@ def pad(walk: Walk, call: ops.Call) -> Any:
     value, amounts, mode = walk.value(call["input"]), call["pad"], call["mode"]
     if call.node.op == "call_module":
         amounts = getattr(walk.module.get_submodule(str(call.node.target)), "padding", None)
-        mode = {"ReflectionPad2d": "reflect", "ReplicationPad2d": "replicate"}.get(_class(walk, call.node), "constant")
+        mode = "constant" if _class(walk, call.node).startswith(("Zero", "Constant")) else "another"
     amounts = walk.plain(amounts)
     if value is None or amounts is None or mode not in (None, "constant"):
         return walk.move(call)
@@ -167,77 +182,6 @@ def pad(walk: Walk, call: ops.Call) -> Any:
 
 def _class(walk: Walk, node: fx.Node) -> str:
     return type(walk.module.get_submodule(str(node.target))).__name__
-
-
-@rule("expand")
-def expand(walk: Walk, call: ops.Call) -> Value:
-    """An index of an expanded dimension has nothing of its own, so it may go where its size is written as a number."""
-    result: Value = walk.move(call)
-    sizes = call["sizes"]
-    source = walk.value(call["input"])
-    if source is None or not isinstance(sizes, (tuple, list)) or len(sizes) != len(result.shape):
-        return result
-    for dim, size in enumerate(sizes):
-        own = dim - (len(sizes) - len(source.shape))
-        if isinstance(size, int) and size > 1 and (own < 0 or source.shape[own] == 1):
-            shape = tuple(size if d == dim else 1 for d in range(len(sizes)))
-            result.labels[dim] = Label(walk.atoms.new(*shape), False)
-    return result
-
-
-@rule("expand_as")
-def expand_as(walk: Walk, call: ops.Call) -> Value:
-    """Expanded dimensions have the size of the other tensor's, and go with them."""
-    value, other = walk.value(call["input"]), walk.value(call["other"])
-    if value is None or other is None:
-        return walk.give_up(call.node, "expands to a shape that is not known")  # type: ignore[no-any-return]
-    return Value(other.shape, broadcast(walk.atoms, [value, other], other.shape, place(call.node)))
-
-
-@rule("copy")
-def copy(walk: Walk, call: ops.Call) -> Any:
-    """Writing over a view: what is written goes with what it replaces."""
-    name = getattr(call.node.target, "__name__", str(call.node.target)).split(".")[0]
-    target, written = walk.value(call["input"]), walk.value(call["other"])
-    if target is None or written is None or name != "copy_":
-        return walk.give_up(call.node, f"{name} has no rule")
-    return Value(target.shape, broadcast(walk.atoms, [target, written], target.shape, place(call.node)))
-
-
-@rule("gather", "fold", "setitem")
-def opaque(walk: Walk, call: ops.Call) -> Any:
-    return walk.give_up(call.node, f"{call.kind} has no rule")
-
-
-@rule("factory", "new")
-def factory(walk: Walk, call: ops.Call) -> Any:
-    """Zeros, ones and fills are the same at every index, so an index whose count is written as a number may go."""
-    shapes = walk.unlabelled(call.node)
-    name = getattr(call.node.target, "__name__", str(call.node.target)).split(".")[0]
-    if not isinstance(shapes, Value):
-        return walk.evaluate_or_none(call.node)
-    if name.removeprefix("new_") not in ("zeros", "ones", "full"):
-        constant = walk.evaluate_or_none(call.node, "cpu")
-        return constant if isinstance(constant, torch.Tensor) and not constant.is_floating_point() else shapes
-    sizes = call["size"]
-    sizes = sizes[0] if isinstance(sizes, (tuple, list)) and sizes and isinstance(sizes[0], (tuple, list)) else sizes
-    zero = "zeros" in name
-    for dim, size in enumerate(shapes.shape):
-        written = sizes[dim] if isinstance(sizes, (tuple, list)) and dim < len(sizes) else None
-        if isinstance(written, int) and size > 1:
-            shape = tuple(size if d == dim else 1 for d in range(len(shapes.shape)))
-            shapes.labels[dim] = Label(walk.atoms.new(*shape), zero)
-    return shapes
-
-
-@rule("like")
-def like(walk: Walk, call: ops.Call) -> Any:
-    """A new tensor of another's shape goes with it."""
-    value = walk.value(call["input"])
-    if value is None:
-        return walk.unlabelled(call.node)
-    zero = "zeros" in str(getattr(call.node.target, "__name__", call.node.target))
-    return Value(value.shape, {d: Label(label.array, zero, label.sites) for d, label in value.labels.items()})
 
 
 @rule("assert")

@@ -25,7 +25,7 @@ from fxcompress.graph.channels.analysis import Channels
 from fxcompress.graph.channels.atoms import Ints
 from fxcompress.graph.channels.kept import Kept, Mask, select
 from fxcompress.graph.channels.labels import Value
-from fxcompress.graph.channels.walk import Walk
+from fxcompress.graph.channels.walk import Walk, operand_names
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.shapes import Recorder, module_of
 
@@ -263,12 +263,21 @@ def _groups_left(groups: int, mask: Mask | None, channels: int) -> int:
 def _over_what_is_left(run: _Silent, call: ops.Call) -> Any:
     """A reduction or a softmax of the kept part, put back in place."""
     source = call["input"]
+    if isinstance(call["dim"], fx.Node):  # the larger of two tensors is no reduction
+        return run.again(call)
     small = select(run.tensor(source), run.masks(source))
-    result = run.again(call, **{source.name: small})
-    masks = run.masks(call.node)
-    if not isinstance(result, torch.Tensor) or not masks:
-        return result
-    return scattered(result, tuple(masks[d].shape[d] if d in masks else size for d, size in enumerate(result.shape)), masks)
+    result = run.again(call, **dict.fromkeys(operand_names(call.node, source), small))
+    values = pytree.tree_leaves(run.walk.env.get(call.node))
+    leaves, spec = pytree.tree_flatten(result)
+    return pytree.tree_unflatten([_put_back(run, r, v) for r, v in zip(leaves, values, strict=True)], spec)
+
+
+def _put_back(run: _Silent, small: Any, value: Any) -> Any:
+    """One result of the kept part, in a tensor of the whole size."""
+    masks = run.left.masks(value) if isinstance(value, Value) else {}
+    if not isinstance(small, torch.Tensor) or not masks:
+        return small
+    return scattered(small, tuple(masks[d].shape[d] if d in masks else size for d, size in enumerate(small.shape)), masks)
 
 
 def _recurrent(run: _Silent, call: ops.Call) -> Any:
@@ -289,12 +298,16 @@ def _recurrent(run: _Silent, call: ops.Call) -> Any:
 _SILENT: dict[str, Callable[[_Silent, ops.Call], Any]] = {
     "contraction": _sum,
     "attention": _sum,
+    "cosine_similarity": _sum,
+    "cdist": _sum,
     "recurrent": _recurrent,
     "layer_norm": _statistics,
     "rms_norm": _statistics,
     "group_norm": _statistics,
     "softmax": _over_what_is_left,
     "log_softmax": _over_what_is_left,
+    "softmin": _over_what_is_left,
+    "softmax2d": _over_what_is_left,
     "normalize": _over_what_is_left,
     "reduction": _over_what_is_left,
 }

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import PassError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.channels.atoms import Atoms, Ints
-from fxcompress.graph.channels.labels import Label, Value
+from fxcompress.graph.channels.labels import Label, Value, moved
 from fxcompress.graph.channels.movement import Sites, move
 from fxcompress.graph.shapes import module_of
 from fxcompress.graph.tree import submodule
@@ -122,17 +122,20 @@ class Walk:
             return self._made(node)
         if node.name in self.refused:
             return self.give_up(node, self.refused[node.name])
+        if edit.has_hooks(node):
+            return self.give_up(node, "it has hooks, which may do anything")
         call = self.call(node)
-        if call is None:
-            what = type(module_of(node)).__name__ if node.op == "call_module" else str(node.target)
-            return self.give_up(node, f"{what} has no rule")
-        found = RULES.get(call.kind) or FAMILIES.get(call.op.family)
-        if found is None:
-            return self.give_up(node, f"{call.kind} has no rule")
+        if call is None and is_pointwise(node):
+            call = ops.Call(node, POINTWISE, dict(enumerate_operands(node)))
+        found = (RULES.get(call.kind) or FAMILIES.get(call.op.family)) if call is not None else None
+        if call is None or found is None:
+            return self.give_up(node, f"{operator_name(node) if call is None else call.kind} has no rule")
         try:
             return found(self, call)
         except _ShapelessError as error:
             return self.give_up(node, str(error))
+        except Exception as error:  # a form of the call that its rule does not foresee: nothing is claimed about it
+            return self.give_up(node, f"this form of {call.kind} is not understood ({type(error).__name__}: {error})")
 
     def unlabelled(self, node: fx.Node) -> Any:
         meta = node.meta.get("tensor_meta")
@@ -148,7 +151,7 @@ class Walk:
     def _made(self, node: fx.Node) -> Any:
         """A call on nothing but plain values and constant tensors."""
         call = self.call(node)
-        found = RULES.get(call.kind) if call is not None and call.kind in ("factory", "new") else None
+        found = RULES.get(call.kind) if call is not None and (call.kind in ("factory", "new") or _repeats(call)) else None
         return found(self, call) if found is not None and call is not None else self.constant(node)
 
     def constant(self, node: fx.Node) -> Any:
@@ -240,14 +243,26 @@ class Walk:
             for label in value.labels.values():
                 self.atoms.freeze(label.array, reason)
 
+    def row_of(self, label: Label, dim: int, along: int, rank: int) -> Ints:
+        """The atoms along one dimension by themselves, laid along a dimension of a tensor of ``rank``."""
+        array = label.array
+        for other in range(array.ndim):
+            if other != dim:
+                array = self.atoms.tie(array, other)
+        return moved(array.reshape(-1), {0: along}, rank)
+
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The shape of a node's tensor, from its metadata."""
         return tuple(node.meta["tensor_meta"].shape)
 
     def give_up(self, node: fx.Node, reason: str) -> Any:
-        """Freeze all that reaches ``node`` and the parameters of its module; its results stay whole."""
+        """Freeze all that reaches ``node`` and the parameters of its module; its results stay whole.
+
+        Where no channel reaches it there is nothing to remark.
+        """
         where = f"{reason} ({place(node)})"
-        self.opaque[node] = reason
+        if node.op == "call_module" or any(value.labels for value in self.inputs(node)):
+            self.opaque[node] = reason
         for value in self.inputs(node):
             self.freeze(value, where)
         if node.op == "call_module":
@@ -323,6 +338,39 @@ def operand_names(node: fx.Node, source: Any) -> list[str]:
 
 def _fetches(node: fx.Node, source: Any) -> bool:
     return isinstance(source, ops.Attr) and node.op == "get_attr" and str(node.target) == source.name
+
+
+POINTWISE = ops.Op("elementwise", "pointwise")
+"""Whatever torch says is elementwise, and the op table has no row for."""
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether torch tags an operator that the op table does not know as elementwise."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.pointwise in node.target.tags
+    name = operator_name(node) if node.op in ("call_function", "call_method") else ""
+    packet = getattr(torch.ops.aten, name.removeprefix("special_").strip("_"), None) if name else None
+    return packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
+
+
+def enumerate_operands(node: fx.Node) -> list[tuple[str, Any]]:
+    """The arguments of a call by the names of their places."""
+    return [*((str(place), value) for place, value in enumerate(node.args)), *node.kwargs.items()]
+
+
+def operator_name(node: fx.Node) -> str:
+    """The name people know an operator by."""
+    if node.op == "call_module":
+        return type(module_of(node)).__name__
+    if isinstance(node.target, (str, torch._ops.OpOverload)):
+        return str(node.target)
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _repeats(call: ops.Call) -> bool:
+    """Whether a constant tensor is expanded to a size that is written as a number, as a number of channels may be."""
+    sizes = call["sizes"] if call.kind == "expand" else ()
+    return isinstance(sizes, (tuple, list)) and any(isinstance(size, int) and size > 1 for size in sizes)
 
 
 def _is_meta(value: Any) -> bool:
