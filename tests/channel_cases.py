@@ -114,7 +114,7 @@ class LeaveOutTheSilent(TorchFunctionMode):
     """Normalisation, softmax and means over channels, of which those count that are not zero everywhere."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = {{"axis": "dim", "keepdims": "keepdim"}.get(name, name): value for name, value in (kwargs or {}).items()}
         rule = LEAVING_OUT.get(func)
         return rule(func, *args, **kwargs) if rule is not None else func(*args, **kwargs)
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from fxcompress.errors import PassError
-from tests import hostile_layers, hostile_moves, hostile_networks
+from tests import hostile_layers, hostile_moves, hostile_networks, hostile_spellings
 from tests.channel_cases import Hostile, LeaveOutTheSilent, error, lived_in, prune, remarks, silenced
 
-MODELS: dict[str, Hostile] = {**hostile_moves.MODELS, **hostile_layers.MODELS, **hostile_networks.MODELS}
+PAGES = (hostile_moves, hostile_layers, hostile_networks, hostile_spellings)
+MODELS: dict[str, Hostile] = {name: model for page in PAGES for name, model in page.MODELS.items()}
 
 EVERY = bool(os.environ.get("CHANNEL_POLICIES"))
 """Whether each model is pruned by every policy, or by one of them, in turn."""

@@ -315,8 +315,12 @@ def call_arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[s
             break
         if position < len(args):
             bound[name] = args[position]
-    bound.update(kwargs)
+    bound.update({ALIASES.get(name, name): value for name, value in kwargs.items()})
     return bound
+
+
+ALIASES = {"axis": "dim", "keepdims": "keepdim"}
+"""Argument names that torch takes as numpy spells them."""
 
 
 def _read_module(node: fx.Node, op: Op) -> Call:

@@ -11,18 +11,18 @@ from fxcompress.graph.channels.labels import Label, Value, aligned, alone, broad
 from fxcompress.graph.channels.walk import Walk, place, rule
 
 
-def contract(walk: Walk, labels: list[Label | None], where: str, weight: Label | None = None) -> None:
-    """The operands' labels of a dimension that is summed over; None: an operand that is whole there.
+def contract(walk: Walk, labels: list[Label | None], where: str, *weights: Label | None) -> None:
+    """The operands' labels of a dimension that is summed over; None: an operand or a weight that is whole there.
 
-    ``weight`` is the label of the parameter that meets them. A sum loses nothing when a channel goes that is zero once its
-    producer is; otherwise what it leaves behind (a bias through a sigmoid) is lost with it.
+    ``weights`` are the labels of the parameter that meets them. A sum loses nothing when a channel goes that is zero once
+    its producer is; otherwise what it leaves behind (a bias through a sigmoid) is lost with it.
     """
     operands = [label for label in labels if label is not None]
-    known = operands + ([weight] if weight is not None else [])
+    known = operands + [weight for weight in weights if weight is not None]
     if not known:
         return
     joined = join(walk.atoms, known, where)
-    if len(operands) < len(labels):
+    if len(known) < len(labels) + len(weights):
         walk.freeze(joined, f"is summed with a value of fixed size at {where}")
     if operands and not any(label.zero for label in operands):
         walk.atoms.doubt(joined.array, f"what it leaves behind is not zero at {where}")
@@ -74,6 +74,7 @@ def _not_zero(label: Label, walk: Walk, bias: Any) -> Label:
 def produce(walk: Walk, call: ops.Call, result: Value, label: Label | None, dim: int) -> None:
     """The channels a weight makes, and its bias with them."""
     if label is None:
+        walk.freeze(walk.value(call["bias"]), f"belongs to channels of fixed size at {place(call.node)}")
         return
     rank = len(result.shape)
     array = moved(label.array, {0: dim}, rank) if label.array.ndim else label.array

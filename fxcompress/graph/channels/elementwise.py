@@ -88,6 +88,8 @@ def _bind(walk: Walk, call: ops.Call, result: Value, channel: int, names: tuple[
         vector = walk.value(call[name]) if call[name] is not None else None
         line = alone(walk.atoms, vector, 0) if vector is not None else None
         if line is None:
+            if vector is not None and vector.shape[0] > 1:
+                walk.freeze(result.labels.get(channel), f"meets a value of fixed size at {place(call.node)}")
             continue
         walk.role(call[name], 0, "scale" if name == "weight" and call.kind == "batch_norm" else "norm")
         array = moved(line, {0: channel}, len(result.shape))
@@ -127,6 +129,8 @@ def layer_norm(walk: Walk, call: ops.Call) -> Value:
             assert vector is not None
             walk.role(call[name], dim, "norm")
             if dim not in vector.labels:
+                if vector.shape[dim] > 1:
+                    walk.freeze(result.labels.get(first + dim), f"meets a value of fixed size at {where}")
                 continue
             array = moved(vector.labels[dim].array, {d: first + d for d in range(count)}, rank)
             if first + dim in result.labels:

@@ -144,6 +144,15 @@ def _slice(move: Move) -> Iterator[Spelling]:
     yield from _picked(move, dim, positions)
 
 
+def _select(move: Move) -> Iterator[Spelling]:
+    """One index: its place among those that are left."""
+    dim, index = move.source.dim(_plain_dim(move)), move.call["index"]
+    kept = move.line(dim)
+    if isinstance(index, int) and kept[index]:
+        place = int(kept[: index % len(kept)].sum())
+        yield Spelling("call_function", torch.select, (move.call.node.args[0], dim, place), {})
+
+
 def _positions(move: Move, dim: int) -> list[int] | None:
     """For a call that only picks indices along ``dim``: the new operand's positions in the order of the new result."""
     line = torch.arange(move.source.shape[dim], dtype=torch.float32)
@@ -259,6 +268,7 @@ PROPOSALS: dict[str, Callable[[Move], Iterator[Spelling]]] = {
     "unflatten": _unflatten,
     "split": _split,
     "chunk": _split,
+    "select": _select,
     "slice": _slice,
     "narrow": _slice,
     "index_select": _slice,

@@ -98,8 +98,7 @@ def getitem(walk: Walk, call: ops.Call) -> Any:
 @rule("cat")
 def cat(walk: Walk, call: ops.Call) -> Value:
     """Labels follow one another along the joined dimension and go together along the others."""
-    values = [value for tensor in call["tensors"] if (value := walk.value(tensor)) is not None]
-    values = [value for value in values if value.shape != (0,)]
+    values = [value for value in walk.several(call["tensors"]) if value.shape != (0,)]
     shape, where = walk.shape(call.node), place(call.node)
     dim, rank = values[0].dim(call["dim"]), len(shape)
     result = Value(shape)
@@ -149,7 +148,7 @@ def _line(walk: Walk, value: Value, dim: int) -> Any:
 @rule("stack")
 def stack(walk: Walk, call: ops.Call) -> Value:
     """The new dimension keeps every index; along the others the operands go together."""
-    values = [value for tensor in call["tensors"] if (value := walk.value(tensor)) is not None]
+    values = walk.several(call["tensors"])
     shape = walk.shape(call.node)
     dim = call["dim"] % len(shape)
     labels = broadcast(walk.atoms, values, values[0].shape, place(call.node), "all")

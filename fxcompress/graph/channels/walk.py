@@ -199,6 +199,13 @@ class Walk:
             return Value(tuple(found.shape))
         return found if isinstance(found, Value) else None
 
+    def several(self, argument: Any) -> list[Value]:
+        """A list of tensors, written out or as the result of a call, as values."""
+        held = self.env.get(argument) if isinstance(argument, fx.Node) else None
+        if held is not None:
+            return [leaf for leaf in held if isinstance(leaf, Value)]
+        return [value for item in argument if (value := self.value(item)) is not None]
+
     def operand(self, argument: Any) -> Value:
         """An argument that must be a tensor, as a value."""
         found = self.value(argument)
