@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
+from tests import channel_blocks as blocks
+from tests.channel_blocks import FUNCTIONS, Attention, Excite, Norm2d
 from tests.channel_cases import lived_in
 
 __all__ = ["Drawn", "Program", "channel_networks"]
@@ -41,95 +43,10 @@ class Program(nn.Module):
         return pool[-1]
 
 
-class Attention(nn.Module):
-    """Self-attention with two heads; ``packed``: one projection for all three."""
-
-    def __init__(self, width: int, packed: bool) -> None:
-        super().__init__()
-        self.packed = packed
-        self.inner = nn.Linear(width, 24) if packed else nn.ModuleList(nn.Linear(width, 8) for _ in range(3))
-        self.out = nn.Linear(8, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed:
-            q, k, v = self.inner(x).reshape(x.shape[0], x.shape[1], 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
-        else:
-            layers: Any = self.inner
-            q, k, v = (layer(x).view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2) for layer in layers)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class Excite(nn.Module):
-    """Squeeze and excite."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Conv2d(width, 4, 1), nn.Conv2d(4, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.up(F.silu(self.down(x.mean((2, 3), keepdim=True)))))
-
-
-class Norm2d(nn.LayerNorm):
-    """Layer normalisation over the channels of a map."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias).permute(0, 3, 1, 2)
-
-
-def shuffled(x: Tensor) -> Tensor:
-    n, c, h, w = x.shape
-    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
-
-
-def gated(x: Tensor) -> Tensor:
-    a, b = x.chunk(2, 1)
-    return a * torch.sigmoid(b)
-
-
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "relu": lambda x: F.relu(x),
-    "sigmoid": torch.sigmoid,
-    "gelu": F.gelu,
-    "hardswish": F.hardswish,
-    "times two": lambda x: x * 2.0,
-    "plus one": lambda x: 1.0 + x,
-    "negative": lambda x: -x,
-    "add": lambda a, b: a + b,
-    "multiply": lambda a, b: a * torch.tanh(b),
-    "average": lambda a, b: torch.stack([a, b]).mean(0),
-    "cat": lambda a, b: torch.cat([a, b], 1),
-    "cat last": lambda a, b: torch.cat((a, b), dim=-1),
-    "first half": lambda x: x.chunk(2, dim=1)[0],
-    "second half": lambda x: torch.split(x, x.shape[1] // 2, dim=1)[1],
-    "halves gate": gated,
-    "F.glu": lambda x: F.glu(x, 1),
-    "all but one": lambda x: x[:, 1:],
-    "every other": lambda x: x[:, ::2],
-    "listed": lambda x: x[:, [3, 0, 2, 1]],
-    "flip": lambda x: x.flip(1),
-    "roll": lambda x: torch.roll(x, 1, 1),
-    "twice": lambda x: x.repeat(1, 2, 1, 1),
-    "each twice": lambda x: x.repeat_interleave(2, 1),
-    "interleaved": lambda a, b: torch.stack((a, b), 2).flatten(1, 2),
-    "padded": lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)),
-    "shuffled": shuffled,
-    "pixel shuffle": lambda x: F.pixel_shuffle(x, 2),
-    "pixel unshuffle": lambda x: F.pixel_unshuffle(x, 2),
-    "max pool": lambda x: F.max_pool2d(x, 2),
-    "upsample": lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"),
-    "strongest gates": lambda x: x * torch.sigmoid(x.amax(1, keepdim=True)),
-    "to sequence": lambda x: x.flatten(2).transpose(1, 2),
-    "to map": lambda t, like: t.transpose(1, 2).reshape(t.shape[0], -1, like.shape[2], like.shape[3]),
-    "pooled": lambda x: x.mean((2, 3)),
-    "flat": lambda x: F.adaptive_avg_pool2d(x, 2).flatten(1),
-    "flat, channels last": lambda x: F.adaptive_avg_pool2d(x, 2).permute(0, 2, 3, 1).reshape(x.shape[0], -1),
-    "over the sequence": lambda t: t.mean(1),
-}
-
-ACTIVATIONS = ["relu", "sigmoid", "gelu", "hardswish", "times two", "plus one", "negative"]
+ACTIVATIONS = ["relu", "sigmoid", "gelu", "hardswish", "times two", "plus one", "negative", "atan"]
 RESHAPED = {"twice": 2.0, "each twice": 2.0, "every other": 0.5, "first half": 0.5, "second half": 0.5}
 RESHAPED |= {"halves gate": 0.5, "F.glu": 0.5, "flip": 1.0, "roll": 1.0, "shuffled": 1.0, "strongest gates": 1.0}
+SAME = ["by their number", "gated by one", "shared gate", "mirrored in space", "a row overwritten", "sorted in space"]
 
 
 @dataclass(frozen=True)
@@ -159,6 +76,12 @@ class Draft:
         self.live.append(live)
         return len(self.live) - 1
 
+    def again(self, layer: int, operands: tuple[int, ...], live: Live) -> int:
+        """A layer that is there already is called once more."""
+        self.steps.append((type(self.layers[layer]).__name__, operands, layer))
+        self.live.append(live)
+        return len(self.live) - 1
+
     def pick(self, sequence: bool = False) -> int | None:
         """A live value, the newest most often; not the input."""
         fitting = [i for i, live in enumerate(self.live) if i and (live.like is not None) == sequence]
@@ -178,10 +101,13 @@ class Draft:
 
 def convolution(draft: Draft, source: int) -> None:
     live = draft.live[source]
-    width, kind = (
-        live.channels,
-        draft.draw(st.sampled_from(["plain", "plain", "1x1", "depth", "depth2", "groups", "transposed"])),
-    )
+    kinds = ["plain", "plain", "1x1", "depth", "depth2", "groups", "transposed", "normalised", "again"]
+    width, kind = live.channels, draft.draw(st.sampled_from(kinds))
+    known = [i for i, layer in enumerate(draft.layers) if type(layer) is nn.Conv2d and layer.in_channels == width]
+    if kind == "again" and known:
+        layer = draft.draw(st.sampled_from(known))
+        draft.again(layer, (source,), Live(int(draft.layers[layer].out_channels), live.scale))  # type: ignore[arg-type]
+        return
     bias = draft.draw(st.booleans())
     if kind == "depth":
         conv: nn.Module = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=bias)
@@ -195,6 +121,8 @@ def convolution(draft: Draft, source: int) -> None:
             conv = nn.ConvTranspose2d(width, out, 3, padding=1, groups=groups, bias=bias)
         elif kind == "1x1":
             conv = nn.Conv2d(width, out, 1, bias=bias)
+        elif kind == "normalised":
+            conv = parametrizations.weight_norm(nn.Conv2d(width, out, 3, padding=1, bias=bias))
         else:
             conv = nn.Conv2d(width, out, 3, padding=1, groups=groups, bias=bias)
     draft.emit(conv, (source,), Live(out, live.scale))
@@ -204,6 +132,7 @@ def normalise(draft: Draft, source: int) -> None:
     live = draft.live[source]
     width = live.channels
     norms = [nn.BatchNorm2d(width), nn.InstanceNorm2d(width, affine=True), nn.PReLU(width), Norm2d(width)]
+    norms += [blocks.Scaled(width, False), nn.Softmax2d()]
     norms += [nn.GroupNorm(2, width)] if width % 2 == 0 and width > 2 else []
     draft.emit(norms[draft.draw(st.integers(0, len(norms) - 1))], (source,), live)
 
@@ -214,7 +143,8 @@ def activate(draft: Draft, source: int) -> None:
 
 def combine(draft: Draft, source: int) -> None:
     other = draft.partner(source, same_width=True)
-    draft.emit(draft.draw(st.sampled_from(["add", "multiply", "average"])), (source, other), draft.live[source])
+    what = draft.draw(st.sampled_from(["add", "multiply", "average", "largest where"]))
+    draft.emit(what, (source, other), draft.live[source])
 
 
 def join(draft: Draft, source: int) -> None:
@@ -231,9 +161,12 @@ def join(draft: Draft, source: int) -> None:
 
 def rearrange(draft: Draft, source: int) -> None:
     live = draft.live[source]
-    what = draft.draw(st.sampled_from([*RESHAPED, "all but one", "listed", "padded"]))
+    what = draft.draw(st.sampled_from([*RESHAPED, *SAME, "all but one", "listed", "padded", "thirds", "folded"]))
     width = live.channels
-    if what in RESHAPED and width % 2 == 0 and 2 <= width * RESHAPED[what] <= 24:
+    if what in SAME or (what == "thirds" and width >= 3) or (what == "folded" and live.scale > -2):
+        named = {"thirds": "thirds in another order", "folded": "blocks folded"}.get(what, what)
+        draft.emit(named, (source,), live)
+    elif what in RESHAPED and width % 2 == 0 and 2 <= width * RESHAPED[what] <= 24:
         draft.emit(what, (source,), Live(int(width * RESHAPED[what]), live.scale))
     elif what == "all but one" and width > 2:
         draft.emit(what, (source,), Live(width - 1, live.scale))
@@ -257,7 +190,8 @@ def resize(draft: Draft, source: int) -> None:
 
 
 def excite(draft: Draft, source: int) -> None:
-    draft.emit(Excite(draft.live[source].channels), (source,), draft.live[source])
+    made = draft.draw(st.sampled_from([Excite, Excite, blocks.Involution]))
+    draft.emit(made(draft.live[source].channels), (source,), draft.live[source])
 
 
 def to_sequence(draft: Draft, source: int) -> None:
@@ -272,16 +206,46 @@ def to_sequence(draft: Draft, source: int) -> None:
 def sequence_step(draft: Draft, source: int) -> int:
     live = draft.live[source]
     width = live.channels
-    what = draft.draw(st.sampled_from(["linear", "attention", "norm", "act", "add", "cat"]))
-    if what == "linear":
-        out = draft.draw(st.sampled_from(WIDTHS))
-        return draft.emit(nn.Linear(width, out, bias=draft.draw(st.booleans())), (source,), Live(out, live.scale, live.like))
-    if what == "attention":
-        return draft.emit(Attention(width, draft.draw(st.booleans())), (source,), live)
-    if what == "norm":
-        return draft.emit(draft.draw(st.sampled_from([nn.LayerNorm, nn.RMSNorm]))(width), (source,), live)
-    {"act": activate, "add": combine, "cat": join}[what](draft, source)
+    what = draft.draw(st.sampled_from([*MIXING, *KEEPING, "act", "add", "cat", "some"]))
+    out = draft.draw(st.sampled_from(WIDTHS))
+    if what in MIXING:
+        return draft.emit(MIXING[what](draft, width, out), (source,), Live(out, live.scale, live.like))
+    if what in ("attention", "norm"):
+        return draft.emit(KEEPING[what](draft, width), (source,), live)
+    if what == "some" and live.like is not None:
+        kept = draft.emit("some tokens", (source,), live)
+        return draft.emit("add", (source, draft.emit("mean of tokens", (kept,), live)), live)
+    {"act": activate, "add": combine, "cat": join}.get(what, activate)(draft, source)
     return len(draft.live) - 1
+
+
+def attention_layer(draft: Draft, width: int) -> nn.Module:
+    """Attention of any kind that keeps its width."""
+    what = draft.draw(st.sampled_from(["apart", "packed", "by hand", "torch"] if width % 2 == 0 else ["apart", "packed"]))
+    if what == "torch":
+        first = draft.draw(st.booleans())
+        return nn.TransformerEncoderLayer(width, 2, 8, dropout=0.0, batch_first=True, norm_first=first)
+    return blocks.ByHand(width) if what == "by hand" else Attention(width, what == "packed")
+
+
+def sequence_norm(draft: Draft, width: int) -> nn.Module:
+    scaled = blocks.Scaled(width, True)
+    return draft.draw(st.sampled_from([nn.LayerNorm(width), nn.RMSNorm(width), nn.LayerNorm(width, bias=False), scaled]))
+
+
+KEEPING: dict[str, Callable[..., nn.Module]] = {"attention": attention_layer, "norm": sequence_norm}
+
+MIXING: dict[str, Callable[..., nn.Module]] = {
+    "linear": lambda draft, width, out: nn.Linear(width, out, bias=draft.draw(st.booleans())),
+    "product": lambda draft, width, out: blocks.Summed(
+        width, out, draft.draw(st.sampled_from(["linear", "matmul", "einsum", "from the left"]))
+    ),
+    "taps": lambda draft, width, out: blocks.Taps(width, out, 2 if width % 2 == 0 else 1),
+    "recurrent": lambda draft, width, out: blocks.Recurrent(
+        draft.draw(st.sampled_from([nn.LSTM, nn.GRU, nn.RNN])), width, out
+    ),
+}
+"""Steps of a sequence that make channels of another number."""
 
 
 STEPS = (convolution, convolution, convolution, normalise, activate, combine, join, rearrange, rearrange, resize, excite)
@@ -312,8 +276,8 @@ def channel_networks(draw: Any, max_steps: int = 10) -> Drawn:
             draw(st.sampled_from((*STEPS, to_sequence)))(draft, source)
         heads = [head(draft, i) for i in {len(draft.live) - 1, draft.pick()} if i is not None]
         if len(heads) > 1:
-            draft.emit("add", (heads[0], heads[1]), Live(3))
-        model = lived_in(Program(draft.steps, draft.layers, draw(st.sampled_from([False, False, True]))), seed)
+            draft.emit(draw(st.sampled_from(["add", "several"])), (heads[0], heads[1]), Live(3))
+        model = lived_in(Program(draft.steps, draft.layers, draw(st.sampled_from([False] * 7 + [True]))), seed)
         small, large = (torch.randn(n, 3, size, size, dtype=torch.float64) for n, size in ((2, 8), (3, 12)))
     return Drawn(model, small, large)
 

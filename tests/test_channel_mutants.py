@@ -27,7 +27,7 @@ from tests.channel_cases import LeaveOutTheSilent, error, silenced
 from tests.channel_strategies import Drawn, channel_networks
 from tests.test_channel_random import EXAMPLES, analysed, picked, shrink
 
-some = settings(max_examples=max(1, EXAMPLES // 6), deadline=None, suppress_health_check=list(HealthCheck))
+some = settings(max_examples=max(1, EXAMPLES // 24), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @dataclass

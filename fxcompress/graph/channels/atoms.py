@@ -53,6 +53,15 @@ class Atoms:
             self.merge(np.ascontiguousarray(np.broadcast_to(first, array.shape)), array, "a shared index")
         return first
 
+    def told_apart(self, line: Ints, where: str) -> Ints:
+        """The line with atoms of its own where one atom stands in it several times, so that what comes of each is known."""
+        live = line[line > 0]
+        if len(np.unique(live)) == len(live):
+            return line
+        made = np.where(line > 0, self.new(len(line)), 0)
+        self.merge(made, line, where)
+        return made
+
     def freeze(self, atoms: Ints, reason: str) -> None:
         """These atoms stay."""
         self._frozen.append((atoms.ravel(), reason))

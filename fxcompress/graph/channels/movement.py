@@ -122,7 +122,13 @@ class _Place:
         elif array.size != max(array.shape):
             arranged = self._keep_order(array, dim, found, arranged, chosen)
         arranged = self._fill_holes(found, arranged, chosen)
-        return chosen, Label(arranged, label.zero, sites)
+        return chosen, Label(self._tell_apart(arranged, chosen), label.zero, sites)
+
+    def _tell_apart(self, arranged: Ints, chosen: int) -> Ints:
+        """Atoms of its own for each copy of an index that stands in several places, so that what comes of each is known."""
+        if arranged.size != arranged.shape[chosen]:
+            return arranged
+        return self.atoms.told_apart(arranged.reshape(-1), self.where).reshape(arranged.shape)
 
     def _keep_order(self, array: Ints, dim: int, found: Ints, arranged: Ints, chosen: int) -> Ints:
         """Blocks merged into one dimension must stay in one piece each; otherwise they must keep the same indices."""

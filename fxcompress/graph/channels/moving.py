@@ -104,7 +104,7 @@ def cat(walk: Walk, call: ops.Call) -> Value:
     result = Value(shape)
     if shape[dim] > 1 and any(dim in value.labels for value in values):
         parts = [_line(walk, value, dim) for value in values]
-        line = _told_apart(walk, np.concatenate(parts), where)
+        line = walk.atoms.told_apart(np.concatenate(parts), where)
         array = line.reshape(tuple(-1 if d == dim else 1 for d in range(rank)))
         known = [value.labels[dim] for value in values if dim in value.labels]
         zero, sites = all(label.zero for label in known), frozenset().union(*(label.sites for label in known))
@@ -122,16 +122,6 @@ def cat(walk: Walk, call: ops.Call) -> Value:
         else:
             result.labels[other] = joined
     return result
-
-
-def _told_apart(walk: Walk, line: Any, where: str) -> Any:
-    """The line with atoms of its own where one atom stands in it several times, so that what comes of each is known."""
-    live = line[line > 0]
-    if len(np.unique(live)) == len(live):
-        return line
-    made = np.where(line > 0, walk.atoms.new(len(line)), 0)
-    walk.atoms.merge(made, line, where)
-    return made
 
 
 def _line(walk: Walk, value: Value, dim: int) -> Any:
