@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxcompress.distillation import losses
+from fxcompress.distillation.losses.precision import unit
+from fxcompress.distillation.memory import InBatch, MemoryBank, MemoryQueue
 from fxcompress.errors import ConfigError, DataError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -295,6 +297,7 @@ def test_nce_scores_hits_and_misses() -> None:
     for x, row in zip(positive.tolist(), negatives.tolist(), strict=True):
         total += math.log(x / (x + noise + 1e-7)) + sum(math.log(noise / (v + noise + 1e-7)) for v in row)
     close(losses.nce_loss(positive, negatives, 50), -total / 4)
+    close(losses.nce_loss(positive.log(), negatives.log(), 50, logarithms=True), -total / 4)
     counted = torch.ones(4, 6, dtype=torch.bool)
     counted[:, 3:] = False
     assert losses.nce_loss(positive, negatives, 50, counted) < losses.nce_loss(positive, negatives, 50)
@@ -351,6 +354,29 @@ MAPS: dict[str, Loss] = {
 }
 
 
+def _contrast(make: Callable[[], torch.nn.Module]) -> Loss:
+    """A contrastive loss of directions, as the distiller has it."""
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        rows = [t.double() if t.dtype == torch.float64 else t.float() for t in (student, teacher)]
+        with torch.autocast("cpu", enabled=False):
+            pair = [unit(r.flatten(2).mean(2) if r.dim() == 4 else r) for r in rows]
+            return make().to(pair[0].dtype)(*pair, torch.arange(len(student)), None)  # type: ignore[no-any-return]
+
+    return loss
+
+
+def _memories(temperature: float) -> dict[str, Loss]:
+    return {
+        f"bank T={temperature}": _contrast(lambda: MemoryBank(9, 5, 12, temperature, 0.5, 0)),
+        f"queue T={temperature}": _contrast(lambda: MemoryQueue(9, 5, temperature, 0)),
+        f"batch T={temperature}": _contrast(lambda: InBatch(temperature)),
+    }
+
+
+CONTRAST = {**_memories(0.07), **_memories(0.001)}
+
+
 def hazards(shape: tuple[int, ...]) -> dict[str, tuple[Tensor, Tensor]]:
     """Pairs of student and teacher that break naive code."""
     plain = lambda seed: double(*shape, seed=seed).float()  # noqa: E731
@@ -384,7 +410,12 @@ STEEP = ("tiny", "large")
 
 CASES = [
     pytest.param(loss, shape, hazard, id=f"{name}-{'x'.join(map(str, shape))}-{hazard}")
-    for table, shapes in ((LOGITS, [(6, 5), (2, 3, 4, 4)]), (RELATIONS, [(6, 5), (3, 4, 2, 2)]), (MAPS, [(3, 4, 6, 6)]))
+    for table, shapes in (
+        (LOGITS, [(6, 5), (2, 3, 4, 4)]),
+        (RELATIONS, [(6, 5), (3, 4, 2, 2)]),
+        (CONTRAST, [(6, 5), (3, 5, 2, 2)]),
+        (MAPS, [(3, 4, 6, 6)]),
+    )
     for name, loss in table.items()
     for shape in shapes
     for hazard in hazards(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -29,6 +30,11 @@ def _from_everyone(value: Tensor) -> Tensor:
 def _same_class(others: Tensor, labels: Tensor) -> Tensor:
     """Which of the ``others`` (K,) are of the class of each sample (B,); labels below 0 are unknown and alike to none."""
     return (others == labels[:, None]) & (labels[:, None] >= 0)
+
+
+def _log_mean(logarithms: Tensor) -> Tensor:
+    """The logarithm of the mean of what these are the logarithms of."""
+    return torch.logsumexp(logarithms, 0) - math.log(len(logarithms))
 
 
 class _Memory(nn.Module):
@@ -66,7 +72,7 @@ class MemoryBank(_Memory):
         self.register_buffer("student", _random(samples, width, generator))
         self.register_buffer("teacher", _random(samples, width, generator))
         self.register_buffer("labels", torch.full((samples,), -1, dtype=torch.int32))
-        self.register_buffer("scales", torch.zeros(2))
+        self.register_buffer("scales", torch.full((2,), torch.nan))  # log Z of both directions, from the first batch
 
     def forward(self, student: Tensor, teacher: Tensor, index: Tensor | None, labels: Tensor | None) -> Tensor:
         """The loss of a batch of embeddings of length one, which then enter the bank."""
@@ -98,11 +104,12 @@ class MemoryBank(_Memory):
     def _side(self, number: int, anchor: Tensor, bank: Tensor, index: Tensor, drawn: Tensor, counted: Tensor) -> Tensor:
         """One of the two directions: ``anchor`` against what the bank holds of the other model."""
         positive = (anchor * bank[index]).sum(1)
-        both = torch.cat([positive[:, None], anchor @ bank[drawn].T], 1).div(self.temperature).exp()
-        if float(self.scales[number]) == 0.0:
-            self.scales[number] = _from_everyone(both.detach().mean()[None]).mean() * self.samples
-        both = both / self.scales[number].clone()
-        return nce_loss(both[:, 0], both[:, 1:], self.samples, counted)
+        both = torch.cat([positive[:, None], anchor @ bank[drawn].T], 1).div(self.temperature)
+        if math.isnan(float(self.scales[number])):
+            shares = _from_everyone(_log_mean(both.detach().flatten())[None])
+            self.scales[number] = _log_mean(shares) + math.log(self.samples)
+        both = both - self.scales[number].clone()
+        return nce_loss(both[:, 0], both[:, 1:], self.samples, counted, logarithms=True)
 
     @torch.no_grad()
     def _update(self, student: Tensor, teacher: Tensor, index: Tensor, labels: Tensor | None) -> None:
