@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 import runpy
@@ -109,3 +110,63 @@ def test_commands_in_the_text_parse(text: str) -> None:
     assert len(commands) >= 4
     for command in commands:
         parser().parse_args(shlex.split(command))
+
+
+# the two in step
+
+CHINESE = TEXTS["README.zh-CN.md"]
+
+
+def prose(text: str) -> str:
+    """The text without its code blocks."""
+    return re.sub(r"```.*?```\n", "", text, flags=re.S)
+
+
+def tables(text: str) -> list[list[str]]:
+    """Table by table, the names in code of every row's first cell."""
+    found = re.findall(r"(?:^\|.*\n)+", prose(text), re.M)
+    return [
+        [" ".join(sorted(re.findall(r"`[^`]+`", row.split(" | ")[0]))) for row in table.splitlines()[2:]] for table in found
+    ]
+
+
+def test_both_have_the_same_headings() -> None:
+    levels = [re.findall(r"^(#+) (.*)$", prose(text), re.M) for text in (ENGLISH, CHINESE)]
+    pairs = list(itertools.zip_longest(*levels, fillvalue=("", "nothing")))
+    odd = [f"{a[1]!r} against {b[1]!r}" for a, b in pairs if a[0] != b[0]]
+    assert not odd, f"README.md and README.zh-CN.md have other headings from here on: {odd[0]}"
+
+
+def test_both_have_the_same_rows_in_their_tables() -> None:
+    english, chinese = tables(ENGLISH), tables(CHINESE)
+    assert len(english) == len(chinese), "one of README.md and README.zh-CN.md has a table that the other lacks"
+    for ours, theirs in zip(english, chinese, strict=True):
+        lacking = {"README.zh-CN.md": [row for row in ours if row not in theirs]}
+        lacking["README.md"] = [row for row in theirs if row not in ours]
+        for name, rows in lacking.items():
+            assert not rows, f"{name} lacks a row that the other has: {', '.join(rows)}"
+        assert ours == theirs, "the rows of a table stand in another order"
+
+
+def test_both_have_the_same_blocks() -> None:
+    for language in ("python", "sh", "text", "yaml"):
+        english, chinese = blocks(ENGLISH, language), blocks(CHINESE, language)
+        kind = f"{language} block"
+        assert len(english) == len(chinese), f"README.md has {len(english)} {kind}s, README.zh-CN.md has {len(chinese)}"
+        for number, (ours, theirs) in enumerate(zip(english, chinese, strict=True), 1):
+            same = code(ours) == code(theirs) if language == "python" else ours == theirs
+            assert same, f"{kind} {number} of README.zh-CN.md is not that of README.md (comments may differ):\n{ours}"
+
+
+def test_both_name_the_same_things_in_code() -> None:
+    english, chinese = (set(re.findall(r"`([^`\n]+)`", prose(text))) for text in (ENGLISH, CHINESE))
+    assert not english - chinese, f"README.zh-CN.md does not mention {sorted(english - chinese)}"
+    assert not chinese - english, f"README.md does not mention {sorted(chinese - english)}"
+
+
+def test_every_file_of_the_package_has_a_row() -> None:
+    package = ROOT / "fxcompress"
+    files = {f"`fxcompress/{path.name}`" for path in package.glob("*.py")} - {"`fxcompress/__init__.py`"}
+    folders = {f"`fxcompress/{path.parent.name}/`" for path in package.glob("*/__init__.py")} - {"`fxcompress/passes/`"}
+    rows = {name for table in tables(ENGLISH) for row in table for name in row.split(" ")}
+    assert not (files | folders) - rows, f"README.md lacks a row for {sorted((files | folders) - rows)}"
