@@ -56,8 +56,9 @@ def step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], float
     return stopwatch(once)
 
 
-def measure(run: Run, batch: int = 8, size: int = 224) -> Iterator[Figure]:
+def measure(run: Run) -> Iterator[Figure]:
     """ResNet-18, batch 8, 224×224."""
+    batch, size = run.pick((8, 224), (2, 64))
     name = run.chosen(("resnet18",), ("resnet18",))[0]
     torch.manual_seed(0)
     images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
