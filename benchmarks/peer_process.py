@@ -25,7 +25,8 @@ class Peers:
     """
 
     def __init__(self, python: Path | None, threads: int = 1, patience: float = 300.0) -> None:
-        self.python, self.threads, self.patience = python, threads, patience
+        self.python = None if python is None else python.absolute()  # not resolved: an environment is found by its link
+        self.threads, self.patience = threads, patience
         self._place = TemporaryDirectory(prefix="peers-")
         self.folder = Path(self._place.name)
         self._process: subprocess.Popen[str] | None = None

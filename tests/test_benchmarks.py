@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,7 +164,7 @@ def test_the_list_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_peers_answer_in_a_process_of_their_own() -> None:
-    with Peers(Path(sys.executable)) as peers:
+    with Peers(Path(os.path.relpath(sys.executable))) as peers:
         assert peers.ask("versions")["versions"]["torch"] == machine.describe(1)["versions"]["torch"]
         with pytest.raises(PeerError, match="unheard of"):
             peers.ask("build", "unheard of")
