@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 
 import torch
 
-from fxcompress import commands
+from fxcompress import __version__, commands
 from fxcompress.bench import __main__ as bench
-from fxcompress.errors import FxCompressError, PassError, TrainingError, VerificationError
+from fxcompress.exit_status import exit_status
 
 __all__ = ["main"]
-
-_REFUSED = (VerificationError, PassError, TrainingError)
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -28,6 +25,7 @@ Run = Callable[[argparse.Namespace], int]
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="fxcompress", description="A compiler for model compression.")
+    made.add_argument("--version", action="version", version=f"fxcompress {__version__}")
     sub = made.add_subparsers(required=True, metavar="command")
     compress = _command(
         sub, "compress", commands.compress, "compress a model as a configuration says, and save it",
@@ -121,7 +119,7 @@ def _report(made: argparse.ArgumentParser) -> None:
 
 
 def _shape(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--shape", type=int, nargs="+", metavar="N", help="of an example input, batch first")
+    made.add_argument("--shape", type=bench.positive, nargs="+", metavar="N", help="of an example input, batch first")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,17 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return bench.main(arguments[1:])
     options = parser().parse_args(arguments)
     torch._logging.set_logs(all=logging.CRITICAL)  # type: ignore[attr-defined]  # a model that torch.export refuses is an error of ours, or none
-    try:
-        return int(options.run(options))
-    except FxCompressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, _REFUSED) else 2
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_status(lambda: int(options.run(options)))
 
 
 if __name__ == "__main__":

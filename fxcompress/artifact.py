@@ -34,7 +34,7 @@ from fxcompress.graph.trace import Rung, is_traced
 from fxcompress.pass_base import STAGES, Context
 from fxcompress.plan import build_pass
 
-__all__ = ["load", "save"]
+__all__ = ["check_target", "load", "save"]
 
 FORMAT = 1
 _GRAPH, _TENSORS, _HISTORY = "graph.json", "tensors.safetensors", "history.json"
@@ -49,8 +49,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ArtifactError(f"save() takes a traced model, got a {type(model).__name__}; trace() it first.")
     assert isinstance(model, fx.GraphModule)
     target = Path(path)
-    if target.exists() and not (target / _GRAPH).is_file():
-        raise ArtifactError(f"{str(target)!r} exists and is not a saved model; choose another path.")
+    check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -59,6 +58,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_target(target: Path) -> None:
+    """Raise ArtifactError where something stands at ``target`` that is no saved model."""
+    if target.exists() and not (target / _GRAPH).is_file():
+        raise ArtifactError(f"{str(target)!r} exists and is not a saved model; choose another path.")
 
 
 def _replace(partial: Path, target: Path) -> None:

@@ -27,7 +27,7 @@ from fxcompress.files import whole
 from fxcompress.graph.cost import cost, node_costs
 from fxcompress.graph.coverage import coverage
 from fxcompress.graph.inputs import Arguments
-from fxcompress.graph.shapes import example_of
+from fxcompress.graph.shapes import Recorder, example_of
 from fxcompress.manager import PassManager
 from fxcompress.models import build_data, build_model
 from fxcompress.pipeline import CompressionPipeline
@@ -48,6 +48,7 @@ def compress(options: argparse.Namespace) -> int:
     data = _data(options.data, config, "data")
     validation = _data(options.validation, config, "validation")
     call = _example(options.shape)
+    _check_start(options, pipeline, data, target)
     model = pipeline.run(
         None,
         data,
@@ -75,6 +76,16 @@ def compress(options: argparse.Namespace) -> int:
         for name, (before, after) in found.get("metrics", {}).items():
             print(f"{name}: {before:.4g} before, {after:.4g} after")
     return 0
+
+
+def _check_start(options: argparse.Namespace, pipeline: CompressionPipeline, data: Any, target: Path) -> None:
+    """Refuse before any work what would be refused after it."""
+    artifact.check_target(target)
+    if options.resume and options.keep is None:
+        raise ConfigError("--resume goes on from what --keep FOLDER holds: give --keep as well.")
+    needy = [step.name for step in pipeline.plan if "data" in step.needs]
+    if needy and data is None:
+        raise ConfigError(f"{needy[0]!r} needs data: give --data, or a 'data' section in the configuration.")
 
 
 def _before_and_after(before: nn.Module, after: fx.GraphModule, validation: Any) -> dict[str, Any]:
@@ -133,6 +144,8 @@ def export(options: argparse.Namespace) -> int:
     model = _saved(options.model, options)
     target = _output(options.output)
     call = _example(options.shape)
+    if call is not None:
+        Recorder(model).record(call)
     _FORMATS[options.format](model, target, call)
     if options.json:
         _print({"output": str(target), "format": options.format, "bytes": target.stat().st_size})
@@ -235,6 +248,8 @@ def _pipeline(options: argparse.Namespace, needs_model: bool = True) -> tuple[Co
     for name in options.imports:
         _import(name)
     config = read_config(Path(options.config))
+    if options.weights is not None and options.model is None:
+        raise ConfigError("--weights are those of --model: give --model, or 'pretrained' in the configuration's model.")
     model = None if options.model is None else _model(options.model, options.weights)
     pipeline = build_compression_pipeline(config, model)
     if needs_model and pipeline.model is None:
@@ -248,8 +263,8 @@ def _import(name: str) -> None:
         sys.path.insert(0, os.getcwd())
     try:
         importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(f"--import {name}: {error}.") from error
+    except Exception as error:  # it is somebody's code: whatever it raises is theirs to mend
+        raise ConfigError(f"--import {name}: {type(error).__name__}: {error}.") from error
 
 
 def _model(text: str, weights: str | None) -> nn.Module:

@@ -14,6 +14,7 @@ import yaml
 
 import fxcompress
 from fxcompress.__main__ import main, parser
+from fxcompress.bench import __main__ as bench
 from fxcompress.schema import schema
 
 ROOT = Path(__file__).parent.parent
@@ -162,6 +163,12 @@ def test_sensitivity_is_measured_and_reported(place: Path, capsys: pytest.Captur
         (["compress", "config.yaml", *MINE, "-o", "out", "--data", "{type: rndom}"], "Did you mean 'random'"),
         (["compress", "config.yaml", *MINE, "-o", "out", "--data", "{type: random, shape: [1, 4, 4], classes: 4}"], ""),
         (["compress", "config.yaml", *MINE, "-o", "out", "--weights", "none.pth", "--model", "commands-test"], "none.pth"),
+        (["compress", "config.yaml", *MINE, "-o", "config.yaml"], "is not a saved model"),
+        (["compress", "config.yaml", *MINE, "-o", "out", "--resume"], "--keep"),
+        (["compress", "config.yaml", *MINE, "-o", "out", "--weights", "mine.pth"], "give --model"),
+        (["compress", "qat.yaml", *MINE, "-o", "out", "--model", "commands-test"], "'train' needs data: give --data"),
+        (["plan", "config.yaml", "--import", "raises"], "ValueError: not today"),
+        (["plan", "config.yaml", "--import", "misspelt"], "SyntaxError"),
         (["inspect", "."], "no saved model"),
         (["export", "nowhere", "-o", "x.onnx"], "no saved model"),
         (["replay", "nowhere"], "not a reproducer"),
@@ -170,6 +177,9 @@ def test_sensitivity_is_measured_and_reported(place: Path, capsys: pytest.Captur
 def test_what_the_user_can_mend_ends_with_status_2_and_no_output(
     arguments: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (place / "qat.yaml").write_text("compression: {type: QATQuantizer, epochs: 1}")
+    (place / "raises.py").write_text("raise ValueError('not today')")
+    (place / "misspelt.py").write_text("def f(:")
     text = run(capsys, *arguments, status=2)
     assert text.startswith("error: ")
     assert message in text
@@ -194,12 +204,50 @@ def test_every_command_shows_an_example_that_parses(capsys: pytest.CaptureFixtur
 
     actions = next(action for action in parser()._actions if action.choices)
     for name, command in dict(actions.choices).items():  # type: ignore[arg-type]
-        if name == "bench":
-            continue
-        example = command.epilog.splitlines()[1].split(">")[0]
+        command = bench.parser() if name == "bench" else command
+        example = str(command.epilog).splitlines()[1].split(">")[0]
         words = shlex.split(example)
         assert words[:2] == ["fxcompress", name]
-        parser().parse_args(words[1:])
+        command.parse_args(words[2:])
+
+
+def test_the_command_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"fxcompress {fxcompress.__version__}\n")
+
+
+@pytest.mark.parametrize("shape", [["2", "1", "-8", "8"], ["0"], ["x"]])
+def test_a_shape_that_is_none_is_refused(shape: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["compress", "config.yaml", *MINE, "-o", "out", "--shape", *shape])
+    assert ended.value.code == 2
+    assert "--shape" in capsys.readouterr().err
+
+
+def test_a_shape_the_model_refuses_is_said_by_export(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "compress", "config.yaml", *MINE, "-o", "small")
+    for form in ("onnx", "torch"):
+        text = run(capsys, "export", "small", "--format", form, "-o", "a.pt2", "--shape", "1", "2", "8", "8", status=2)
+        assert text.startswith("error: the example inputs [(1, 2, 8, 8)] do not run through the model")
+    assert not (place / "a.pt2").exists()
+
+
+def test_a_disk_that_refuses_is_one_line_and_status_2(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "small")
+
+    monkeypatch.setattr("fxcompress.artifact.save", full)
+    text = run(capsys, "compress", "config.yaml", *MINE, "-o", "small", status=2)
+    assert text == "error: 'small': No space left on device.\n"
+
+
+def test_a_saved_int8_model_is_listed_by_kinds_of_operators(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "compress", "config.yaml", *MINE, "-o", "small")
+    kinds = {row["kind"] for row in json.loads(run(capsys, "inspect", "small", "--json"))["graph"]}
+    assert "conv2d" in kinds and "island" not in kinds
 
 
 def test_the_module_is_the_command() -> None:

@@ -121,6 +121,7 @@ ORDER = [
         "commands",
         "bench",
         "__main__",
+        "exit_status",
         "__init__",
     },
 ]

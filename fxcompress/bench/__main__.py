@@ -1,6 +1,4 @@
-"""python -m fxcompress.bench: compressed torchvision models, measured beside the originals in one run.
-
-    python -m fxcompress.bench --models resnet18 mobilenet_v2 --plans fp32 int8
+"""Compressed torchvision models, measured beside the originals in one run (also python -m fxcompress.bench).
 
 Works offline: weights are drawn from a seed (or downloaded with --weights), inputs are seeded noise, batch normalisation has
 lived on it. Latencies are taken in turns with eager fp32, the speed-up is the ratio of medians.
@@ -21,7 +19,8 @@ from torch import nn
 from tqdm import tqdm
 
 from fxcompress.bench import interleaved, models, presets
-from fxcompress.errors import DataError, FxCompressError
+from fxcompress.errors import DataError
+from fxcompress.exit_status import exit_status
 from fxcompress.graph.cost import cost
 from fxcompress.graph.coverage import coverage
 from fxcompress.graph.inputs import Arguments
@@ -31,7 +30,7 @@ from fxcompress.observe import output_snr
 from fxcompress.plan import Plan
 from fxcompress.report import Case, bench_page, gather, report_path
 
-__all__ = ["main", "measure"]
+__all__ = ["main", "measure", "positive"]
 
 _COLUMNS = ("model", "plan", "MB", "parameters", "MMACs", "median ms", "p90 ms", "speed-up", "SNR dB", "int8 MACs")
 
@@ -123,15 +122,20 @@ def _shown(row: dict[str, Any]) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="python -m fxcompress.bench", description=__doc__, formatter_class=_Formatter)
+    made = argparse.ArgumentParser(
+        prog="fxcompress bench",
+        description=__doc__,
+        epilog="example:\n  fxcompress bench --models resnet18 mobilenet_v2 --plans fp32 int8 --report page.html",
+        formatter_class=_Formatter,
+    )
     made.add_argument("--models", nargs="+", default=["resnet18"], help="torchvision names")
     made.add_argument(
         "--plans", nargs="+", default=["fp32", "int8"], help=f"presets ({', '.join(presets.PRESETS)}) or files"
     )
-    made.add_argument("--batch", type=_positive, default=1)
-    made.add_argument("--threads", type=_positive, default=1)
-    made.add_argument("--shape", type=_positive, nargs="+", metavar="N", help="height and width (and frames first)")
-    made.add_argument("--runs", type=_positive, default=30, help="timed rounds at most")
+    made.add_argument("--batch", type=positive, default=1)
+    made.add_argument("--threads", type=positive, default=1)
+    made.add_argument("--shape", type=positive, nargs="+", metavar="N", help="height and width (and frames first)")
+    made.add_argument("--runs", type=positive, default=30, help="timed rounds at most")
     made.add_argument("--seconds", type=float, default=20.0, help="stop timing a model after this long")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--weights", action="store_true", help="download torchvision's default weights")
@@ -160,7 +164,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
     pass
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number from 1 on, as an argument."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
@@ -168,22 +173,22 @@ def _positive(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 for success, 2 for something the caller can mend."""
+    """Run the command; 0 for success, 1 where a result was refused, 2 for something the caller can mend."""
     options = parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
-    try:
-        plans = {name: presets.find(name) for name in options.plans}
-        report = report_path(options.report)
-        found = [measure(name, plans, options) for name in options.models]
-        rows = [row for of_model, _ in found for row in of_model]
-        if report is not None:
-            cases = [case for _, of_model in found for case in of_model]
-            title = f"{' and '.join(options.plans)} on {', '.join(options.models)}"
-            measured = _COLUMNS, [_shown(row) for row in rows]
-            write(report, bench_page(title, measured, _quantities(rows), cases, _conditions(options)))
-    except FxCompressError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    report = report_path(options.report)
+    plans = {name: presets.find(name) for name in options.plans}
+    found = [measure(name, plans, options) for name in options.models]
+    rows = [row for of_model, _ in found for row in of_model]
+    if report is not None:
+        cases = [case for _, of_model in found for case in of_model]
+        title = f"{' and '.join(options.plans)} on {', '.join(options.models)}"
+        measured = _COLUMNS, [_shown(row) for row in rows]
+        write(report, bench_page(title, measured, _quantities(rows), cases, _conditions(options)))
     if options.json:
         print(json.dumps({"torch": str(torch.__version__), "threads": options.threads, "rows": rows}, indent=1))
     else:

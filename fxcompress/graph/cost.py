@@ -74,7 +74,7 @@ def node_costs(module: nn.Module) -> list[NodeCost]:
                 rows.append(
                     NodeCost(
                         f"{region}.{node.name}" if region else node.name,
-                        ops.kind(node),
+                        str(node.meta.get("kind") or ops.kind(node)),
                         sum(t.numel() for t in owned if t.is_floating_point() or t.dtype == torch.int8),
                         macs(node),
                         sum(t.numel() * t.element_size() for t in owned),

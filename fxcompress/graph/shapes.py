@@ -82,6 +82,10 @@ def numel(node: fx.Node) -> int:
 class _Interpreter(fx.Interpreter):
     """Runs nodes one by one, with the ordinary containers that generated code would pass."""
 
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False  # it prints the whole graph, and fails on quantized dtypes
+
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         return tuple(_plain(arg) for arg in args), {key: _plain(value) for key, value in kwargs.items()}
