@@ -7,18 +7,17 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY
 from typing import Any, ClassVar, Self
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
-from fxcompress.distillation.losses.logits import check_labels
 from fxcompress.distillation.models import check_values, common_dtype, deterministic, in_dtype, traced
 from fxcompress.distillation.parameters import Assignable, Weight, check_options, distiller
-from fxcompress.distillation.step import Step, logits_of
+from fxcompress.distillation.step import Row, Step, logits_of
+from fxcompress.distillation.targets import classification, sample_numbers
 from fxcompress.distillation.teacher import TeacherCache, frozen
 from fxcompress.errors import ConfigError, DataError, FxCompressError
 from fxcompress.graph import taps
@@ -29,23 +28,12 @@ from fxcompress.registry import Registry
 from fxcompress.weighted import Weighted
 from fxcompress.weights import load_weights
 
-__all__ = ["DISTILLERS", "BaseDistiller", "Row", "make_distiller"]
+__all__ = ["DISTILLERS", "BaseDistiller", "make_distiller"]
 
 log = logging.getLogger("fxcompress")
 
 DISTILLERS = Registry("distiller")
 """Distillers by class name."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """How one pair of layers is brought together."""
-
-    teacher: str
-    teacher_shape: tuple[int, ...]
-    student: str
-    student_shape: tuple[int, ...]
-    how: str
 
 
 @distiller
@@ -239,7 +227,7 @@ class BaseDistiller(Assignable):
         self._require_models()
         self._last, self._losses = None, []
         call = Arguments((), inputs) if images is None else arguments(images)
-        index = None if index is None else _numbers(index)
+        index = None if index is None else sample_numbers(index)
         student, theirs = self._run(1, self.student, call)
         teacher, ours = self._answer(call, index)
         step = Step(student, teacher, theirs, ours, targets, index, self.epoch, self.output, self.ignore_index)
@@ -300,13 +288,7 @@ class BaseDistiller(Assignable):
     def _task(self, output: Any, targets: Any) -> Tensor:
         if self.task_loss is not None:
             return self.task_loss(output, targets)
-        logits = logits_of(output, self.output)
-        _check_targets(targets, logits)
-        if not targets.is_floating_point():
-            check_labels(targets, logits.shape[1], self.ignore_index)
-            if not bool((targets != self.ignore_index).any()):
-                return logits.sum() * 0.0
-        return F.cross_entropy(logits, targets, ignore_index=self.ignore_index)
+        return classification(logits_of(output, self.output), targets, self.ignore_index)
 
     def _require_models(self) -> None:
         if not self.is_bound:
@@ -349,28 +331,6 @@ def _unbound(distillers: Any) -> list[BaseDistiller]:
     if any(member.is_bound for member in made):
         raise ConfigError("distillers=[...] takes distillers without models of their own: leave teacher and student out.")
     return made
-
-
-def _numbers(index: Any) -> Tensor:
-    """The samples' numbers in the dataset as a tensor; DataError where they are none."""
-    numbers = torch.as_tensor(index)
-    if numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype is torch.bool:
-        raise DataError(
-            f"index holds the samples' numbers in the dataset, (B,) of int64, not {list(numbers.shape)} of {numbers.dtype}."
-        )
-    return numbers.long()
-
-
-def _check_targets(targets: Any, logits: Tensor) -> None:
-    """DataError unless targets are labels for these logits, or probabilities of their shape."""
-    if not isinstance(targets, Tensor):
-        raise DataError(f"targets are a {type(targets).__name__}; they are a tensor of labels. (Or give task_loss.)")
-    wanted = logits.shape if targets.is_floating_point() else logits.shape[:1] + logits.shape[2:]
-    if targets.shape != wanted:
-        what = "probabilities (labels are int64)" if targets.is_floating_point() else "labels"
-        raise DataError(
-            f"targets are {list(targets.shape)} {what}, and the student's logits {list(logits.shape)} take {list(wanted)}."
-        )
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:

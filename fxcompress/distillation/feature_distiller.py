@@ -10,7 +10,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from fxcompress.distillation.base_distiller import Row
 from fxcompress.distillation.fusion import Reviewer
 from fxcompress.distillation.layer_distiller import LayerDistiller, ProjectedDistiller, Projector
 from fxcompress.distillation.layers import Layer, map_of
@@ -31,7 +30,7 @@ from fxcompress.distillation.preactivation import (
     preactivation,
 )
 from fxcompress.distillation.projectors import feed
-from fxcompress.distillation.step import Step
+from fxcompress.distillation.step import Row, Step
 from fxcompress.errors import ConfigError
 from fxcompress.graph.taps import Features
 

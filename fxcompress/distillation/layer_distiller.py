@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, fx, nn
 
-from fxcompress.distillation.base_distiller import BaseDistiller, Row
+from fxcompress.distillation.base_distiller import BaseDistiller
 from fxcompress.distillation.layers import Layer, layer_of
 from fxcompress.distillation.logit_distiller import LogitDistiller
 from fxcompress.distillation.parameters import distiller
 from fxcompress.distillation.projectors import align, build_projector, feed
-from fxcompress.distillation.step import Step
+from fxcompress.distillation.step import Row, Step
 from fxcompress.errors import ConfigError
 from fxcompress.graph import taps
 from fxcompress.graph.taps import Features

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.distillation.base_distiller import BaseDistiller, Row
+from fxcompress.distillation.base_distiller import BaseDistiller
 from fxcompress.distillation.layers import layer_of
 from fxcompress.distillation.losses import (
     angle_loss,
@@ -23,7 +23,7 @@ from fxcompress.distillation.losses.precision import raised, unit
 from fxcompress.distillation.memory import InBatch, MemoryBank, MemoryQueue
 from fxcompress.distillation.parameters import Count, Fraction, Positive, Weight, distiller
 from fxcompress.distillation.projectors import feed
-from fxcompress.distillation.step import Step
+from fxcompress.distillation.step import Row, Step
 from fxcompress.errors import ConfigError
 from fxcompress.graph import ops
 from fxcompress.graph.taps import Features

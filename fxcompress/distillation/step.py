@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fxcompress.errors import ConfigError
 
-__all__ = ["Step", "logits_of"]
+__all__ = ["Row", "Step", "logits_of"]
 
 
 @dataclass
@@ -37,6 +37,17 @@ class Step:
         if student.dim() == teacher.dim() == 4 and student.shape[2:] != teacher.shape[2:]:
             student = F.interpolate(student, teacher.shape[2:], mode="bilinear", align_corners=False)
         return student, teacher
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one pair of layers is brought together."""
+
+    teacher: str
+    teacher_shape: tuple[int, ...]
+    student: str
+    student_shape: tuple[int, ...]
+    how: str
 
 
 def logits_of(output: Any, key: str | int | None = None) -> Tensor:
