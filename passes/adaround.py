@@ -58,7 +58,7 @@ class AdaRound(Pass):
         if not calls:
             return
         with evaluating(model):
-            twins = twins_of(model, calls, context)
+            twins = twins_of(model, calls)
             generator = context.generator()
             layers = twins.layers(context.skip)
             for name in tqdm(layers, self.name, disable=hidden(context.progress), leave=False, unit="layer"):

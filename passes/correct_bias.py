@@ -16,9 +16,8 @@ from fxcompress.errors import DataError
 from fxcompress.graph import edit
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.island import regions
-from fxcompress.graph.module import shared_copy
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise, hidden
-from fxcompress.passes.fold_quantization import FoldQuantization
+from fxcompress.passes.fold_quantization import quantized_copy
 from fxcompress.quantization.lockstep import Step, Twins, channel_mean, evaluating
 
 __all__ = ["CorrectBias"]
@@ -46,7 +45,7 @@ class CorrectBias(Pass):
         if not calls:
             return
         with evaluating(model):
-            twins = twins_of(model, calls, context)
+            twins = twins_of(model, calls)
             layers = twins.layers(context.skip)
             for name in tqdm(layers, self.name, disable=hidden(context.progress), leave=False, unit="layer"):
                 correct(twins, twins.reach(name))
@@ -63,11 +62,9 @@ def walkable(who: str, model: fx.GraphModule, context: Context, num_batches: int
     return calls
 
 
-def twins_of(module: fx.GraphModule, calls: Sequence[Arguments], context: Context) -> Twins:
+def twins_of(module: fx.GraphModule, calls: Sequence[Arguments]) -> Twins:
     """``module`` beside its quantized copy."""
-    twin = shared_copy(module)
-    FoldQuantization().run(twin, Context(inputs=context.inputs))
-    return Twins(module, twin, calls)
+    return Twins(module, quantized_copy(module), calls)
 
 
 def correct(twins: Twins, step: Step) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from fxcompress.backends.base import Backend
 from fxcompress.errors import DataError
 from fxcompress.graph import edit, ops, qdq
 from fxcompress.graph.island import regions
+from fxcompress.graph.module import shared_copy
 from fxcompress.graph.shapes import module_of, tensor_meta
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.quantization.fake_quant import FakeQuantize, fake_quantizers
@@ -21,7 +23,7 @@ from fxcompress.quantization.observer import ActivationObserver, observers
 from fxcompress.quantization.placement import activation_grid, operands
 from fxcompress.quantization.weight_folder import WeightFolder
 
-__all__ = ["FoldQuantization"]
+__all__ = ["FoldQuantization", "quantized_copy"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,17 @@ class FoldQuantization(Pass):
 
     def run(self, module: fx.GraphModule, context: Context) -> None:
         _Folding(module, context).run()
+
+
+def quantized_copy(
+    module: fx.GraphModule, change: Callable[[fx.GraphModule], object] = lambda trial: None
+) -> fx.GraphModule:
+    """The quantize/dequantize graph of an observed one, after a change; ``module`` stays as it is."""
+    trial = shared_copy(module)
+    change(trial)
+    FoldQuantization().run(trial, Context())
+    edit.finish(trial)
+    return trial
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,16 +15,16 @@ from tqdm import tqdm
 from fxcompress import backends
 from fxcompress.data import split_batch
 from fxcompress.graph import edit, ops
+from fxcompress.graph.cost import macs
 from fxcompress.graph.module import shared_copy
-from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise, Remark, hidden
+from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise, hidden
 from fxcompress.passes.adaround import AdaRound
 from fxcompress.passes.correct_bias import CorrectBias, walkable
 from fxcompress.passes.equalize_layers import EqualizeLayers
-from fxcompress.passes.fold_quantization import FoldQuantization
+from fxcompress.passes.fold_quantization import quantized_copy
 from fxcompress.passes.lower import become
 from fxcompress.quantization.fake_quant import fake_quantizers
 from fxcompress.quantization.lockstep import evaluating
-from fxcompress.quantization.observer import observers
 from fxcompress.quantization.placement import operands
 from fxcompress.quantization.sensitivity import Judge, Metric, SweepFile, fingerprint, sweep
 
@@ -35,10 +35,10 @@ __all__ = ["RecoverAccuracy"]
 class RecoverAccuracy(Pass):
     """Apply the cheapest remedies until quantization costs no more than ``max_drop``, and say what was done.
 
-    In this order, each on a trial copy that is kept only where it helps: cross-layer equalization (ranges are then observed
-    again; where replacing ReLU6 harms, once more around it), bias correction, adaptive rounding of the layers that cost
-    most, and last of all float for one layer after the other, costliest first. What a layer costs is measured once: the
-    noise of the quantized model less that with the layer in float.
+    In this order, each on a trial copy that is kept only where it helps: cross-layer equalization of the chains of layers
+    that it serves (then once more with ReLU6 replaced by ReLU), bias correction, adaptive rounding of the layers that cost
+    most, and last of all float for as few layers as will do, those first that give most for their multiplications. What a
+    layer costs is measured once: the noise of the model with this layer alone quantized.
 
     Options: ``max_drop``, in points of ``metric``: ``accuracy`` (batches hold targets), ``agreement`` of the largest output
     with the float model's, ``fidelity`` (100 less the noise's share of the output power, in percent), or ``auto``;
@@ -76,28 +76,28 @@ class _Recovery:
     def __init__(self, options: RecoverAccuracy, model: fx.GraphModule, context: Context, judge: Judge) -> None:
         self.options, self.model, self.context, self.judge = options, model, context, judge
         self.started = time.monotonic()
-        self.heard: list[Remark] = []
         self.weights: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor | None] = {}
 
     def run(self) -> None:
         self.judge.listen(self.model)
-        self.drop, self.noise = self.judge.drop(_quantized(self.model))
+        self.drop, self.noise = self.judge.drop(quantized_copy(self.model))
         self.context.note("", f"quantization costs {self._points(self.drop)}; {self.options.max_drop:g} may be lost")
-        if self._goes_on("equalize-layers") and not self._try("equalize-layers", self._equalize):
-            kept = "equalize-layers, ReLU6 kept"
-            if any("ReLU6" in remark.reason for remark in self.heard) and self._goes_on(kept):
-                self._try(kept, lambda trial: self._equalize(trial, "keep"))
+        if self._goes_on("equalize-layers"):
+            self._try("equalize-layers", self._equalize)
+        replacing = "equalize-layers, ReLU6 replaced"
+        if _has_relu6(self.model) and self._goes_on(replacing):
+            self._try(replacing, lambda trial: self._equalize(trial, "replace"))
         if self._goes_on("correct-bias"):
             self._try("correct-bias", self._correct_bias)
-        ranked: list[str] = []
-        if self.options.adaround_layers and self._goes_on("the sensitivity sweep"):
-            ranked = self._rank()
+        costs: dict[str, float] = {}
+        if (self.options.adaround_layers or self.options.allow_float) and self._goes_on("the sensitivity sweep"):
+            costs = self._costs()
         if self.options.adaround_layers and self._goes_on("adaround"):
-            chosen = ranked[: self.options.adaround_layers]
+            chosen = sorted(costs, key=lambda name: -costs[name])[: self.options.adaround_layers]
             self._try("adaround", lambda trial: self._round(trial, chosen))
         if self.options.allow_float and self._goes_on("float"):
-            self._back_to_float(ranked or self._rank())
+            self._back_to_float(costs)
         left = "" if self.drop <= self.options.max_drop else f", more than the {self.options.max_drop:g} asked for"
         self.context.note("", f"quantization now costs {self._points(self.drop)}{left}")
 
@@ -124,7 +124,7 @@ class _Recovery:
             self.context.note("", f"{name} was not tried: {reason}")
             return False
         edit.finish(trial)
-        drop, noise = self.judge.drop(_quantized(trial))
+        drop, noise = self.judge.drop(quantized_copy(trial))
         kept = noise < self.noise
         verdict = "" if kept else ", no better: undone"
         self.context.note("", f"{name}: {self._points(self.drop)} became {drop:.3g}{verdict}")
@@ -135,20 +135,10 @@ class _Recovery:
             self.weights, self.biases = before
         return kept
 
-    def _equalize(self, trial: fx.GraphModule, relu6: Literal["replace", "keep"] = "replace") -> str | None:
+    def _equalize(self, trial: fx.GraphModule, relu6: Literal["bound", "replace"] = "bound") -> str | None:
         if fake_quantizers(trial):
             return "its scales were trained"
-        quiet = self._quiet()
-        EqualizeLayers(relu6=relu6).run(trial, quiet)
-        self.heard = quiet.remarks
-        watching = observers(trial).values()
-        for observer in watching:
-            observer.calibrator.reset()
-            observer.enabled = True
-        for call in self.judge.calls:
-            call(trial)
-        for observer in watching:
-            observer.enabled = False
+        EqualizeLayers(relu6=relu6, num_batches=self.options.num_batches).run(trial, self._quiet())
         return None
 
     def _correct_bias(self, trial: fx.GraphModule) -> str | None:
@@ -174,32 +164,44 @@ class _Recovery:
         context = self.context
         return Context(inputs=context.inputs, data=context.data, seed=context.seed, progress=progress)
 
-    def _rank(self) -> list[str]:
-        """Quantized layers, costliest first."""
+    def _costs(self) -> dict[str, float]:
+        """The noise of the model where one layer alone is quantized, by layer."""
         module, layers = self.model, list(self._layers(self.model))
         file = SweepFile(self.options.cache, fingerprint(module, self.judge.calls, module.meta["quantization"]))
         if file.resumed:
             self.context.note("", f"{file.resumed} of {len(layers)} layers were measured before, in {self.options.cache!r}")
         bar = tqdm(layers, "sensitivity", disable=hidden(self.context.progress), leave=False, unit="layer")
 
-        def noise_without(name: str) -> float:
-            return self.judge.drop(_quantized(module, lambda trial: self._put_back(trial, name)))[1]
+        def noise_of(name: str) -> float:
+            return self.judge.drop(quantized_copy(module, lambda trial: self._isolate(trial, name)))[1]
 
-        costs = sweep(bar, noise_without, self.noise, file, self._out_of_time)
+        costs = sweep(bar, noise_of, file, self._out_of_time)
         if len(costs) < len(layers):
             self.context.note("", f"the time budget is spent: {len(layers) - len(costs)} layers were not measured")
-        return sorted(costs, key=lambda name: -costs[name])
+        return costs
 
-    def _back_to_float(self, ranked: list[str]) -> None:
-        for name in ranked:
-            if not self._goes_on(f"float for {name!r}"):
-                return
-            if name not in self._layers(self.model):  # it went back with another that reads its weight
-                continue
-            before = self.drop
-            node = self._put_back(self.model, name)
-            self.drop, self.noise = self.judge.drop(_quantized(self.model))
-            self.context.note(node, f"back to float: {self._points(before)} became {self.drop:.3g}")
+    def _back_to_float(self, costs: dict[str, float]) -> None:
+        """Put back as few layers as will do; where time runs out first, what left the least noise."""
+        weighed = {node.name: macs(node) for node in self.model.graph.nodes if node.name in costs}
+        ranked = sorted(weighed, key=lambda name: -costs[name] / max(weighed[name], 1))
+        tried: dict[int, tuple[float, float]] = {0: (self.drop, self.noise)}
+        bar = tqdm(desc="float", disable=hidden(self.context.progress), leave=False, unit="trial")
+
+        def suffices(count: int) -> bool:
+            trial = quantized_copy(self.model, lambda trial: self._put_back(trial, ranked[:count]))
+            tried[count] = self.judge.drop(trial)
+            bar.update()
+            return tried[count][0] <= self.options.max_drop
+
+        found = _fewest(len(ranked), suffices, lambda: self._goes_on("another number of layers in float"))
+        bar.close()
+        chosen = found or min(tried, key=lambda count: tried[count][1])
+        self.drop, self.noise = tried[chosen]
+        place = {name: number for number, name in enumerate(ranked)}
+        nodes = self._put_back(self.model, ranked[:chosen])
+        for node in sorted(nodes, key=lambda node: place.get(node.name, len(ranked))):
+            alone = f"{100 * costs[node.name]:.3g} % noise" if node.name in costs else "it shares a weight"
+            self.context.note(node, f"back to float: quantized alone, {alone}")
 
     def _layers(self, module: fx.GraphModule) -> dict[str, ops.Call]:
         """Layers that will be quantized, by node name."""
@@ -211,24 +213,34 @@ class _Recovery:
                 found[node.name] = call
         return found
 
-    def _put_back(self, module: fx.GraphModule, name: str) -> fx.Node:
-        """Leave a layer in float, with the weight it had; biases that were corrected are corrected for what is left.
-
-        Whatever else reads the weight goes back with it.
-        """
+    def _demote(self, module: fx.GraphModule, names: Sequence[str]) -> list[fx.Node]:
+        """Leave layers in float, with the weights they had, and whatever else reads these weights."""
         layers = self._layers(module)
-        call = layers[name]
-        weight = edit.get_tensor(module, call["weight"].name)
-        for other in layers.values():
-            if edit.get_tensor(module, other["weight"].name) is weight:
-                other.node.meta |= {"integer": False, "float": "quantizing it costs too much"}
-        if name in self.weights:
-            edit.set_tensor(module, call["weight"].name, self.weights[name])
+        weights = {id(edit.get_tensor(module, layers[name]["weight"].name)) for name in names}
+        found = [c for c in layers.values() if id(edit.get_tensor(module, c["weight"].name)) in weights]
+        for call in found:
+            call.node.meta |= {"integer": False, "float": "quantizing it costs too much"}
+            if call.node.name in self.weights:
+                edit.set_tensor(module, call["weight"].name, self.weights[call.node.name])
         _follow(module)
-        if self.biases:
+        return [call.node for call in found]
+
+    def _put_back(self, module: fx.GraphModule, names: Sequence[str]) -> list[fx.Node]:
+        """Leave layers in float; biases that were corrected are corrected for what is left. Returns the layers' nodes."""
+        nodes = self._demote(module, names)
+        if self.biases and names:
             self._restore_biases(module)
             CorrectBias(num_batches=self.options.num_batches).run_model(module, self._quiet())
-        return call.node
+        return nodes
+
+    def _isolate(self, module: fx.GraphModule, name: str) -> None:
+        """Leave every layer in float but one (and those that share its weight)."""
+        layers = self._layers(module)
+        weight = edit.get_tensor(module, layers[name]["weight"].name)
+        others = [n for n, call in layers.items() if edit.get_tensor(module, call["weight"].name) is not weight]
+        self._demote(module, others)
+        if self.biases:
+            self._restore_biases(module)
 
     def _restore_biases(self, module: fx.GraphModule) -> None:
         for node in module.graph.nodes:
@@ -270,10 +282,18 @@ def _tensor(module: fx.GraphModule, value: ops.Attr | None) -> Tensor | None:
     return edit.get_tensor(module, value.name) if value is not None else None
 
 
-def _quantized(module: fx.GraphModule, change: Callable[[fx.GraphModule], Any] = lambda trial: None) -> fx.GraphModule:
-    """The quantize/dequantize graph of an observed one, after a change."""
-    trial = shared_copy(module)
-    change(trial)
-    FoldQuantization().run(trial, Context())
-    edit.finish(trial)
-    return trial
+def _fewest(most: int, suffices: Callable[[int], bool], goes_on: Callable[[], bool]) -> int:
+    """The least number that suffices, if more suffice where fewer do: 1, 2, 4, … and then by halves. 0: none was found."""
+    short = enough = 0
+    while short < (enough - 1 if enough else most) and goes_on():
+        number = (short + enough) // 2 if enough else min(max(2 * short, 1), most)
+        if suffices(number):
+            enough = number
+        else:
+            short = number
+    return enough
+
+
+def _has_relu6(module: fx.GraphModule) -> bool:
+    calls = (ops.read(node) for node in module.graph.nodes if node.op.startswith("call"))
+    return any(call is not None and "relu6" in (call.kind, call["activation"]) for call in calls)

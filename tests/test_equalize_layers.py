@@ -113,15 +113,108 @@ def test_it_mends_what_one_scale_per_weight_breaks() -> None:
     assert before < 20 and after > before + 20
 
 
-def test_relu6_becomes_relu_or_keeps_its_layers_alone() -> None:
+def test_relu6_becomes_relu_or_keeps_its_layers_alone_where_that_is_asked_for() -> None:
     model, x = imbalanced(mobile(nn.ReLU6)), torch.randn(2, 3, 8, 8)
-    manager = PassManager(["fuse-activations", "equalize-layers"], reproducer=False)
+    manager = PassManager(["fuse-activations", {"equalize-layers": {"relu6": "replace"}}], reproducer=False)
     result = manager.run(model, x)
     assert [r.reason for r in manager.ledger.remarks("equalize-layers")].count("ReLU6 became ReLU") == 6
     assert result.get_submodule("2.expand").activation == "relu"
     assert result.get_submodule("0").activation == "relu6"  # its result goes several ways
     kept = run(model, x, {"equalize-layers": {"relu6": "keep"}})
     assert torch.equal(kept(x), model(x))
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_layers_around_relu6_are_scaled_only_as_far_as_no_value_of_the_data_moves(fuse: bool) -> None:
+    """Channels that reach 6 stay; the others grow at most until they would reach it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU6(), nn.Conv2d(12, 12, 3, groups=12), nn.ReLU6(), nn.Conv2d(12, 4, 1))
+    uneven(model, octaves=10)
+    x = torch.randn(4, 3, 9, 9)
+    result = run(model, x, *(["fuse-activations"] if fuse else []), "equalize-layers")
+    with torch.no_grad():
+        assert output_snr(model(x), result(x)) > 100
+    value, after = x, x
+    for place in (0, 2):
+        first, now = model[place], result.get_submodule(str(place))
+        with torch.no_grad():
+            value = F.conv2d(value, first.weight, first.bias, groups=first.groups)  # type: ignore[arg-type]
+            after = F.conv2d(after, now.weight, now.bias, groups=now.groups)
+        largest, scaled = (v.movedim(1, 0).flatten(1).amax(1) for v in (value, after))
+        clips = largest >= 6
+        assert clips.any() and not clips.all()
+        assert torch.allclose(first.weight[clips], now.weight[clips])  # type: ignore[index]
+        assert not torch.allclose(first.weight[~clips], now.weight[~clips], rtol=0.1)  # type: ignore[index]
+        assert bool((scaled[~clips] <= 6 + 1e-4).all())
+        value, after = value.clamp(0, 6), after.clamp(0, 6)
+
+
+def test_without_data_nobody_knows_what_relu6_clips() -> None:
+    manager = PassManager(["equalize-layers"], reproducer=False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU6(), nn.Conv2d(4, 4, 1)).eval()
+    result = manager.run(model)
+    assert any("no data tells" in r.reason for r in manager.ledger.remarks("equalize-layers"))
+    assert torch.equal(result.get_parameter("0.weight"), model[0].weight)  # type: ignore[arg-type]
+
+
+def test_on_a_calibrated_graph_only_chains_that_gain_are_equalized() -> None:
+    """One chain whose channels were rescaled against each other, and one whose ranges are equal as they are."""
+    torch.manual_seed(1)
+    bad, good = (nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1)) for _ in range(2))
+    with torch.no_grad():
+        scales = torch.exp2(torch.linspace(-5, 5, 6))
+        bad[0].weight.mul_(scales[:, None, None, None])  # type: ignore[operator]
+        bad[0].bias.mul_(scales)  # type: ignore[operator]
+        bad[2].weight.div_(scales[None, :, None, None])  # type: ignore[operator]
+        for conv in (good[0], good[2]):
+            conv.weight.sign_().mul_(0.5)  # type: ignore[operator]  # every weight exactly on the grid
+    model = nn.ModuleDict({"bad": bad, "good": good})
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.parts["bad"](x), self.parts["good"](x)
+
+    x = [torch.randn(8, 6, 5, 5) for _ in range(3)]
+    observe = {"insert-observers": {"calibrator": "minmax", "per_channel": False, "overrides": {"*": {"weight_bits": 4}}}}
+    plan = ["fuse-activations", observe, "calibrate", "equalize-layers", "fold-quantization"]
+    manager = PassManager(plan, reproducer=False, progress=False)
+    both = Both().eval()
+    result = manager.run(both, x[0], x)
+    plain = PassManager([*plan[:3], *plan[4:]], reproducer=False, progress=False).run(both, x[0], x)
+    left = [r.node for r in manager.ledger.remarks("equalize-layers") if "brings nothing" in r.reason]
+    assert left == ["parts.good.0"]
+    with torch.no_grad():
+        exact, before, after = (m(x[0]) for m in (both, plain, result))
+    assert output_snr(exact[0], after[0]) > output_snr(exact[0], before[0]) + 10
+    assert torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize(
+    ("between", "shape"),
+    [
+        ([nn.MaxPool1d(2)], (2, 6, 8)),
+        ([nn.Flatten()], (2, 6, 8)),
+        ([nn.AdaptiveAvgPool1d(4)], (2, 6, 8)),
+    ],
+)
+def test_what_works_along_the_channels_of_a_linear_layer_ends_a_chain(
+    between: list[nn.Module], shape: tuple[int, ...]
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), *between)
+    x = torch.randn(shape)
+    model.append(nn.Linear(model(x).shape[-1], 3))
+    uneven(model)
+    assert torch.equal(run(model, x, "equalize-layers")(x), model(x))
+
+
+def test_a_linear_layer_along_another_axis_than_the_channels_ends_a_chain() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 3, 8, 8)
+    uneven(model)
+    assert torch.equal(run(model, x, "equalize-layers")(x), model(x))
 
 
 def test_residual_boundaries_tied_and_shared_layers_are_left_alone() -> None:

@@ -143,14 +143,14 @@ def test_the_sweep_is_kept_and_resumed(tmp_path: Path, monkeypatch: pytest.Monke
     interrupted = dict(list(first["costs"].items())[:5])
     path.write_text(json.dumps({"key": first["key"], "costs": interrupted}))
     calls = 0
-    true = module._quantized
+    true = module._Recovery._isolate
 
-    def counted(graph: Any, *change: Any) -> Any:
+    def counted(*args: Any) -> None:
         nonlocal calls
-        calls += bool(change)
-        return true(graph, *change)
+        calls += 1
+        true(*args)
 
-    monkeypatch.setattr(module, "_quantized", counted)
+    monkeypatch.setattr(module._Recovery, "_isolate", counted)
     _, said = run(model, data(), **options)
     assert calls == 6
     assert any("5 of 11 layers were measured before" in line for line in said)
@@ -160,6 +160,36 @@ def test_the_sweep_is_kept_and_resumed(tmp_path: Path, monkeypatch: pytest.Monke
     path.write_text("nonsense")
     with pytest.raises(ConfigError, match="not a sensitivity sweep"):
         run(model, data(), **options)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 52])
+def test_the_least_number_that_suffices_is_found_in_few_trials(most: int) -> None:
+    for least in range(1, most + 1):
+        tried: list[int] = []
+        found = module._fewest(most, lambda n, least=least, tried=tried: bool(tried.append(n)) or n >= least, lambda: True)  # type: ignore[misc, func-returns-value]
+        assert found == least
+        assert len(tried) == len(set(tried)) <= 2 * least.bit_length() + 1
+    assert module._fewest(most, lambda n: False, lambda: True) == 0
+    assert module._fewest(most, lambda n: True, lambda: False) == 0
+
+
+def test_a_layer_that_gives_as_much_for_fewer_multiplications_goes_first() -> None:
+    """Two layers alike in noise: the one on the smaller image costs less in float."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+            with torch.no_grad():
+                for conv, size in ((self.wide, 1.0), (self.narrow, 4.0)):
+                    conv.weight[0, 0, 0, 0] = 40.0
+                    conv.weight.mul_(size)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.wide(x), self.narrow(x[..., ::4, ::4])
+
+    _, said = run(Halves(), data(), max_drop=0.0, adaround_layers=0)
+    assert next(line for line in said if "back to float" in line).startswith("narrow: ")
 
 
 def test_a_time_budget_stops_what_has_not_begun() -> None:

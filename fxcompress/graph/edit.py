@@ -14,6 +14,7 @@ from fxcompress.graph.island import TOP
 __all__ = [
     "add_module",
     "bypass",
+    "copy_into",
     "ensure",
     "finish",
     "get_tensor",
@@ -154,6 +155,15 @@ def replace(node: fx.Node, by: fx.Node) -> None:
 def bypass(node: fx.Node) -> None:
     """Take out a node that passes its first input through."""
     replace(node, node.all_input_nodes[0])
+
+
+def copy_into(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node:
+    """``node`` in another graph, with whatever leads to it that ``values`` (old node → new) does not hold yet."""
+    if node not in values:
+        for source in node.all_input_nodes:
+            copy_into(graph, source, values)
+        values[node] = graph.node_copy(node, lambda old: values[old])
+    return values[node]
 
 
 def has_hooks(node: fx.Node) -> bool:

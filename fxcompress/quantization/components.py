@@ -92,16 +92,9 @@ def extract(module: fx.GraphModule, component: Component) -> fx.GraphModule:
         values[node].meta = dict(node.meta)
     inside = set(component.operators)
 
-    def copied(node: fx.Node) -> fx.Node:
-        if node not in values:
-            for source in node.all_input_nodes:
-                copied(source)
-            values[node] = graph.node_copy(node, lambda old: values[old])
-        return values[node]
-
     for node in module.graph.nodes:
         if node in inside or node in component.outputs:
-            copied(node)
+            edit.copy_into(graph, node, values)
     graph.output(tuple(values[node] for node in component.outputs))
     made = shared_copy(fx.GraphModule(module, graph))  # layers of its own, so that sweeping up leaves the model's alone
     made.meta = dict(module.meta)

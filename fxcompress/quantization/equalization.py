@@ -7,7 +7,7 @@ both ranges become √(r¹ᵢ·r²ᵢ) (Nagel et al. 2019, Data-Free Quantizatio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,17 +16,11 @@ from torch import Tensor, fx
 from fxcompress.graph import edit, ops
 from fxcompress.graph.shapes import shape_of
 
-__all__ = ["Pair", "equalize", "pairs"]
+__all__ = ["Pair", "chains", "equalize", "pairs"]
 
-_HOMOGENEOUS = (
-    "relu",
-    "leaky_relu",
-    "identity",
-    "dropout",
-    "max_pool",
-    "avg_pool",
-    "adaptive_avg_pool",
-    "adaptive_max_pool",
+_ELEMENTWISE = ("relu", "leaky_relu", "identity", "dropout")
+_POOLS = tuple(
+    f"{kind}{dims}d" for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool") for dims in (1, 2, 3)
 )
 
 
@@ -36,12 +30,18 @@ class Pair:
 
     ``clipped``  what clips at 6 between them, which a rescaling would move: a node, or the first layer itself
     ``spread``   how many inputs of the second layer one channel of the first becomes (behind a flatten)
+    ``watched``  the observers between them
     """
 
     first: ops.Call
     second: ops.Call
     clipped: tuple[fx.Node, ...]
     spread: int
+    watched: tuple[fx.Node, ...] = ()
+
+
+Bounds = tuple[Tensor, Tensor]
+"""The least and the largest factor of every channel."""
 
 
 def pairs(module: fx.GraphModule, skip: Callable[[fx.Node, str], None]) -> list[Pair]:
@@ -75,18 +75,20 @@ def _layer(module: fx.GraphModule, node: fx.Node, reading: dict[str, list[fx.Nod
 
 def _follow(module: fx.GraphModule, call: ops.Call, reading: dict[str, list[fx.Node]], tied: set[int]) -> Pair | str:
     clipped = [call.node] if call["activation"] == "relu6" else []
+    watched: list[fx.Node] = []
     node, spread = call.node, 1
     while True:
         if len(node.users) != 1:
             return f"the result of {node.name!r} goes several ways" if node.users else "nothing reads its result"
         before, node = node, next(iter(node.users))
         second = _layer(module, node, reading, tied)
-        if second is not None and second["input"] is before:
-            fits = spread == 1 or second.kind == "linear"
-            return Pair(call, second, tuple(clipped), spread) if fits else "a flatten stands before a convolution"
+        if second is not None and node.args[:1] == (before,):
+            reason = _misfit(call, second, before, spread)
+            return reason or Pair(call, second, tuple(clipped), spread, tuple(watched))
         if node.meta.get("observer"):
+            watched.append(node)
             continue
-        step = _passes(node)
+        step = _passes(node, call)
         if step is None:
             return f"{ops.kind(node)!r} follows, past which channels cannot be rescaled"
         spread *= step
@@ -94,22 +96,37 @@ def _follow(module: fx.GraphModule, call: ops.Call, reading: dict[str, list[fx.N
             clipped.append(node)
 
 
-def _passes(node: fx.Node) -> int | None:
+def _misfit(first: ops.Call, second: ops.Call, between: fx.Node, spread: int) -> str | None:
+    """Why the channels of ``first`` are not the input channels of ``second``, or None."""
+    if first.kind == "linear":
+        return None if second.kind == "linear" else "a convolution reads what a linear layer gives along another axis"
+    shape = shape_of(between)
+    if second.kind == "linear":
+        flat = shape is not None and len(shape) == 2
+        return None if flat else "a linear layer reads it along another axis than that of its channels"
+    fits = spread == 1 and (shape is None or len(shape) == int(second.kind[-2]) + 2)
+    return None if fits else "a flatten stands before a convolution"
+
+
+def _passes(node: fx.Node, first: ops.Call) -> int | None:
     """How many values one channel becomes behind a channel-wise, positively homogeneous operator; None for any other."""
     kind = ops.kind(node)
+    if kind in _ELEMENTWISE or _clips(node):
+        return 1
+    if first.kind == "linear":  # channels are the last dimension there, and what follows works along others
+        return None
+    before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
+    if before is None or len(before) != int(first.kind[-2]) + 2:
+        return 1 if before is None and kind in _POOLS else None
     if kind in ("flatten", "reshape"):
-        before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
-        if before is None or after is None or len(after) != 2 or len(before) < 2 or before[0] != after[0]:
-            return None
-        return after[1] // before[1]
+        flat = after is not None and len(after) == 2 and before[0] == after[0]
+        return after[1] // before[1] if flat else None  # type: ignore[index]
     if kind == "mean":
         call = ops.read(node)
         dims = call["dim"] if call is not None else None
         listed = dims if isinstance(dims, (tuple, list)) else (dims,)
-        shape = shape_of(node.all_input_nodes[0])
-        plain = shape is not None and all(isinstance(d, int) and d % len(shape) > 1 for d in listed)
-        return 1 if plain else None
-    return 1 if (kind.startswith(_HOMOGENEOUS) and kind != "relu6") or _clips(node) else None
+        return 1 if all(isinstance(d, int) and d % len(before) > 1 for d in listed) else None
+    return 1 if kind in _POOLS else None
 
 
 def _clips(node: fx.Node) -> bool:
@@ -120,23 +137,48 @@ def _clips(node: fx.Node) -> bool:
     return call.kind == "relu6" or (bounds is not None and (call[bounds[0]], call[bounds[1]]) == (0, 6))
 
 
-def equalize(module: fx.GraphModule, chosen: list[Pair], *, sweeps: int = 20, tolerance: float = 1e-3) -> None:
+def chains(found: Sequence[Pair]) -> list[list[Pair]]:
+    """Pairs that share layers, in order from the first layer to the last."""
+    made: list[list[Pair]] = []
+    by_end: dict[fx.Node, list[Pair]] = {}
+    for pair in found:
+        chain = by_end.pop(pair.first.node, None)
+        if chain is None:
+            chain = []
+            made.append(chain)
+        chain.append(pair)
+        by_end[pair.second.node] = chain
+    return made
+
+
+def equalize(
+    module: fx.GraphModule,
+    chosen: Sequence[Pair],
+    bounds: Sequence[Bounds | None] | None = None,
+    *,
+    sweeps: int = 20,
+    tolerance: float = 1e-3,
+) -> None:
     """Rescale the pairs in turn until no factor moves by more than ``tolerance`` octaves, at most ``sweeps`` times.
 
-    Factors are found in float64; weights and biases are rounded once. A channel of zeros stays as it is.
+    Factors are found in float64, within ``bounds`` where a pair has them; weights and biases are rounded once. A channel of
+    zeros stays as it is.
     """
     names = {call["weight"].name for pair in chosen for call in (pair.first, pair.second)}
     weights = {name: edit.get_tensor(module, name) for name in names}
     exact = {name: w.detach().to(torch.float64).clone(memory_format=torch.contiguous_format) for name, w in weights.items()}
     upper = [_outputs(pair.first, exact[pair.first["weight"].name]) for pair in chosen]
     lower = [_inputs(pair, exact[pair.second["weight"].name]) for pair in chosen]
-    totals = [torch.ones(view.shape[1], dtype=torch.float64) for view in upper]
+    totals = [view.new_ones(view.shape[1]) for view in upper]
+    limits = list(bounds) if bounds is not None else [None] * len(chosen)
     for _ in range(sweeps):
         moved = 0.0
-        for rows, columns, total in zip(upper, lower, totals, strict=True):
+        for rows, columns, total, limit in zip(upper, lower, totals, limits, strict=True):
             ranges = rows.abs().amax((0, 2)), columns.abs().amax((1, 3)).flatten()
             usable = (ranges[0] > 0) & (ranges[1] > 0)
             factor = torch.where(usable, (ranges[0] / ranges[1]).sqrt(), 1.0)
+            if limit is not None:
+                factor = torch.where(usable, (total * factor).clamp(*limit) / total, 1.0)
             rows.div_(factor[None, :, None])
             columns.mul_(factor.reshape(columns.shape[0], 1, -1, 1))
             total.mul_(factor)

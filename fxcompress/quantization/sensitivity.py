@@ -75,12 +75,13 @@ class Judge:
 
 def sweep(
     layers: Iterable[str],
-    noise_without: Callable[[str], float],
-    noise: float,
+    noise_of: Callable[[str], float],
     file: SweepFile,
     out_of_time: Callable[[], bool],
 ) -> dict[str, float]:
-    """What each layer costs: the noise of the model less the noise of the model with that layer in float.
+    """What each layer costs: ``noise_of(layer)``, the noise of a model in which it alone is quantized.
+
+    Noise of several layers adds up where it is small; where it is large, taking one of many away would tell nothing.
 
     Layers found in ``file`` are not measured again; where time is up the rest stays unmeasured.
     """
@@ -88,7 +89,7 @@ def sweep(
         if name not in file.costs:
             if out_of_time():
                 break
-            file.put(name, noise - noise_without(name))
+            file.put(name, noise_of(name))
     return file.costs
 
 
