@@ -22,7 +22,7 @@ from fxcompress.quantization.fake_quant import FakeQuantize, LearnedFakeQuantize
 from fxcompress.quantization.grid import Grid, grid
 from fxcompress.quantization.observer import ActivationObserver, check_calibrator
 from fxcompress.quantization.overrides import Overrides
-from fxcompress.quantization.placement import activation_grid, weight_axis, weight_options
+from fxcompress.quantization.placement import activation_grid, layer_name, weight_axis, weight_options
 
 __all__ = ["InsertFakeQuant"]
 
@@ -115,11 +115,10 @@ def _layers(twin: fx.GraphModule, backend: Backend, region: str) -> dict[str, bo
             before.add(node)
     found = {}
     for node in weighted:
-        owner = ops.owner_name(node)
         first = not any(source in after for source in node.all_input_nodes)
         last = not any(user in before for user in node.users)
-        if owner:
-            found[f"{region}.{owner}" if region else owner] = first or last
+        if ops.owner_name(node):
+            found[layer_name(node, region)] = first or last
     return found
 
 
@@ -159,8 +158,7 @@ def _bits(value: fx.Node, backend: Backend, overrides: Overrides, region: str) -
     for user in value.users:
         rule = backend.rules.get(ops.kind(user)) if user.meta.get("integer") else None
         if rule is not None and rule.weighted:
-            owner = ops.owner_name(user)
-            options = overrides[f"{region}.{owner}" if region and owner else owner]
+            options = overrides[layer_name(user, region)]
             asked.append(options.activation_bits or options.bits)
         elif rule is not None and rule.output == "input":
             asked.append(_bits(user, backend, overrides, region))

@@ -262,13 +262,30 @@ def kind(node: fx.Node) -> str:
 
 
 def owner_name(node: fx.Node) -> str:
-    """The qualified name of the module that ``node`` belongs to: its target, or the module whose code made the call."""
+    """The qualified name of the module that ``node`` belongs to: its target, or the module whose code made the call.
+
+    Where that code computes with the weight of a module inside it (a function that is given ``attention.proj.weight``), the
+    call belongs to that inner module.
+    """
     if node.op == "call_module":
         return str(node.target)
     stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    return str(next(reversed(stack.values()))[0])
+    owner = str(next(reversed(stack.values()))[0]) if stack else ""
+    found = lookup(node) if node.op.startswith("call") else None
+    if found is not None and found.family in _WEIGHTED:
+        inner = [name for name in map(_holder, node.all_input_nodes) if name and (not owner or name.startswith(f"{owner}."))]
+        return inner[0] if inner else owner
+    return owner
+
+
+_WEIGHTED = ("contraction", "normalisation", "embedding")
+
+
+def _holder(node: fx.Node) -> str:
+    """The module that holds a fetched tensor, also behind an observer or a dequantize; "" for any other value."""
+    if node.meta.get("observer") or getattr(node.target, "namespace", None) == "fxcompress":
+        node = node.all_input_nodes[0]
+    return str(node.target).rpartition(".")[0] if node.op == "get_attr" else ""
 
 
 def is_layer(node: fx.Node) -> bool:

@@ -60,8 +60,8 @@ def place(module: fx.GraphModule, backend: Backend, selection: Selection, region
             continue
         call = ops.read(node)
         reason = _obstacle(node, call, placed, backend)
-        owner = ops.owner_name(node)
-        if reason is None and owner and (f"{region}.{owner}" if region else owner) not in selection:
+        layer = layer_name(node, region)
+        if reason is None and layer and layer not in selection:
             reason = "it is excluded by name"
         if reason is None:
             assert call is not None
