@@ -123,13 +123,19 @@ class Promises(Observer):
         if promise.kind == "approximate":
             return
         gap = verify.largest_difference(before, now)
-        magnitude = max((t.detach().abs().max().item() for t in tensors_in(before) if t.numel()), default=0.0)
-        allowed = promise.atol + promise.rtol * magnitude
+        finite = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in tensors_in(before) if t.numel())
+        magnitude = max((t.abs().max().item() for t in finite), default=0.0)
+        allowed = promise.atol + max(promise.rtol, _rounding(before) if promise.rtol else 0.0) * magnitude
         if not gap <= allowed:
             raise PromiseError(
                 f"{step.name!r} promised outputs {promise.kind} (within {allowed:.3g}) and moved those of "
                 f"{region or 'the model'} by {gap:.3g}."
             )
+
+
+def _rounding(result: Any) -> float:
+    """What a few roundings in the coarsest floating type of a result come to, relative to its magnitude."""
+    return max((4 * torch.finfo(t.dtype).eps for t in tensors_in(result) if t.is_floating_point()), default=0.0)
 
 
 class LedgerKeeper(Observer):
@@ -237,6 +243,18 @@ def _run_snr(run: Run) -> float | None:
     return min(found) if found else None
 
 
+def _check_finite(model: torch.nn.Module, result: Any) -> None:
+    """Raise VerificationError naming the first parameter that holds no number, where results do not either."""
+    if all(bool(t.isfinite().all()) for t in tensors_in(result) if t.is_floating_point()):
+        return
+    wrong = [name for name, parameter in model.named_parameters() if not bool(parameter.isfinite().all())]
+    if wrong:
+        raise VerificationError(
+            f"parameter {wrong[0]!r} holds NaN or infinite values, and so does the model's output: there is nothing to "
+            "compress. Train or load the model again."
+        )
+
+
 def check_trace(run: Run, model: torch.nn.Module, call: Arguments | None) -> None:
     """Hold the traced graph's result against the model's own; islands run the model's own code and need no check.
 
@@ -245,7 +263,8 @@ def check_trace(run: Run, model: torch.nn.Module, call: Arguments | None) -> Non
     if call is None or "" not in run.outputs:
         return
     with frozen_state(model):
-        expected = call(model)
+        expected = call.fresh()(model)
+    _check_finite(model, expected)
     if not verify.same_structure(expected, run.outputs[""]) or output_snr(expected, run.outputs[""]) < 80:
         raise VerificationError(
             "the traced graph does not compute what the model computes on the example inputs: its code takes another "

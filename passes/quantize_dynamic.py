@@ -12,14 +12,14 @@ from torch import fx, nn
 from fxcompress import backends
 from fxcompress.backends.base import Backend
 from fxcompress.errors import BackendError, ConfigError
-from fxcompress.graph import edit, ops, qdq
+from fxcompress.graph import edit, inplace, ops, qdq
 from fxcompress.graph.cost import macs
 from fxcompress.graph.recurrent import CLASSES, QuantizedRecurrent
 from fxcompress.graph.select import Selection
 from fxcompress.graph.shapes import dtype_of, module_of
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.quantization.overrides import Overrides, weight_grid_of
-from fxcompress.quantization.placement import layer_name
+from fxcompress.quantization.placement import computed, layer_name, overwritten_input
 from fxcompress.quantization.weight_folder import WeightFolder
 from fxcompress.quantization.weights import quantize_weight
 
@@ -82,21 +82,24 @@ class QuantizeDynamic(Pass):
         overrides = Overrides(self.overrides)
         in_float = tuple(name for name in self.overrides if self.overrides[name].get("float"))
         selection = Selection(self.include_layers, (*self.exclude_layers, *in_float))
-        for node in list(module.graph.nodes):
+        chosen, written = [], inplace.overwritten(module)
+        for node in module.graph.nodes:
             call = ops.read(node) if node.op.startswith("call") else None
             if call is None:
                 continue
             layer = layer_name(node, context.region)
-            reason = rewriting.obstacle(call)
+            reason = rewriting.obstacle(call) or overwritten_input(node, written)
             if reason is None and layer and layer not in selection:
                 reason = "it is excluded by name"
             if reason is None:
                 node.meta |= {"integer": True, "macs": macs(node), "weight_grid": weight_grid_of(overrides[layer])}
-                rewriting.quantize(call)
+                chosen.append(call)
             else:
                 node.meta["float"] = reason
                 if call.op.family in ("contraction", "recurrent", "attention"):
                     context.skip(node, reason)
+        for call in chosen:
+            rewriting.quantize(call)
 
 
 class _Rewriting:
@@ -118,7 +121,7 @@ class _Rewriting:
         dtype = dtype_of(source) if isinstance(source, fx.Node) else None
         if dtype not in (None, torch.float32):
             return f"its input is {dtype}"
-        return self.backend.rules[call.kind].refuse(call)
+        return self.backend.rules[call.kind].refuse(call) or computed(call)
 
     def quantize(self, call: ops.Call) -> None:
         if call.kind in ("lstm", "gru"):
@@ -162,6 +165,8 @@ def _recurrent_obstacle(layer: nn.Module) -> str | None:
     assert isinstance(layer, nn.RNNBase)
     if type(layer) not in CLASSES:
         return f"it is a {type(layer).__name__}, a class of its own"
+    if {name for name, _ in layer.named_parameters()} != set(layer._flat_weights_names):
+        return "its weights are computed by a hook or a parametrization"
     if layer.proj_size:
         return "it projects its hidden state (proj_size)"
     if layer.training and layer.dropout:

@@ -136,15 +136,16 @@ def test_layers_around_relu6_are_scaled_only_as_far_as_no_value_of_the_data_move
         assert output_snr(model(x), result(x)) > 100
     value, after = x, x
     for place in (0, 2):
-        first, now = model[place], result.get_submodule(str(place))
+        first: Any = model[place]
+        now = result.get_submodule(str(place))
         with torch.no_grad():
-            value = F.conv2d(value, first.weight, first.bias, groups=first.groups)  # type: ignore[arg-type]
+            value = F.conv2d(value, first.weight, first.bias, groups=first.groups)
             after = F.conv2d(after, now.weight, now.bias, groups=now.groups)
         largest, scaled = (v.movedim(1, 0).flatten(1).amax(1) for v in (value, after))
         clips = largest >= 6
         assert clips.any() and not clips.all()
-        assert torch.allclose(first.weight[clips], now.weight[clips])  # type: ignore[index]
-        assert not torch.allclose(first.weight[~clips], now.weight[~clips], rtol=0.1)  # type: ignore[index]
+        assert torch.allclose(first.weight[clips], now.weight[clips])
+        assert not torch.allclose(first.weight[~clips], now.weight[~clips], rtol=0.1)
         assert bool((scaled[~clips] <= 6 + 1e-4).all())
         value, after = value.clamp(0, 6), after.clamp(0, 6)
 

@@ -65,7 +65,7 @@ def lower_to(
         expected = flat.module.cpu()(*flat.examples)
         exported = in_half(flat) if half else flat
         engine = Engine(runtime, to_onnx(exported).SerializeToString(), len(flat.outputs)).to(device)
-        found = engine(*(example.to(device) for example in flat.examples))  # what the runtime refuses, it refuses now
+        found = _first_call(engine, [example.to(device) for example in flat.examples])
         agreement = output_snr(expected, found if isinstance(found, tuple) else (found,))
         if not agreement > 20.0 and not agreement > least_agreement(flat, expected):
             raise BackendError(
@@ -74,6 +74,18 @@ def lower_to(
         _install(module, flat, engine)
 
     return lower
+
+
+def _first_call(engine: Engine, tensors: list[Tensor]) -> Any:
+    """What the engine gives; what its runtime refuses, it refuses here: BackendError with the reason."""
+    try:
+        return engine(*tensors)
+    except BackendError:
+        raise
+    except Exception as error:  # a runtime has exceptions of its own
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise BackendError(f"{engine.runtime.__name__} does not take the graph: {reason[:300]}") from error
 
 
 def _install(module: fx.GraphModule, flat: Flat, engine: Engine) -> None:

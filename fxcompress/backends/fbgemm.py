@@ -36,6 +36,11 @@ def _weighted(call: Call) -> str | None:
     return None
 
 
+def _linear(call: Call) -> str | None:
+    shape = shape_of(call.inputs[0]) if call.inputs else None
+    return "its input is one vector" if shape is not None and len(shape) < 2 else _weighted(call)
+
+
 def _conv(call: Call) -> str | None:
     if isinstance(call["padding"], str) and call["padding"] != "valid":
         return f"it pads with {call['padding']!r}"
@@ -124,7 +129,7 @@ RULES: dict[str, Rule] = {
     "conv3d": _CONV,
     "conv_transpose1d": Rule(weighted=True, refuse=_conv_transpose),
     "conv_transpose2d": Rule(weighted=True, refuse=_conv_transpose),
-    "linear": Rule(weighted=True, float_result=True, refuse=_weighted),
+    "linear": Rule(weighted=True, float_result=True, refuse=_linear),
     "batch_norm": Rule(refuse=_batch_norm),
     "add": _PAIR,
     "mul": _PAIR,

@@ -38,6 +38,11 @@ def x86_engine() -> str:
     return "x86" if has_vnni() and "x86" in supported else "fbgemm"
 
 
+def _engine_for(kind: str, engine: str) -> str:
+    """The engine to pack a layer for: transposed convolutions of oneDNN mix up their channels, FBGEMM's do not."""
+    return "fbgemm" if engine == "x86" and kind.startswith("conv_transpose") else engine
+
+
 @contextmanager
 def engine_of(name: str) -> Iterator[None]:
     """Pack weights for this engine inside a ``with``."""
@@ -91,7 +96,7 @@ class QuantizedLayer(nn.Module):
 
     def _pack(self) -> None:
         prepack, kernels = LAYERS[self.kind]
-        with engine_of(self.engine):
+        with engine_of(_engine_for(self.kind, self.engine)):
             weight = quantized_weight(self.weight, self.weight_scale, self.weight_zero_point, self.axis)
             self.packed = prepack(weight, self.bias, self.geometry)
         self.kernel = kernels[self.activation] if self.scale is not None else FLOAT_RESULT[self.kind][self.activation]

@@ -338,9 +338,18 @@ def _tidied(model: Any) -> Any:
             _fold_squeeze(node)
         elif node.op_type == "Transpose":
             _fold_transpose(node)
+        elif node.op_type == "Conv":
+            _drop_made_up_bias(node)
     _name_batch(model)
     common.RemoveUnusedNodesPass()(model)
     return ir.to_proto(model)
+
+
+def _drop_made_up_bias(node: Any) -> None:
+    """Take out the zeros that the exporter expands for a bias that is not there; for volumes they have a wrong shape."""
+    maker = node.inputs[2].producer() if len(node.inputs) > 2 and node.inputs[2] is not None else None
+    if maker is not None and maker.op_type == "Expand":
+        node.resize_inputs(2)
 
 
 def _fold_squeeze(node: Any) -> None:

@@ -76,32 +76,32 @@ def fuse_module(module: nn.Module, activation: str) -> None:
     module.activation = activation  # type: ignore[assignment]
 
 
-def conv1d(input: Tensor, *args: Any, activation: str) -> Tensor:
-    return ACTIVATIONS[activation](F.conv1d(input, *args))
+def conv1d(input: Tensor, *args: Any, activation: str, **options: Any) -> Tensor:
+    return ACTIVATIONS[activation](F.conv1d(input, *args, **options))
 
 
-def conv2d(input: Tensor, *args: Any, activation: str) -> Tensor:
-    return ACTIVATIONS[activation](F.conv2d(input, *args))
+def conv2d(input: Tensor, *args: Any, activation: str, **options: Any) -> Tensor:
+    return ACTIVATIONS[activation](F.conv2d(input, *args, **options))
 
 
-def conv3d(input: Tensor, *args: Any, activation: str) -> Tensor:
-    return ACTIVATIONS[activation](F.conv3d(input, *args))
+def conv3d(input: Tensor, *args: Any, activation: str, **options: Any) -> Tensor:
+    return ACTIVATIONS[activation](F.conv3d(input, *args, **options))
 
 
-def conv_transpose1d(input: Tensor, *args: Any, activation: str) -> Tensor:
-    return ACTIVATIONS[activation](F.conv_transpose1d(input, *args))
+def conv_transpose1d(input: Tensor, *args: Any, activation: str, **options: Any) -> Tensor:
+    return ACTIVATIONS[activation](F.conv_transpose1d(input, *args, **options))
 
 
-def conv_transpose2d(input: Tensor, *args: Any, activation: str) -> Tensor:
-    return ACTIVATIONS[activation](F.conv_transpose2d(input, *args))
+def conv_transpose2d(input: Tensor, *args: Any, activation: str, **options: Any) -> Tensor:
+    return ACTIVATIONS[activation](F.conv_transpose2d(input, *args, **options))
 
 
-def conv_transpose3d(input: Tensor, *args: Any, activation: str) -> Tensor:
-    return ACTIVATIONS[activation](F.conv_transpose3d(input, *args))
+def conv_transpose3d(input: Tensor, *args: Any, activation: str, **options: Any) -> Tensor:
+    return ACTIVATIONS[activation](F.conv_transpose3d(input, *args, **options))
 
 
-def linear(input: Tensor, *args: Any, activation: str) -> Tensor:
-    return ACTIVATIONS[activation](F.linear(input, *args))
+def linear(input: Tensor, *args: Any, activation: str, **options: Any) -> Tensor:
+    return ACTIVATIONS[activation](F.linear(input, *args, **options))
 
 
 def add(input: Tensor, other: Tensor, *, activation: str) -> Tensor:

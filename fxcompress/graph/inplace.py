@@ -1,7 +1,8 @@
 """In-place operators become out-of-place where nothing can tell the difference.
 
 A value that is overwritten cannot be observed, tapped or fused safely. Every later reader of the overwritten value is given
-the result instead. An operator that writes through a view, or into an input or a parameter, is left as it is.
+the result instead; an input that was overwritten keeps its values. An operator that writes through a view, or into a
+parameter, is left as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from fxcompress.graph import edit, ops
 from fxcompress.graph.shapes import module_of
 
-__all__ = ["VIEWS", "is_impure", "is_in_place", "make_functional", "reuse_memory", "writes"]
+__all__ = ["VIEWS", "is_impure", "is_in_place", "make_functional", "origin", "overwritten", "reuse_memory", "writes"]
 
 _OPERATORS = {
     operator.iadd: operator.add,
@@ -40,8 +41,9 @@ VIEWS: tuple[str, ...] = (
 VIEWS += ("squeeze", "unsqueeze", "expand", "t", "view_as", "narrow", "identity", "unflatten", "movedim")
 
 
-def make_functional(module: fx.GraphModule) -> None:
-    """Rewrite the module's in-place calls; call sites keep their names."""
+def make_functional(module: fx.GraphModule) -> list[str]:
+    """Rewrite in-place calls; call sites keep their names. Returns the inputs that are no longer overwritten."""
+    inputs = []
     sites = [node for node in module.graph.nodes if is_in_place(node)]
     order = {node: position for position, node in enumerate(module.graph.nodes)} if sites else {}
     shared = {node for node in sites if _is_seen_elsewhere(node, order)}
@@ -53,7 +55,10 @@ def make_functional(module: fx.GraphModule) -> None:
         for user in list(written.users):
             if order[user] > order[node]:
                 user.replace_input_with(written, node)
+        if written.op == "placeholder":
+            inputs.append(str(written.target))
         _respell(module, node)
+    return inputs
 
 
 def _is_seen_elsewhere(node: fx.Node, order: dict[fx.Node, int]) -> bool:
@@ -63,9 +68,21 @@ def _is_seen_elsewhere(node: fx.Node, order: dict[fx.Node, int]) -> bool:
         return True
     while ops.kind(written) in VIEWS:
         written = written.all_input_nodes[0]
-        if len(written.users) > 1:
+        if len(written.users) > 1 or written.op == "placeholder":
             return True
-    return written.op in ("placeholder", "get_attr")
+    return written.op == "get_attr"
+
+
+def origin(node: fx.Node) -> fx.Node:
+    """The value that ``node`` is a view of, or itself."""
+    while ops.kind(node) in VIEWS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def overwritten(module: fx.GraphModule) -> set[fx.Node]:
+    """Values that something is written into later, directly or through a view: what reads them must not be moved."""
+    return {origin(node.all_input_nodes[0]) for node in module.graph.nodes if node.all_input_nodes and _mutates(node)}
 
 
 def is_in_place(node: fx.Node) -> bool:
@@ -149,10 +166,14 @@ def writes(node: fx.Node) -> bool:
     """Whether a node writes into its first input, or runs code that nobody knows and that might."""
     if node.op in ("placeholder", "output", "get_attr"):
         return False
+    known = isinstance(node.target, torch._ops.OpOverload) or node.op == "call_method"
+    return _mutates(node) or (not known and ops.lookup(node) is None)
+
+
+def _mutates(node: fx.Node) -> bool:
+    """Whether a node is known to write into its first input."""
     if is_in_place(node) or ops.kind(node) in ("setitem", "copy", "fill"):
         return True
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return ops.lookup(node) is None
+    return node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")

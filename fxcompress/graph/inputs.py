@@ -35,6 +35,10 @@ class Arguments(NamedTuple):
     def __call__(self, function: Any) -> Any:
         return function(*self.args, **self.kwargs)
 
+    def fresh(self) -> Arguments:
+        """The same values in tensors of their own, for code that may write into what it is given."""
+        return Arguments(*pytree.tree_map_only(torch.Tensor, torch.clone, tuple(self)))
+
     def to(self, device: torch.device | str) -> Arguments:
         return Arguments(*pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), tuple(self)))
 
@@ -156,7 +160,7 @@ def record_calls(model: nn.Module, call: Arguments, names: set[str]) -> dict[str
             handles.append(modules[name].register_forward_hook(hook(name), with_kwargs=True))
     try:
         with frozen_state(model):
-            call(model)
+            call.fresh()(model)
     finally:
         for handle in handles:
             handle.remove()

@@ -124,7 +124,8 @@ class Recorder(_Interpreter):
         assert isinstance(self.module, fx.GraphModule)
         with frozen_state(self.module):
             try:
-                return self._result(self.run(*placeholder_values(self.module, call), enable_io_processing=False))
+                values = placeholder_values(self.module, call.fresh())
+                return self._result(self.run(*values, enable_io_processing=False))
             except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
                 where = self.current.format_node() if self.current is not None else "the inputs"
                 sizes = [tuple(t.shape) for t in pytree.tree_leaves(tuple(call)) if isinstance(t, torch.Tensor)]

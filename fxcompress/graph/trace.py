@@ -163,7 +163,10 @@ def _finish(module: fx.GraphModule, model: nn.Module, rungs: list[Rung]) -> fx.G
     for name, part in module.named_modules(remove_duplicate=False):
         held = submodule(model, name)
         part.training = held.training if held is not None else model.training
-    inplace.make_functional(module)
+    for name in dict.fromkeys(inplace.make_functional(module)):
+        rungs.append(
+            Rung("", "note", f"its code overwrites the input {name!r}; the graph computes the same and leaves it as it is")
+        )
     module.graph.eliminate_dead_code(is_impure_node=inplace.is_impure)
     edit.finish(module)
     module.graph.lint()

@@ -10,12 +10,22 @@ import torch
 from torch import fx
 
 from fxcompress.backends import Backend, Rule
-from fxcompress.graph import edit, ops
+from fxcompress.graph import edit, inplace, ops
 from fxcompress.graph.select import Selection
 from fxcompress.graph.shapes import dtype_of
 from fxcompress.quantization.grid import Grid, grid
 
-__all__ = ["Placement", "activation_grid", "layer_name", "operands", "place", "weight_axis", "weight_options"]
+__all__ = [
+    "Placement",
+    "activation_grid",
+    "computed",
+    "layer_name",
+    "operands",
+    "overwritten_input",
+    "place",
+    "weight_axis",
+    "weight_options",
+]
 
 
 @dataclass
@@ -55,11 +65,12 @@ def place(module: fx.GraphModule, backend: Backend, selection: Selection, region
     of integer operators (a model input may join them): it would not repay a quantization of its own.
     """
     placed = Placement()
+    written = inplace.overwritten(module)
     for node in module.graph.nodes:
         if not node.op.startswith("call"):
             continue
         call = ops.read(node)
-        reason = _obstacle(node, call, placed, backend)
+        reason = _obstacle(node, call, placed, backend) or overwritten_input(node, written)
         layer = layer_name(node, region)
         if reason is None and layer and layer not in selection:
             reason = "it is excluded by name"
@@ -104,7 +115,7 @@ def _obstacle(node: fx.Node, call: ops.Call | None, placed: Placement, backend: 
         return f"its input {wrong[0].name!r} is {dtype_of(wrong[0])}"
     reason = rule.refuse(call)
     if reason or rule.weighted:
-        return reason or _computed(call)
+        return reason or computed(call)
     if rule.residual and len(sources) == len(call.inputs):
         return "neither operand is the result of a layer for it alone"
     if rule.demanding or rule.residual:
@@ -115,7 +126,13 @@ def _obstacle(node: fx.Node, call: ops.Call | None, placed: Placement, backend: 
     return f"its input {lonely[0].name!r} is in float" if lonely else None
 
 
-def _computed(call: ops.Call) -> str | None:
+def overwritten_input(node: fx.Node, written: set[fx.Node]) -> str | None:
+    """Why what a node reads cannot be quantized where it is computed, or None."""
+    changed = [s for s in node.all_input_nodes if inplace.origin(s) in written]
+    return f"its input {changed[0].name!r} is overwritten in place" if changed else None
+
+
+def computed(call: ops.Call) -> str | None:
     """Why a weight that is computed as the graph runs cannot be quantized ahead, or None."""
     weight, owner = call["weight"], call.node.graph.owning_module
     if isinstance(weight, ops.Attr) and owner is not None and not edit.is_stored(owner, weight.name):
@@ -131,7 +148,7 @@ def _observed(module: fx.GraphModule, placed: Placement) -> Iterator[fx.Node]:
         assert call is not None
         wanted.update(source for source in operands(call, rule) if source not in placed.integers)
         unread = rule.float_result and not any(_wants(user, node, placed) for user in node.users)
-        if rule.output == "own" and rule.fixed is None and not unread:
+        if rule.output != "input" and rule.fixed is None and not unread:
             wanted.add(node)
     yield from (node for node in module.graph.nodes if node in wanted)
 

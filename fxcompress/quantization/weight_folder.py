@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxcompress.backends.base import Backend
+from fxcompress.errors import DataError
 from fxcompress.graph import edit, fused, ops, qdq
 from fxcompress.graph.shapes import describe
 from fxcompress.quantization.fake_quant import FakeQuantize
@@ -35,14 +36,15 @@ class WeightFolder:
     ) -> None:
         self.module, self.backend, self.settings = module, backend, settings
         self.learned = learned or {}
-        self.stored: set[str] = set()
+        self.stored: dict[str, str] = {}
         self.affine: set[str] = set()
 
     def fold(self, call: ops.Call) -> None:
         """Store the weight as int8 and let the operator read it through a dequantize, in functional form."""
-        node, stored = call.node, call["weight"].name
-        if stored not in self.stored:
-            self._store(stored, call)
+        node, name = call.node, call["weight"].name
+        if name not in self.stored:
+            self.stored[name] = self._store(name, call)
+        stored = self.stored[name]
         with self.module.graph.inserting_before(node):
             weight, scale = self._fetch(stored), self._fetch(f"{stored}_scale")
             zero_points = (self._fetch(f"{stored}_zero_point"),) if stored in self.affine else ()
@@ -60,12 +62,16 @@ class WeightFolder:
         made.meta["tensor_meta"] = describe(edit.get_tensor(self.module, name))
         return made
 
-    def _store(self, stored: str, call: ops.Call) -> None:
-        weight = edit.get_tensor(self.module, stored)
+    def _store(self, name: str, call: ops.Call) -> str:
+        """Quantize a weight; returns where it is kept: under its name, or beside it where float operators read it too."""
+        weight = edit.get_tensor(self.module, name)
+        if not bool(weight.isfinite().all()):
+            raise DataError(f"the weight {name!r} holds NaN or infinite values. Train or load the model again.")
+        stored = f"{name}_int8" if self._read_in_float(name) else name
         self.module.meta.setdefault("float_weights", {})[stored] = weight.detach()
         options = weight_options(call, self.backend, self.settings)
-        if stored in self.learned:
-            levels, scale, zero_point = self.learned[stored].levels(weight)
+        if name in self.learned:
+            levels, scale, zero_point = self.learned[name].levels(weight)
             if not options["per_channel"]:  # one scale in all, shared out over the channels while it trained
                 scale, zero_point = scale.amax().reshape(1), None if zero_point is None else zero_point[:1]
         else:
@@ -75,4 +81,15 @@ class WeightFolder:
         if zero_point is not None:
             edit.set_tensor(self.module, f"{stored}_zero_point", zero_point, buffer=True)
             self.affine.add(stored)
-        self.stored.add(stored)
+        return stored
+
+    def _read_in_float(self, name: str) -> bool:
+        """Whether an operator that stays in float reads the tensor under this very name (an embedding, a tied head)."""
+        owner = name.rpartition(".")[0]
+        readers: list[fx.Node] = []
+        for node in self.module.graph.nodes:
+            if node.op == "call_module" and node.target == owner:
+                readers.append(node)
+            elif node.op == "get_attr" and node.target == name:
+                readers += node.users
+        return any(not reader.meta.get("integer") for reader in readers)

@@ -1,0 +1,215 @@
+"""Models that nobody had in mind: they quantize to what they compute, or are refused with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from fxcompress import DynamicQuantizer, PTQQuantizer, backends, coverage, trace
+from fxcompress.errors import FxCompressError, VerificationError
+from fxcompress.observe import output_snr
+
+
+def ptq(model: nn.Module, x: Tensor, **options: Any) -> Any:
+    return PTQQuantizer(num_calibration_batches=1, progress=False, **options).quantize(model, [x.clone()])
+
+
+def dynamic(model: nn.Module, x: Tensor, **options: Any) -> Any:
+    return DynamicQuantizer(progress=False, **options).quantize(model, example_inputs=x.clone())
+
+
+def snr(model: nn.Module, quantized: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return output_snr(model(x.clone()), quantized(x.clone()))
+
+
+@pytest.mark.parametrize("backend", ["fbgemm", "qnnpack"])
+@pytest.mark.parametrize("channels", [(8, 16), (16, 8), (3, 5)])
+@pytest.mark.parametrize(("stride", "padded"), [(1, 0), (2, 0), (2, 1)])
+def test_transposed_convolutions_keep_their_channels_apart(
+    backend: str, channels: tuple[int, int], stride: int, padded: int
+) -> None:
+    if reason := backends.find(backend).unavailable():
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    for layer, x in (
+        (nn.ConvTranspose2d(*channels, 3, stride, 1, padded), torch.randn(2, channels[0], 7, 7)),
+        (nn.ConvTranspose1d(*channels, 3, stride, 1, padded), torch.randn(2, channels[0], 9)),
+    ):
+        model = nn.Sequential(layer).eval()
+        quantized = ptq(model, x, backend=backend)
+        assert coverage(quantized).mac_share == 1.0
+        assert snr(model, quantized, x) > 30
+
+
+class TiedHead(nn.Module):
+    """A language model whose head is its embedding, read by a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(50, 16), nn.Linear(16, 16)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(F.relu(self.mix(self.embed(tokens))), self.embed.weight)
+
+
+@pytest.mark.parametrize("quantize", [ptq, dynamic])
+def test_a_weight_that_an_embedding_reads_too_is_quantized_beside_it(quantize: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    model, tokens = TiedHead().eval(), torch.randint(0, 50, (4, 7))
+    quantized = quantize(model, tokens)
+    assert snr(model, quantized, tokens) > 30
+    assert coverage(quantized).mac_share == 1.0
+    assert torch.equal(quantized.get_parameter("embed.weight"), model.embed.weight)
+
+
+class Functional(nn.Module):
+    """Convolutions as functions of parameters, their geometry by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 3, 3, 3) * 0.2), nn.Parameter(torch.randn(8))
+        self.head = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(F.conv2d(x, self.weight, bias=self.bias, stride=2, padding=1))
+        return F.relu(F.linear(y.mean((2, 3)), weight=self.head))
+
+
+def test_layers_written_as_functions_by_keyword_run_in_integers() -> None:
+    torch.manual_seed(0)
+    model, x = Functional().eval(), torch.randn(4, 3, 16, 16)
+    quantized = ptq(model, x)
+    assert coverage(quantized).mac_share == 1.0
+    assert snr(model, quantized, x) > 30
+
+
+def test_computed_weights_stay_in_float_and_the_ledger_says_so() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 4)).eval()
+    x = torch.randn(6, 8)
+    for quantizer in (PTQQuantizer(num_calibration_batches=1), DynamicQuantizer()):
+        quantized = quantizer.quantize(model, [x])
+        assert snr(model, quantized, x) > 30
+        assert 0 < coverage(quantized).mac_share < 1
+        reasons = {r.reason for r in quantizer.ledger.remarks() if r.node == "0"}
+        assert any("parametrization" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quantize", [ptq, dynamic])
+def test_a_model_in_half_precision_passes_and_says_why_it_stays(dtype: torch.dtype, quantize: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).to(dtype).eval()
+    x = torch.randn(2, 3, 8, 8).to(dtype)
+    quantized = quantize(model, x)
+    assert quantized(x).dtype == dtype
+    assert snr(model, quantized, x) > 30
+    assert any(str(dtype) in row.reason for row in coverage(quantized).floats)
+
+
+def test_weights_that_are_no_numbers_are_named() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")  # type: ignore[operator, index]
+    with pytest.raises(VerificationError, match=r"'2\.weight' holds NaN"):
+        ptq(model, torch.randn(4, 8))
+    with pytest.raises(FxCompressError, match=r"'2\.weight' holds NaN"):
+        DynamicQuantizer(verify=False).quantize(model)
+
+
+def test_infinities_that_a_model_means_are_no_obstacle() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.linear(x)
+            return y, torch.zeros(8).masked_fill(torch.arange(8) > 3, float("-inf")) + y.mean()
+
+    model, x = Masked().eval(), torch.randn(4, 8)
+    result = ptq(model, x)
+    assert snr(model, result, x) > 20
+    assert torch.equal(result(x)[1].isinf(), model(x)[1].isinf())
+
+
+def test_output_snr_counts_infinities_that_only_one_side_has() -> None:
+    masked = torch.tensor([1.0, float("-inf"), float("nan")])
+    assert output_snr(masked, masked.clone()) == float("inf")
+    assert output_snr(masked, torch.tensor([1.0, 0.0, float("nan")])) == -float("inf")
+    assert output_snr(masked, torch.tensor([1.0, float("-inf"), 0.0])) == -float("inf")
+    assert output_snr(masked, torch.tensor([0.9, float("-inf"), float("nan")])) == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize("quantize", [ptq, dynamic])
+def test_one_vector_without_a_batch_stays_in_float(quantize: Callable[..., Any]) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(8)
+    quantized = quantize(model, x)
+    assert torch.allclose(quantized(x), model(x))
+    assert {row.reason for row in coverage(quantized).floats} >= {"its input is one vector"}
+
+
+class Overwriting(nn.Module):
+    """Writes into what it is given, before and after it reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.first(x)
+        x.mul_(2)
+        x += 1
+        return self.second(before + x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("quantize", [ptq, dynamic])
+def test_a_model_that_overwrites_its_input_computes_the_same_and_leaves_it(quantize: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    model, x = Overwriting().eval(), torch.randn(4, 8)
+    traced = trace(model, x.clone())
+    kept = x.clone()
+    assert torch.equal(traced(kept), model(x.clone()))
+    assert torch.equal(kept, x)
+    assert any("overwrites the input 'x'" in rung.reason for rung in traced.meta["rungs"])
+    assert snr(model, quantize(model, x), x) > 30
+
+
+def test_a_model_that_writes_into_a_view_of_its_input_is_checked_on_fresh_inputs() -> None:
+    class Cache(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, cache: Tensor, x: Tensor) -> Tensor:
+            cache[:, 0] = 20 * x + cache[:, 0]
+            hidden = self.linear(cache)
+            hidden[:, 1] = 30.0
+            return self.head(hidden)
+
+    torch.manual_seed(0)
+    model = Cache().eval()
+    batch = {"cache": torch.randn(2, 3, 8), "x": torch.randn(2, 8)}
+    given = {name: value.clone() for name, value in batch.items()}
+    quantized = PTQQuantizer(num_calibration_batches=1).quantize(model, [given])
+    one, two = ({name: value.clone() for name, value in batch.items()} for _ in range(2))
+    with torch.no_grad():
+        assert output_snr(model(**one), quantized(**two)) > 30
+    assert torch.equal(one["cache"], two["cache"])
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_convolutions_of_volumes_without_a_bias_are_exported(backend: str) -> None:
+    if reason := backends.find(backend).unavailable():
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv3d(8, 4, 1, bias=False)).eval()
+    x = torch.randn(2, 3, 5, 6, 7)
+    assert snr(model, ptq(model, x, backend=backend), x) > 30
