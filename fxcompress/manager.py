@@ -97,19 +97,12 @@ class PassManager:
         context.remarks = [Remark(rung.module, f"{rung.rung}: {rung.reason}") for rung in traced.meta["rungs"]]
         run = Run(traced, context)
         self._check_stage(traced)
-        keeper = LedgerKeeper(self.ledger)
-        watchers = [*self._watchers, keeper]
+        watchers = [*self._watchers, LedgerKeeper(self.ledger)]
         for watcher in watchers:
             watcher.begin(run)
         check_trace(run, model, call)
         if stages.done:
-            run.model = stages.load(traced)
-            for number, step in enumerate(self.plan.steps[: stages.done], 1):
-                context.folder = stages.scratch(number)
-                step.taken_up(context)
-            self.ledger.rows[:] = stages.rows.rows
-            for watcher in watchers:
-                watcher.taken_up(run)
+            self._take_up(run, stages, watchers)
         for number, step in list(enumerate(self.plan, 1))[stages.done :]:
             context.folder = stages.scratch(number)
             self._step(run, number, watchers, model, call)
@@ -121,6 +114,16 @@ class PassManager:
         entry = {"plan": str(self.plan), "ledger": self.ledger.as_data()}
         run.model.meta["history"] = [*run.model.meta.get("history", []), entry]
         return run.model
+
+    def _take_up(self, run: Run, stages: Stages, watchers: Sequence[Observer]) -> None:
+        """Go on from what an interrupted run had kept."""
+        run.model = stages.load(run.model)
+        for number, step in enumerate(self.plan.steps[: stages.done], 1):
+            run.context.folder = stages.scratch(number)
+            step.taken_up(run.context)
+        self.ledger.rows[:] = stages.rows.rows
+        for watcher in watchers:
+            watcher.taken_up(run)
 
     def _step(self, run: Run, number: int, watchers: Sequence[Observer], model: nn.Module, call: Arguments | None) -> None:
         run.step = step = self.plan.steps[number - 1]

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import fx, nn
 
 from fxcompress import artifact
 from fxcompress.distributed import gather, is_main
 from fxcompress.errors import ArtifactError, ConfigError
 from fxcompress.files import write_text
+from fxcompress.graph.digest import digest, state_of
 from fxcompress.graph.island import TOP, Island
 from fxcompress.ledger import Ledger
 
@@ -35,7 +33,7 @@ class Stages:
         self.done, self.rows = 0, Ledger()
         if self.folder is None:
             return
-        self._identity = {"plan": plan, "model": _fingerprint(model)}
+        self._identity = {"plan": plan, "model": digest(state_of(model))}
         self._path = self.folder / _STATE
         if gather(self._path.exists())[0]:
             self._read(resume)
@@ -91,13 +89,3 @@ class Stages:
         shutil.rmtree(self._model(before), ignore_errors=True)
         for step in range(before + 1, number + 1):
             shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """A digest of every parameter and buffer."""
-    digest = hashlib.blake2b(digest_size=16)
-    tensors: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, tensor in tensors.items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

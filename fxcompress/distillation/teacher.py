@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import ConfigError, DataError
 from fxcompress.files import write_text
+from fxcompress.graph.digest import digest, state_of
 
 __all__ = ["TeacherCache", "frozen"]
 
@@ -42,7 +42,7 @@ class TeacherCache:
         self.rows: list[Tensor] = []
         self.known = torch.zeros(0, dtype=torch.bool)
         self._seen = torch.zeros(0)
-        self._teacher = _fingerprint(teacher) if self.folder else ""
+        self._teacher = digest(state_of(teacher)) if self.folder else ""
         self._weights: dict[int, Tensor] = {}
         if self.folder and (self.folder / "cache.json").is_file():
             self._open()
@@ -139,12 +139,3 @@ class TeacherCache:
 
 def _first(inputs: Any) -> Tensor:
     return next(leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
-
-
-def _fingerprint(model: nn.Module) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

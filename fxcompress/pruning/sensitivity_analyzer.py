@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
 import json
 import math
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from fxcompress.distributed import gather, rank, spread, world
 from fxcompress.errors import ConfigError, DataError
 from fxcompress.files import write_text
+from fxcompress.graph.digest import digest, state_of
 from fxcompress.manager import PassManager, example_call
 from fxcompress.plan import Plan
 from fxcompress.pruning import sensitivity_report as report
@@ -98,7 +98,7 @@ class SensitivityAnalyzer:
         steps = self._trials.steps(self.sparsity_range[0], self.sparsity_range[1], self.num_steps)
         if not steps:
             raise ConfigError(f"no sparsity that N of every M allow lies in {self.sparsity_range}.")
-        self._fingerprint = _fingerprint(self._settings(), model)
+        self._fingerprint = digest(state_of(model), json.dumps(self._settings(), sort_keys=True, default=str))
         self._values = self._recall()
         single = [{name: step} for name in self._trials.names for step in steps]
         self._measure([{}, *single])
@@ -284,16 +284,6 @@ class SensitivityAnalyzer:
 
 def _key(shares: Mapping[str, float]) -> str:
     return json.dumps(dict(shares), sort_keys=True)
-
-
-def _fingerprint(settings: dict[str, Any], model: nn.Module) -> str:
-    """What an analysis is of: its settings and the model's tensors."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if isinstance(tensor, torch.Tensor) and tensor.numel() and not tensor.is_meta:
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _evaluate(model: nn.Module, data: Iterable[Any], metric: str | Callable[[nn.Module, Any], float]) -> float:

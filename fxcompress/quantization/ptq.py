@@ -8,13 +8,17 @@ from typing import Any, ClassVar
 from torch import fx, nn
 
 from fxcompress import backends
-from fxcompress.errors import ConfigError, did_you_mean
+from fxcompress.errors import ConfigError
 from fxcompress.pass_base import Context
 from fxcompress.plan import Plan
-from fxcompress.quantization.calibrator import CALIBRATORS
-from fxcompress.quantization.observer import check_calibrator
-from fxcompress.quantization.overrides import Overrides
-from fxcompress.quantization.quantizer import Quantizer, check_stage, in_eval_mode
+from fxcompress.quantization.quantizer import (
+    Quantizer,
+    check_dtype,
+    check_method,
+    check_stage,
+    chosen_layers,
+    in_eval_mode,
+)
 
 __all__ = ["DynamicQuantizer", "PTQQuantizer", "StaticQuantizer"]
 
@@ -66,18 +70,13 @@ class PTQQuantizer(Quantizer):
         progress: bool | None = None,
     ) -> None:
         backends.find(backend)
-        _check_dtype(dtype)
-        if calibration_method not in CALIBRATORS:
-            hint = did_you_mean(calibration_method, CALIBRATORS)
-            raise ConfigError(
-                f"there is no calibration_method {calibration_method!r}.{hint} Known: {', '.join(CALIBRATORS)}."
-            )
+        check_dtype(dtype)
+        check_method("calibration_method", calibration_method, calibrator_options)
         if not isinstance(num_calibration_batches, int) or num_calibration_batches < 1:
             raise ConfigError(f"num_calibration_batches is {num_calibration_batches!r}; it is a positive integer.")
-        check_calibrator(calibration_method, calibrator_options or {})
         self.backend, self.dtype, self.per_channel, self.symmetric = backend, dtype, per_channel, symmetric
         self.calibration_method, self.num_calibration_batches = calibration_method, num_calibration_batches
-        chosen = _chosen(include_layers, exclude_layers, overrides)
+        chosen = chosen_layers(include_layers, exclude_layers, overrides)
         observe = chosen | {
             "backend": backend,
             "dtype": dtype,
@@ -150,9 +149,9 @@ class DynamicQuantizer(Quantizer):
         progress: bool | None = None,
     ) -> None:
         backends.find(backend)
-        _check_dtype(dtype)
+        check_dtype(dtype)
         self.backend, self.dtype, self.per_channel, self.symmetric = backend, dtype, per_channel, symmetric
-        chosen = _chosen(include_layers, exclude_layers, overrides)
+        chosen = chosen_layers(include_layers, exclude_layers, overrides)
         weights = {"backend": backend, "per_channel": per_channel, "symmetric": symmetric, "reduce_range": reduce_range}
         if dtype == "fp16":
             prepare, convert = _half(chosen)
@@ -188,20 +187,3 @@ def _half(chosen: Mapping[str, Any]) -> tuple[Plan, Plan]:
         in_float += [pattern] if options["float"] else []
     layers = {"include_layers": chosen["include_layers"], "exclude_layers": [*chosen["exclude_layers"], *in_float]}
     return Plan.parse(_fold()), Plan.parse([{"cast-half": layers}])
-
-
-def _chosen(
-    include: Sequence[str] | None, exclude: Sequence[str], overrides: Mapping[str, Mapping[str, Any]] | None
-) -> dict[str, Any]:
-    Overrides(overrides or {})
-    return {
-        "include_layers": None if include is None else list(include),
-        "exclude_layers": list(exclude),
-        "overrides": {pattern: dict(options) for pattern, options in (overrides or {}).items()},
-    }
-
-
-def _check_dtype(dtype: str) -> None:
-    known = ("int8", "uint8", "fp16")
-    if dtype not in known:
-        raise ConfigError(f"there is no dtype {dtype!r}.{did_you_mean(str(dtype), known)} Known: {', '.join(known)}.")

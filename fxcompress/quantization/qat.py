@@ -7,13 +7,11 @@ from typing import Any, ClassVar
 
 from torch import fx, nn
 
-from fxcompress.errors import ConfigError, did_you_mean
+from fxcompress.errors import ConfigError
 from fxcompress.graph.frozen import freeze_statistics
 from fxcompress.plan import Plan
-from fxcompress.quantization.calibrator import CALIBRATORS
 from fxcompress.quantization.fake_quant import fake_quantizers
-from fxcompress.quantization.grid import grid
-from fxcompress.quantization.quantizer import Quantizer, in_eval_mode
+from fxcompress.quantization.quantizer import Quantizer, check_dtype, check_method, chosen_layers, in_eval_mode
 
 __all__ = ["LSQQuantizer", "QATQuantizer"]
 
@@ -78,16 +76,6 @@ def _switch(model: nn.Module, enabled: bool) -> nn.Module:
     return model
 
 
-def _selection(
-    include_layers: Sequence[str] | None, exclude_layers: Sequence[str], overrides: Mapping[str, Mapping[str, Any]] | None
-) -> dict[str, Any]:
-    return {
-        "include_layers": None if include_layers is None else list(include_layers),
-        "exclude_layers": list(exclude_layers),
-        "overrides": {pattern: dict(options) for pattern, options in (overrides or {}).items()},
-    }
-
-
 class QATQuantizer(_TrainingQuantizer):
     """Quantization-aware training with ranges that are observed while training.
 
@@ -125,10 +113,8 @@ class QATQuantizer(_TrainingQuantizer):
         verify: bool = True,
         progress: bool | None = None,
     ) -> None:
-        grid(dtype)
-        if observer not in CALIBRATORS:
-            hint = did_you_mean(observer, CALIBRATORS)
-            raise ConfigError(f"there is no observer {observer!r}.{hint} Known: {', '.join(CALIBRATORS)}.")
+        check_dtype(dtype, ("int8", "uint8"))
+        check_method("observer", observer, observer_options)
         self.backend, self.dtype, self.per_channel, self.symmetric = backend, dtype, per_channel, symmetric
         self.observer, self.bits = observer, bits
         insert = {
@@ -141,7 +127,7 @@ class QATQuantizer(_TrainingQuantizer):
             "per_channel": per_channel,
             "symmetric": symmetric,
             "reduce_range": reduce_range,
-            **_selection(include_layers, exclude_layers, overrides),
+            **chosen_layers(include_layers, exclude_layers, overrides),
         }
         super().__init__(insert, freeze_bn_epochs, verify, progress)
 
@@ -188,6 +174,6 @@ class LSQQuantizer(_TrainingQuantizer):
             "per_channel": per_channel,
             "symmetric": symmetric,
             "reduce_range": reduce_range,
-            **_selection(include_layers, exclude_layers, overrides),
+            **chosen_layers(include_layers, exclude_layers, overrides),
         }
         super().__init__(insert, freeze_bn_epochs, verify, progress)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import fx, nn
 
-from fxcompress.errors import ConfigError
+from fxcompress.errors import ConfigError, did_you_mean
 from fxcompress.graph.trace import is_traced
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
 from fxcompress.plan import Plan
+from fxcompress.quantization.calibrator import CALIBRATORS
+from fxcompress.quantization.observer import check_calibrator
+from fxcompress.quantization.overrides import Overrides
 
-__all__ = ["Quantizer", "check_stage", "in_eval_mode"]
+__all__ = ["Quantizer", "check_dtype", "check_method", "check_stage", "chosen_layers", "in_eval_mode"]
 
 
 class Quantizer:
@@ -73,3 +76,32 @@ def check_stage(model: nn.Module, stage: str, how: str) -> None:
     found = model.meta["stage"] if isinstance(model, fx.GraphModule) and is_traced(model) else "not traced"
     if found != stage:
         raise ConfigError(f"this takes a model that is {stage}, and it is {found}; call {how} first.")
+
+
+DTYPES = ("int8", "uint8", "fp16")
+
+
+def check_dtype(dtype: str, known: Sequence[str] = DTYPES) -> None:
+    """Raise ConfigError for a dtype that a quantizer does not have."""
+    if dtype not in known:
+        raise ConfigError(f"there is no dtype {dtype!r}.{did_you_mean(str(dtype), known)} Known: {', '.join(known)}.")
+
+
+def check_method(option: str, name: str, options: Mapping[str, Any] | None) -> None:
+    """Raise ConfigError for a calibrator nobody has, named by ``option``, or for parameters it does not take."""
+    if name not in CALIBRATORS:
+        hint = did_you_mean(str(name), CALIBRATORS)
+        raise ConfigError(f"there is no {option} {name!r}.{hint} Known: {', '.join(CALIBRATORS)}.")
+    check_calibrator(name, options or {})
+
+
+def chosen_layers(
+    include: Sequence[str] | None, exclude: Sequence[str], overrides: Mapping[str, Mapping[str, Any]] | None
+) -> dict[str, Any]:
+    """The options by which a pass knows its layers, checked."""
+    Overrides(overrides or {})
+    return {
+        "include_layers": None if include is None else list(include),
+        "exclude_layers": list(exclude),
+        "overrides": {pattern: dict(options) for pattern, options in (overrides or {}).items()},
+    }

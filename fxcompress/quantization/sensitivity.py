@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.errors import ConfigError
 from fxcompress.files import write_text
+from fxcompress.graph.digest import digest, state_of
 from fxcompress.graph.inputs import Arguments, tensors_in
 
 __all__ = ["Judge", "Metric", "SweepFile", "fingerprint", "sweep"]
@@ -123,8 +123,5 @@ class SweepFile:
 
 def fingerprint(module: fx.GraphModule, calls: Sequence[Arguments], settings: Mapping[str, Any]) -> str:
     """One word for a model, its tensors, the data and the settings."""
-    digest = hashlib.sha256(f"{module.code}{sorted(settings.items())}".encode())
-    for tensor in [*module.parameters(), *module.buffers(), *tensors_in([tuple(call) for call in calls])]:
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    data = [("", tensor) for tensor in tensors_in([tuple(call) for call in calls])]
+    return digest([*state_of(module), *data], module.code, sorted(settings.items()))
