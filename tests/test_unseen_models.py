@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from fxcompress import DynamicQuantizer, PTQQuantizer, backends, coverage, trace
-from fxcompress.errors import FxCompressError, VerificationError
+from fxcompress.errors import BackendError, FxCompressError, VerificationError
 from fxcompress.observe import output_snr
 
 
@@ -213,3 +213,32 @@ def test_convolutions_of_volumes_without_a_bias_are_exported(backend: str) -> No
     model = nn.Sequential(nn.Conv3d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv3d(8, 4, 1, bias=False)).eval()
     x = torch.randn(2, 3, 5, 6, 7)
     assert snr(model, ptq(model, x, backend=backend), x) > 30
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_embeddings_are_exported_as_lookups(mode: str) -> None:
+    """The exporter's own form of them crashes ONNX Runtime."""
+    if reason := backends.find("onnxruntime").unavailable():
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.EmbeddingBag(50, 16, mode=mode), nn.Linear(16, 8)).eval()
+    tokens = torch.randint(0, 50, (4, 7))
+    assert snr(model, ptq(model, tokens, backend="onnxruntime"), tokens) > 30
+
+
+def test_bags_that_runtimes_do_not_take_are_refused() -> None:
+    if reason := backends.find("onnxruntime").unavailable():
+        pytest.skip(reason)
+
+    class Offsets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.head = nn.EmbeddingBag(50, 16), nn.Linear(16, 8)
+
+        def forward(self, tokens: Tensor, offsets: Tensor) -> Tensor:
+            return self.head(self.bag(tokens, offsets))  # type: ignore[no-any-return]
+
+    batch = {"tokens": torch.randint(0, 50, (9,)), "offsets": torch.tensor([0, 4])}
+    with pytest.raises(BackendError, match="embedding bag with offsets"):
+        PTQQuantizer(backend="onnxruntime", num_calibration_batches=1).quantize(Offsets().eval(), [batch])
+    assert PTQQuantizer(num_calibration_batches=1).quantize(Offsets().eval(), [batch])(**batch).shape == (2, 8)

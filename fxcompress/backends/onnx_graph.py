@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxcompress.backends.embedding_bags import is_bag, open_bag
 from fxcompress.errors import BackendError
 from fxcompress.graph import ops, qdq
 from fxcompress.graph.inputs import Arguments
@@ -75,6 +76,8 @@ def flatten(module: fx.GraphModule) -> Flat:
         elif node.op == "output":
             outputs = _results(node)
             graph.output(tuple(values[result] for result in outputs))
+        elif is_bag(node):
+            values[node] = open_bag(graph, node, values)
         else:
             values[node] = graph.node_copy(node, lambda old: values[old])
             values[node].meta.pop("nn_module_stack", None)  # torch.export would read it, and wants it in its own form

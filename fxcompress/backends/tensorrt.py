@@ -18,6 +18,7 @@ from fxcompress.backends.base import Backend, Rule
 from fxcompress.backends.engine import Session, lower_to
 from fxcompress.backends.onnx_graph import missing
 from fxcompress.errors import BackendError
+from fxcompress.graph import edit
 from fxcompress.graph.ops import Attr, Call
 from fxcompress.graph.shapes import shape_of
 
@@ -31,18 +32,26 @@ def _conv(call: Call) -> str | None:
 
 
 def _narrow_conv(call: Call) -> str | None:
-    """The shapes for which TensorRT has fast int8 convolutions; a first layer with few input channels is one of them."""
+    """The shapes for which TensorRT has fast int8 convolutions, a first layer with few input channels among them.
+
+    Channels are those of one group. From 16 on both sides any shape will do; below, a convolution in groups needs output
+    channels by eights and a kernel of 3 or more, another one a square kernel, 16 channels on one side (or to be the first
+    layer), and channels by eights on one side.
+    """
     owner = call.node.graph.owning_module
     if owner is None or not isinstance(call["weight"], Attr):
         return None
-    weight = owner.get_parameter(call["weight"].name)
-    groups, outputs = call["groups"] or 1, weight.shape[0]
-    inputs = weight.shape[1] * groups
+    outputs, inputs, *kernel = edit.get_tensor(owner, call["weight"].name).shape
+    groups = call["groups"] or 1
+    if min(inputs, outputs) >= _FEWEST_CHANNELS:
+        return None
     if groups > 1:
-        fits = outputs % 8 == 0 and weight.shape[2] >= 3
+        fits = outputs % 8 == 0 and min(kernel) >= 3
     else:
-        fits = max(inputs, outputs) >= _FEWEST_CHANNELS and (outputs % 8 == 0 or inputs % 8 == 0)
-    return None if fits else f"TensorRT has no fast int8 kernel for {inputs}→{outputs} channels in {groups} group(s)"
+        wide = max(inputs, outputs) >= _FEWEST_CHANNELS or call["input"].op == "placeholder"
+        fits = wide and len(set(kernel)) == 1 and (outputs % 8 == 0 or inputs % 8 == 0)
+    size = "×".join(map(str, kernel))
+    return None if fits else f"TensorRT has no fast int8 kernel for {inputs}→{outputs} channels, {size}, {groups} group(s)"
 
 
 def _linear(call: Call) -> str | None:
@@ -50,7 +59,7 @@ def _linear(call: Call) -> str | None:
     owner = call.node.graph.owning_module
     if reason or owner is None or not isinstance(call["weight"], Attr):
         return reason
-    outputs, inputs = owner.get_parameter(call["weight"].name).shape
+    outputs, inputs = edit.get_tensor(owner, call["weight"].name).shape
     return f"{inputs}→{outputs} is too narrow to gain" if min(inputs, outputs) < _FEWEST_CHANNELS else None
 
 
@@ -62,6 +71,12 @@ def _matmul(call: Call) -> str | None:
         return "the shapes of its operands are not known"
     narrow = left[-2] == 1 or right[-1] == 1 or min(left[-1], right[-1]) < _FEWEST_CHANNELS
     return "one of its operands is a vector, or narrow" if narrow else None
+
+
+def _add(call: Call) -> str | None:
+    reason = fbgemm.RULES["add"].refuse(call)
+    given = [source for source in call.inputs if source.op == "placeholder"]
+    return reason or (f"the model's input {given[0].name!r} is added, which repays no quantization" if given else None)
 
 
 _CONV = Rule(weighted=True, float_result=True, refuse=_conv)
@@ -76,7 +91,7 @@ RULES: dict[str, Rule] = {
     "conv_transpose2d": _TRANSPOSED,
     "linear": Rule(weighted=True, float_result=True, refuse=_linear),
     "matmul": Rule(operands=("input", "other"), float_result=True, demanding=True, refuse=_matmul),
-    "add": Rule(operands=("input", "other"), float_result=True, residual=True, refuse=fbgemm.RULES["add"].refuse),
+    "add": Rule(operands=("input", "other"), float_result=True, residual=True, refuse=_add),
     "cat": Rule(operands=("tensors",), output="shared", refuse=fbgemm.RULES["cat"].refuse),
     "max_pool2d": Rule(output="input", refuse=fbgemm.RULES["max_pool2d"].refuse),
     "avg_pool2d": _POOL,

@@ -48,7 +48,8 @@ def operands(call: ops.Call, rule: Rule) -> list[fx.Node]:
     for name in rule.operands:
         value = call[name]
         found += [v for v in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(v, fx.Node)]
-    branch = next((source for source in found if _is_branch(source)), None) if rule.residual else None
+    branches = [source for source in found if _is_branch(source)] if rule.residual else []
+    branch = max(branches, key=_layers_before) if len(branches) > 1 else next(iter(branches), None)
     return [source for source in found if source is not branch]
 
 
@@ -56,6 +57,18 @@ def _is_branch(node: fx.Node) -> bool:
     """Whether a value is a layer's result that one operator alone reads: the two are one kernel."""
     found = ops.lookup(node) if node.op.startswith("call") else None
     return found is not None and found.family == "contraction" and len(node.users) == 1
+
+
+def _layers_before(node: fx.Node) -> int:
+    """How many layers the longest way to a value leads through."""
+    longest: dict[fx.Node, int] = {}
+    for other in node.graph.nodes:
+        before = max((longest[source] for source in other.all_input_nodes), default=0)
+        found = ops.lookup(other) if other.op.startswith("call") else None
+        longest[other] = before + (found is not None and found.family == "contraction")
+        if other is node:
+            break
+    return longest[node]
 
 
 def place(module: fx.GraphModule, backend: Backend, selection: Selection, region: str = "") -> Placement:
@@ -109,7 +122,7 @@ def _obstacle(node: fx.Node, call: ops.Call | None, placed: Placement, backend: 
         return f"{backend.name} has no integer kernel for {call.kind}"
     sources = operands(call, rule)
     if not sources:
-        return "it takes no tensor"
+        return rule.refuse(call) or "it takes no tensor"
     wrong = [s for s in sources if dtype_of(s) not in (None, torch.float32)]
     if wrong:
         return f"its input {wrong[0].name!r} is {dtype_of(wrong[0])}"
