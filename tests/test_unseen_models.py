@@ -242,3 +242,22 @@ def test_bags_that_runtimes_do_not_take_are_refused() -> None:
     with pytest.raises(BackendError, match="embedding bag with offsets"):
         PTQQuantizer(backend="onnxruntime", num_calibration_batches=1).quantize(Offsets().eval(), [batch])
     assert PTQQuantizer(num_calibration_batches=1).quantize(Offsets().eval(), [batch])(**batch).shape == (2, 8)
+
+
+def test_a_graph_that_only_some_values_run_through_is_refused_by_engines() -> None:
+    if reason := backends.find("onnxruntime").unavailable():
+        pytest.skip(reason)
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(12, 10, batch_first=True), nn.Linear(10, 5)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return self.head(nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])  # type: ignore[no-any-return]
+
+    batch = {"x": torch.randn(3, 7, 12), "lengths": torch.tensor([7, 5, 2])}
+    with pytest.raises(BackendError, match=r"takes? any values of their inputs' shapes.*lengths"):
+        PTQQuantizer(backend="onnxruntime", num_calibration_batches=1).quantize(Packed().eval(), [batch])
+    assert PTQQuantizer(num_calibration_batches=1).quantize(Packed().eval(), [batch])(**batch).shape == (3, 7, 5)

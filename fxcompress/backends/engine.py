@@ -62,7 +62,7 @@ def lower_to(
 
     def lower(module: fx.GraphModule, remark: Callable[[fx.Node, str], None]) -> None:
         flat = flatten(module)
-        expected = flat.module.cpu()(*flat.examples)
+        expected = _made_up_call(runtime, flat)
         exported = in_half(flat) if half else flat
         engine = Engine(runtime, to_onnx(exported).SerializeToString(), len(flat.outputs)).to(device)
         found = _first_call(engine, [example.to(device) for example in flat.examples])
@@ -76,6 +76,17 @@ def lower_to(
     return lower
 
 
+def _made_up_call(runtime: Runtime, flat: Flat) -> Any:
+    """What the graph gives for its example tensors; BackendError where no values but the right ones run through it."""
+    try:
+        return flat.module.cpu()(*flat.examples)
+    except Exception as error:  # any operator may refuse the values
+        reason = f"values made up for its inputs do not run through the graph: {_reason(error)}"
+        raise BackendError(
+            f"{runtime.__name__} is given graphs that take any values of their inputs' shapes; {reason}"
+        ) from error
+
+
 def _first_call(engine: Engine, tensors: list[Tensor]) -> Any:
     """What the engine gives; what its runtime refuses, it refuses here: BackendError with the reason."""
     try:
@@ -83,9 +94,14 @@ def _first_call(engine: Engine, tensors: list[Tensor]) -> Any:
     except BackendError:
         raise
     except Exception as error:  # a runtime has exceptions of its own
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        raise BackendError(f"{engine.runtime.__name__} does not take the graph: {reason[:300]}") from error
+        raise BackendError(f"{engine.runtime.__name__} does not take the graph: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line that says what is wrong, rather than where a runtime noticed."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith("Exception from ")]
+    return (telling or lines or [type(error).__name__])[0][:300]
 
 
 def _install(module: fx.GraphModule, flat: Flat, engine: Engine) -> None:
