@@ -137,7 +137,8 @@ def ours(
     with torch.no_grad():
         found = torch.cat([quantized(x) for x in held_out])
     chosen = quantized.meta["quantization"].get("fastest", "")
-    mended = [r for r in quantizer.ledger.remarks("recover-accuracy") if "undone" not in r.reason and "became" in r.reason]
+    heard = quantizer.ledger.remarks("recover-accuracy")
+    mended = [r for r in heard if r.node or ("became" in r.reason and "undone" not in r.reason)]
     said = [f"{r.node} in float" if r.node else r.reason.partition(":")[0] for r in mended]
     notes = [f"chose {chosen}"] * bool(chosen) + ([f"recovered by {', '.join(said)}"] if said else [])
     row = {
