@@ -49,6 +49,8 @@ def compress(options: argparse.Namespace) -> int:
     validation = _data(options.validation, config, "validation")
     call = _example(options.shape)
     _check_start(options, pipeline, data, target)
+    assert pipeline.model is not None
+    before = {} if validation is None else evaluate(pipeline.model, validation)
     model = pipeline.run(
         None,
         data,
@@ -59,8 +61,7 @@ def compress(options: argparse.Namespace) -> int:
         seed=options.seed,
         progress=False if options.json else None,
     )
-    assert pipeline.model is not None
-    found = _before_and_after(pipeline.model, model, validation)
+    found = _found(model, before, validation)
     if not is_main():
         return 0
     artifact.save(model, target)
@@ -88,11 +89,10 @@ def _check_start(options: argparse.Namespace, pipeline: CompressionPipeline, dat
         raise ConfigError(f"{needy[0]!r} needs data: give --data, or a 'data' section in the configuration.")
 
 
-def _before_and_after(before: nn.Module, after: fx.GraphModule, validation: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {"bytes": cost(after).bytes, "parameters": cost(after).parameters}
+def _found(model: fx.GraphModule, before: dict[str, float], validation: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"bytes": cost(model).bytes, "parameters": cost(model).parameters}
     if validation is not None:
-        pairs = evaluate(before, validation), evaluate(after, validation)
-        found["metrics"] = {name: [pairs[0][name], pairs[1][name]] for name in pairs[0]}
+        found["metrics"] = {name: [before[name], value] for name, value in evaluate(model, validation).items()}
     return found
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxcompress.errors import DataError
+from fxcompress.errors import DataError, FxCompressError
 from fxcompress.graph.inputs import Arguments, tensors_in
 
-__all__ = ["batches", "check_batch", "split_batch"]
+__all__ = ["batches", "check_batch", "fitting", "split_batch"]
 
 
 def split_batch(batch: Any) -> tuple[Arguments, Any]:
@@ -47,6 +48,18 @@ def check_batch(call: Arguments, position: int) -> None:
 
 def _finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
+
+
+@contextmanager
+def fitting(position: int) -> Iterator[None]:
+    """Say which batch it is that a model or a metric refuses: DataError for whatever torch raises inside the block."""
+    try:
+        yield
+    except (FxCompressError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(f"batch {position} does not fit the model or the metric: {reason}") from error
 
 
 def batches(data: Iterable[Any], model: nn.Module, limit: int | None = None) -> Iterator[Arguments]:

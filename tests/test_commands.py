@@ -54,6 +54,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 MINE = ["--import", "models_of_mine"]
+TOO_MANY = [
+    "--data",
+    "{type: random, samples: 8, shape: [1, 8, 8], classes: 99}",
+    "--metric",
+    "cross_entropy_loss",
+    "--steps",
+    "1",
+]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> str:
@@ -169,6 +177,15 @@ def test_sensitivity_is_measured_and_reported(place: Path, capsys: pytest.Captur
         (["compress", "qat.yaml", *MINE, "-o", "out", "--model", "commands-test"], "'train' needs data: give --data"),
         (["plan", "config.yaml", "--import", "raises"], "ValueError: not today"),
         (["plan", "config.yaml", "--import", "misspelt"], "SyntaxError"),
+        (
+            ["compress", "config.yaml", *MINE, "-o", "out", "--validation", "{type: random, shape: [2, 8, 8]}"],
+            "batch 0 does not fit",
+        ),
+        (
+            ["compress", "config.yaml", *MINE, "-o", "out", "--validation", "{type: random, shape: [1, 4, 4]}"],
+            "batch 0 does not fit",
+        ),
+        (["sensitivity", *MINE, "--model", "commands-test", *TOO_MANY], "batch 0 does not fit the model or the metric"),
         (["inspect", "."], "no saved model"),
         (["export", "nowhere", "-o", "x.onnx"], "no saved model"),
         (["replay", "nowhere"], "not a reproducer"),

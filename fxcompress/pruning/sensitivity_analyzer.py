@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from fxcompress.data import fitting
 from fxcompress.distributed import gather, rank, spread, world
 from fxcompress.errors import ConfigError, DataError
 from fxcompress.files import write_text
@@ -300,7 +301,8 @@ def _evaluate(model: nn.Module, data: Iterable[Any], metric: str | Callable[[nn.
                 call, target = split_target(model, batch, device)
                 if target is None:
                     raise DataError(f"batch {position} has no target; {metric!r} compares outputs with targets.")
-                value = float(METRICS[metric](call(model), target))
+                with fitting(position):
+                    value = float(METRICS[metric](call(model), target))
             total += value * batch_size(batch)
             samples += batch_size(batch)
     if not samples:

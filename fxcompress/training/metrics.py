@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcompress.data import check_batch
+from fxcompress.data import check_batch, fitting
 from fxcompress.distributed import gather, rank, world
 from fxcompress.errors import DataError
 from fxcompress.registry import Registry
@@ -67,9 +67,10 @@ def evaluate(model: nn.Module, data: Iterable[Any], metrics: Sequence[str] = ("a
                 check_batch(call, position)
                 if target is None:
                     raise DataError(f"batch {position} has no target to compare with.")
-                output, size = call(model), batch_size(batch)
-                for name, function in functions.items():
-                    sums[name] += float(function(output, target)) * size
+                with fitting(position):
+                    output, size = call(model), batch_size(batch)
+                    for name, function in functions.items():
+                        sums[name] += float(function(output, target)) * size
                 samples += size
     finally:
         for module, training in modes.items():
