@@ -92,7 +92,7 @@ def check_method(option: str, name: str, options: Mapping[str, Any] | None) -> N
     if name not in CALIBRATORS:
         hint = did_you_mean(str(name), CALIBRATORS)
         raise ConfigError(f"there is no {option} {name!r}.{hint} Known: {', '.join(CALIBRATORS)}.")
-    check_calibrator(name, options or {})
+    check_calibrator(name, options or {}, "observer_options" if option == "observer" else "calibrator_options")
 
 
 def chosen_layers(
