@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxcompress.distillation import (
+    DISTILLERS,
     ATDistiller,
     BaseDistiller,
     FeatureDistiller,
@@ -22,6 +23,7 @@ from fxcompress.distillation import (
     losses,
     make_distiller,
 )
+from fxcompress.distillation.step import Step
 from fxcompress.errors import ConfigError
 from fxcompress.training import Recipe, train
 
@@ -294,3 +296,35 @@ def test_the_ledger_tells_every_terms_value_weight_and_gradient() -> None:
     assert all(row[f"gradient/{name}"] > 0 for name in weights)
     assert set(expected) <= set(terms.raw)
     assert all(torch.allclose(terms.raw[name], value, rtol=1e-5) for name, value in expected.items())
+
+
+class Scaled(BaseDistiller):
+    """A distiller of one's own, with a constructor of its own."""
+
+    def __init__(self, teacher: Any = None, student: Any = None, scale: float = 2.0, **options: Any) -> None:
+        self.scale = scale
+        super().__init__(teacher, student, **options)
+
+    def factors(self) -> dict[str, float]:
+        return {"gap": self.scale}
+
+    def distill_losses(self, step: Step) -> dict[str, Tensor]:
+        student, teacher = step.logits()
+        return {"gap": F.mse_loss(student, teacher)}
+
+
+def test_distillers_of_ones_own_are_registered_configured_and_added() -> None:
+    DISTILLERS.register()(Scaled)
+    try:
+        teacher, student = pair()
+        own = make_distiller({"type": "Scaled", "scale": 3.0, "distill_weight": 0.5}, teacher=teacher, student=student)
+        output, terms = own(images(), Y)
+        with torch.no_grad():
+            gap = F.mse_loss(output, teacher.eval()(images()))
+        assert torch.allclose(terms["gap"], 1.5 * gap) and torch.allclose(own.compute_distill_loss(), 3.0 * gap)
+        both = FeatureDistiller(teacher, student, STAGES, distillers=[{"type": "Scaled", "scale": 1.0}])
+        assert set(learned(both, images(), Y)) == {"task", "feature", "gap"}
+        with pytest.raises(ConfigError, match="Did you mean 'scale'"):
+            make_distiller({"type": "Scaled", "scal": 3.0})
+    finally:
+        del DISTILLERS._entries["Scaled"]
