@@ -484,6 +484,7 @@ NUMBERS: Any = [3]
         (lambda t, s: RKDDistiller(t, s, distance_weight=-1.0), ConfigError, "distance_weight is -1.0"),
         (lambda t, s: CRDDistiller(t, s, samples=9)(X, Y, torch.rand(6)), DataError, "index holds the samples' numbers"),
         (lambda t, s: CRDDistiller(t, s, samples=9)(X, Y, INDEX[:2]), DataError, "2 indices for 6 samples"),
+        (lambda t, s: LogitDistiller(t, s)(X[:0], Y[:0]), DataError, "the batch holds no sample"),
         (lambda t, s: LogitDistiller(t, s)(X, Y.tolist()), DataError, "targets are a list"),
         (lambda t, s: LogitDistiller(t, s)(X, Y[:2]), DataError, r"targets are \[2\] labels.* take \[6\]"),
         (lambda t, s: LogitDistiller(t, s)(X, Y.float()), DataError, r"\[6\] probabilities \(labels are int64\)"),

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from fxcompress.distillation.models import check_values, common_dtype, deterministic, in_dtype, traced
 from fxcompress.distillation.parameters import Assignable, Weight, check_options, distiller
 from fxcompress.distillation.step import Row, Step, logits_of
-from fxcompress.distillation.targets import classification, sample_numbers
+from fxcompress.distillation.targets import check_samples, classification, sample_numbers
 from fxcompress.distillation.teacher import TeacherCache, frozen
 from fxcompress.errors import ConfigError, DataError, FxCompressError
 from fxcompress.graph import taps
@@ -227,6 +227,7 @@ class BaseDistiller(Assignable):
         self._require_models()
         self._last, self._losses = None, []
         call = Arguments((), inputs) if images is None else arguments(images)
+        check_samples(call)
         index = None if index is None else sample_numbers(index)
         student, theirs = self._run(1, self.student, call)
         teacher, ours = self._answer(call, index)

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from fxcompress.distillation.losses.logits import check_labels
 from fxcompress.errors import DataError
+from fxcompress.graph.inputs import Arguments, tensors_in
 
-__all__ = ["classification", "sample_numbers"]
+__all__ = ["check_samples", "classification", "sample_numbers"]
 
 
 def classification(logits: Tensor, targets: Any, ignore_index: int) -> Tensor:
@@ -34,6 +35,13 @@ def _check_targets(targets: Any, logits: Tensor) -> None:
         raise DataError(
             f"targets are {list(targets.shape)} {what}, and the student's logits {list(logits.shape)} take {list(wanted)}."
         )
+
+
+def check_samples(call: Arguments) -> None:
+    """DataError where a batch holds no sample: means over nothing are NaN."""
+    first = next((tensor for tensor in tensors_in(tuple(call)) if tensor.dim()), None)
+    if first is not None and not len(first):
+        raise DataError(f"the batch holds no sample: its first tensor is {list(first.shape)}.")
 
 
 def sample_numbers(index: Any) -> Tensor:
