@@ -6,26 +6,27 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 
 from fxcompress.graph import ops
-from fxcompress.graph.channels import Channels
+from fxcompress.graph.channels import Channels, analysis
 from fxcompress.graph.channels.analysis import _Grouping
 from fxcompress.graph.channels.blocks import resolve
 from fxcompress.graph.channels.kept import Kept
 from fxcompress.graph.channels.labels import Value
 from fxcompress.graph.channels.proof import Proof
-from fxcompress.graph.channels.walk import Count
+from fxcompress.graph.channels.walk import Count, Walk
 from fxcompress.graph.inputs import arguments
 from tests.channel_cases import LeaveOutTheSilent, error, silenced
 from tests.channel_strategies import Drawn, channel_networks
-from tests.test_channel_random import EXAMPLES, analysed, picked, shrink
+from tests.test_channel_random import EXAMPLES, analysed, picked, plain, shrink
 
 some = settings(max_examples=max(1, EXAMPLES // 24), deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -205,19 +206,48 @@ def test_a_forgotten_tie_is_noticed_wherever_the_eager_model_disagrees(drawn: Dr
         return
     del edges[int(chance.choice(wrong))]
     mutant = _Grouping(channels.walk, resolve(channels.walk.atoms, channels.walk.sites.blocks), "out").run()
+    judge(drawn, mutant, seed, chance)
+
+
+def judge(drawn: Drawn, mutant: Channels, seed: int, chance: np.random.Generator) -> None:
+    """A wrong analysis must be noticed, or cut what the eager model agrees with."""
     try:
         removed = picked(mutant, 0.5, seed)
     except Exception:  # blocks that no longer fit together
         return
-    module = copy.deepcopy(mutant.walk.module)
-    found = noticed(Subject(drawn, mutant, removed, chance))
-    if found:
+    if noticed(Subject(drawn, mutant, removed, chance)):
         return
-    assert isinstance(module, nn.Module)
-    truth = silenced(drawn.model, mutant.walk.module)
+    truth = silenced(plain(drawn.model), mutant.walk.module)
     with torch.no_grad(), LeaveOutTheSilent():
         expected = truth(drawn.small)
     assert error(expected, mutant.walk.module(drawn.small)) <= 1e-10
+
+
+@some
+@given(drawn=channel_networks(), seed=st.integers(0, 999))
+def test_a_rule_that_shifts_or_drops_a_label_is_noticed_wherever_the_eager_model_disagrees(drawn: Drawn, seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    values = analysed(drawn).walk.env
+    labelled = [node.name for node, value in values.items() if isinstance(value, Value) and value.labels and node.users]
+    target, drops = labelled[int(chance.integers(len(labelled)))], bool(chance.integers(2))
+
+    class Wrong(Walk):
+        def _visit(self, node: fx.Node) -> Any:
+            found = super()._visit(node)
+            if node.name != target or not isinstance(found, Value) or not found.labels:
+                return found
+            dim = int(chance.choice(sorted(found.labels)))
+            label = found.labels[dim]
+            rest = {d: other for d, other in found.labels.items() if d != dim}
+            shifted = {} if drops else {dim: label.with_array(np.roll(label.array, 1, axis=dim))}
+            return Value(found.shape, {**rest, **shifted})
+
+    with mock.patch.object(analysis, "Walk", Wrong):
+        try:
+            mutant = analysed(drawn)
+        except Exception:  # labels that no longer fit together
+            return
+    judge(drawn, mutant, seed, chance)
 
 
 def test_an_unmutated_analysis_passes_the_same_judge() -> None:
