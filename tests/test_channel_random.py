@@ -29,8 +29,13 @@ from tests.channel_strategies import Drawn, channel_networks
 EXAMPLES = int(os.environ.get("CHANNEL_EXAMPLES", "240"))
 """Networks drawn by the first test; the others draw a twelfth of them."""
 
-many = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-some = settings(max_examples=max(1, EXAMPLES // 12), deadline=None, suppress_health_check=list(HealthCheck))
+CHANCE = "CHANNEL_EXAMPLES" in os.environ
+"""Whether networks differ from run to run, as in a long search; otherwise every run draws the same ones."""
+
+ALWAYS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": not CHANCE}
+
+many = settings(max_examples=EXAMPLES, **ALWAYS)  # type: ignore[arg-type]
+some = settings(max_examples=max(1, EXAMPLES // 12), **ALWAYS)  # type: ignore[arg-type]
 
 
 def analysed(drawn: Drawn, refused: dict[str, str] | None = None, **options: Any) -> Channels:
