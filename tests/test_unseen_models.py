@@ -261,3 +261,13 @@ def test_a_graph_that_only_some_values_run_through_is_refused_by_engines() -> No
     with pytest.raises(BackendError, match=r"takes? any values of their inputs' shapes.*lengths"):
         PTQQuantizer(backend="onnxruntime", num_calibration_batches=1).quantize(Packed().eval(), [batch])
     assert PTQQuantizer(num_calibration_batches=1).quantize(Packed().eval(), [batch])(**batch).shape == (3, 7, 5)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_a_convolution_that_pads_with_values_stays_in_float(mode: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, padding=1, padding_mode=mode)]  # type: ignore[arg-type]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8)
+    quantized = ptq(model, x)
+    assert snr(model, quantized, x) > 30
+    assert f"it pads with {mode!r}" in {row.reason for row in coverage(quantized).floats}

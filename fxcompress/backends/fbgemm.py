@@ -11,7 +11,7 @@ from fxcompress.backends.cpu import has_vnni
 from fxcompress.backends.kernels import x86_engine
 from fxcompress.backends.quantized_ops import lower_to
 from fxcompress.graph.ops import Attr, Call, kind
-from fxcompress.graph.shapes import dtype_of, shape_of
+from fxcompress.graph.shapes import dtype_of, module_of, shape_of
 
 __all__ = ["BACKEND", "RULES"]
 
@@ -31,8 +31,9 @@ def _weighted(call: Call) -> str | None:
         return "its weight is computed, not stored"
     if bias is not None and not isinstance(bias, Attr):
         return "its bias is computed, not stored"
-    if call["padding_mode"] not in (None, "zeros"):
-        return f"it pads with {call['padding_mode']}"
+    mode = getattr(module_of(call.node), "padding_mode", "zeros") if call.node.op == "call_module" else "zeros"
+    if mode != "zeros":
+        return f"it pads with {mode!r}"
     return None
 
 
