@@ -145,7 +145,7 @@ def test_a_model_without_values_is_refused_by_name() -> None:
         prune(model, (image().float(),))
 
 
-def test_a_model_in_a_distributed_wrapper_is_refused_with_what_to_do() -> None:
+def test_a_model_in_a_distributed_wrapper_is_pruned_without_it() -> None:
     class DistributedDataParallel(nn.Module):
         def __init__(self, module: nn.Module) -> None:
             super().__init__()
@@ -154,9 +154,8 @@ def test_a_model_in_a_distributed_wrapper_is_refused_with_what_to_do() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.module(x)
 
-    wrapped = nn.DataParallel(network().float())
-    with pytest.raises(ConfigError, match=r"model\.module"):
-        prune(wrapped, (image().float(),))
+    small, _ = prune(nn.DataParallel(network()).eval(), X)
+    assert small.get_submodule("stem").out_channels == 4
     # a wrapper of the user's own that happens to have that name is a module like any other
     small, _ = prune(DistributedDataParallel(network()).eval(), X)
     assert small.get_submodule("module.stem").out_channels == 4

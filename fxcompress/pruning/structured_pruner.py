@@ -182,7 +182,6 @@ class StructuredPruner:
                 yield step, channels, context
 
     def _run(self, plan: Plan, model: nn.Module, example_inputs: Any, data: Iterable[Any] | None) -> fx.GraphModule:
-        _check_wrapper(model)
         _check_finite(model)
         manager = PassManager(plan, progress=self._progress)
         self.ledger = manager.ledger
@@ -190,21 +189,6 @@ class StructuredPruner:
 
 
 _ANALYSIS = ("exclude_layers", "prune_heads", "prune_head_dim", "policy", "dimension")
-
-
-_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.")
-
-
-def _check_wrapper(model: nn.Module) -> None:
-    """Raise ConfigError for a model that is spread over devices or processes, whose tensors are not its own to cut."""
-    kind = type(model)
-    if kind.__module__.startswith(_WRAPPERS) and isinstance(getattr(model, "module", None), nn.Module):
-        raise ConfigError(
-            f"the model is wrapped in {kind.__name__}. Prune what it wraps, model.module, and wrap the smaller model anew."
-        )
-    sharded = next((name for name, p in model.named_parameters() if type(p).__name__ == "DTensor"), None)
-    if sharded is not None:
-        raise ConfigError(f"{sharded} is sharded over processes. Prune the whole model before it is sharded.")
 
 
 def _check_finite(model: nn.Module) -> None:
