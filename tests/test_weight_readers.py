@@ -68,3 +68,10 @@ def test_a_weight_that_others_read_is_quantized_for_all_of_them(build: Any, way:
     quantized = WAYS[way](model)
     assert (quantized(X) - expected).norm() < 0.03 * expected.norm()
     assert quantized(X[:3]).shape[0] == 3
+
+
+def test_a_weight_whose_type_is_asked_for_is_not_kept_twice() -> None:
+    model = Attributes().eval()
+    quantized = PTQQuantizer(num_calibration_batches=1, progress=False).quantize(model, [X])
+    floats = [value.numel() for value in quantized.state_dict().values() if value.dtype is torch.float32]
+    assert max(floats, default=0) < model.first.weight.numel()

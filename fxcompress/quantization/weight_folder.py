@@ -81,6 +81,7 @@ class WeightFolder:
         if zero_point is not None:
             edit.set_tensor(self.module, f"{stored}_zero_point", zero_point, buffer=True)
             self.affine.add(stored)
+        self._redirect(stored)
         return stored
 
     def _read_in_float(self, name: str) -> bool:
@@ -92,4 +93,19 @@ class WeightFolder:
                 readers.append(node)
             elif node.op == "get_attr" and node.target == name:
                 readers += node.users
-        return any(not reader.meta.get("integer") for reader in readers)
+        return any(not reader.meta.get("integer") and not _asks_about(reader) for reader in readers)
+
+    def _redirect(self, stored: str) -> None:
+        """Let code that asks for a float weight's type or device ask the scale, now that the weight is int8."""
+        for fetched in self.module.graph.find_nodes(op="get_attr", target=stored):
+            fetched.meta["tensor_meta"] = describe(edit.get_tensor(self.module, stored))
+            for user in [user for user in fetched.users if _asks_about(user) and user.args[-1] in ("dtype", "device")]:
+                with self.module.graph.inserting_before(user):
+                    user.replace_input_with(fetched, self._fetch(f"{stored}_scale"))
+
+
+def _asks_about(node: fx.Node) -> bool:
+    """Whether a node reads what a tensor is like, and not its values."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    return node.target is getattr and node.args[1] in ("dtype", "device", "shape", "ndim")
