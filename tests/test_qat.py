@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
@@ -22,8 +23,9 @@ from benchmarks.digits import TRAINED, DigitsNet, accuracy, finetuned, trained
 from fxcompress import LSQQuantizer, PassManager, QATQuantizer, coverage
 from fxcompress.backends import fbgemm
 from fxcompress.backends.saturation import largest_activation
-from fxcompress.errors import ConfigError, DataError, PlanError
+from fxcompress.errors import ConfigError, DataError, PlanError, PromiseError
 from fxcompress.graph import qdq
+from fxcompress.pass_base import Context, Pass, Promise, close
 from fxcompress.quantization.fake_quant import LearnedFakeQuantize, RangeFakeQuantize, fake_quantizers
 from tests.strategies import Drawn, networks
 
@@ -401,3 +403,35 @@ def test_a_plan_holds_its_promises_for_a_model_in_training_mode() -> None:
     frozen = manager.run(model, data=data)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     assert all(part.training for part in frozen.modules())
+
+
+@dataclasses.dataclass(frozen=True)
+class Nudge(Pass):
+    """Promises next to nothing of a change in the last bits, or of a large one."""
+
+    name: ClassVar[str] = "nudge"
+    takes: ClassVar[tuple[str, ...]] = ("observed",)
+    promise: ClassVar[Promise] = close(rtol=1e-4)
+    by: float = 1e-6
+
+    def run(self, module: fx.GraphModule, context: Context) -> None:
+        for part in module.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                with torch.no_grad():
+                    part.bias.add_(self.by)
+
+
+def test_a_last_bit_that_rounding_carries_to_the_next_level_breaks_no_promise() -> None:
+    torch.manual_seed(0)
+    blocks = [[nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()] for _ in range(8)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *(layer for block in blocks for layer in block))
+    quantizer = QATQuantizer(bits=8)
+    images = torch.randn(8, 3, 24, 24)
+    prepared = quantizer.prepare(model.train(), images)
+    prepared(images)
+    ready = PassManager(["freeze-scales"]).run(prepared.eval(), images)
+    nudged = PassManager([Nudge()]).run(ready, images)
+    gap = (nudged(images) - ready(images)).abs().max() / ready(images).abs().max()
+    assert gap > 1e-3  # far more than was promised
+    with pytest.raises(PromiseError, match="nudge"):
+        PassManager([Nudge(by=0.05)]).run(ready, images)
