@@ -54,11 +54,16 @@ class Atoms:
         return first
 
     def told_apart(self, line: Ints, where: str) -> Ints:
-        """The line with atoms of its own where one atom stands in it several times, so that what comes of each is known."""
+        """The line with atoms of its own where one atom stands in it several times, so that what comes of each is known.
+
+        They are numbered in the order of the atoms that they come from, then by position.
+        """
         live = line[line > 0]
         if len(np.unique(live)) == len(live):
             return line
-        made = np.where(line > 0, self.new(len(line)), 0)
+        fresh = np.empty_like(line)
+        fresh[np.argsort(line, kind="stable")] = self.new(len(line))
+        made = np.where(line > 0, fresh, 0)
         self.merge(made, line, where)
         return made
 
