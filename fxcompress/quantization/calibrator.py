@@ -34,6 +34,13 @@ _ROUNDING = 1e-9  # a share of a count that should be whole is not quite
 _NOTHING = (math.inf, -math.inf)
 
 
+class _Ranges(dict[Any, tuple[Tensor, Tensor]]):
+    """Ranges already found, by what was asked; copies of a calibrator that have seen the same share them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Ranges:
+        return self
+
+
 class Calibrator:
     """Watches tensors; knows the observed extremes and how often it was shown something.
 
@@ -48,6 +55,7 @@ class Calibrator:
         self.minimum: Tensor | None = None
         self.maximum: Tensor | None = None
         self._known = _NOTHING  # the extremes as numbers, where they are one pair: most tensors do not widen them
+        self._ranges = _Ranges()
 
     def collect(self, tensor: Tensor) -> None:
         """Take note of a tensor of any shape, layout and floating dtype. Raises DataError for NaN or infinite values."""
@@ -63,6 +71,7 @@ class Calibrator:
         if not (self._known[0] <= bounds[0] and bounds[1] <= self._known[1]):
             self._widen(low, high)
         self.count += values.numel()
+        self._ranges = _Ranges()
         self._add(values, *bounds)
 
     def merge(self, other: Calibrator) -> None:
@@ -74,6 +83,7 @@ class Calibrator:
         if other.minimum is not None and other.maximum is not None:
             self._widen(other.minimum, other.maximum)
             self.count += other.count
+            self._ranges = _Ranges()
             self._join(other)
 
     def compute_range(self, dtype: str | Grid = "int8") -> tuple[Tensor, Tensor]:
@@ -83,7 +93,12 @@ class Calibrator:
         """
         if self.minimum is None or self.maximum is None:
             raise DataError("a calibrator has seen no data; run batches through the observed model first.")
-        return self._range(self.minimum.to(torch.float64), self.maximum.to(torch.float64), self._grid(dtype))
+        target = self._grid(dtype)
+        asked = (target, *self._options().items())
+        if asked not in self._ranges:
+            self._ranges[asked] = self._range(self.minimum.to(torch.float64), self.maximum.to(torch.float64), target)
+        low, high = self._ranges[asked]
+        return low.clone(), high.clone()
 
     def compute_scale_zp(self, dtype: str | Grid = "int8") -> tuple[Tensor, Tensor]:
         """Scale and zero point on a grid, or on the default grid of a dtype."""
@@ -94,7 +109,7 @@ class Calibrator:
 
     def reset(self) -> None:
         """Forget everything seen."""
-        self.count, self.minimum, self.maximum, self._known = 0, None, None, _NOTHING
+        self.count, self.minimum, self.maximum, self._known, self._ranges = 0, None, None, _NOTHING, _Ranges()
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen, as tensors and numbers."""
