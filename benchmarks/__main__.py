@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--list", action="store_true", help="print the table of benchmarks")
     made.add_argument("--quick", action="store_true", help="few rounds, small cases: to see that it works, not to quote")
     made.add_argument("--json", type=Path, metavar="FILE", help="save the figures, the tables and the machine's description")
-    made.add_argument("--record", type=Path, metavar="FILE", help="write a saved file's tables into benchmarks/README.md")
+    made.add_argument("--record", type=Path, nargs="+", metavar="FILE", help="write saved tables into benchmarks/README.md")
     made.add_argument("--peers", type=Path, metavar="PYTHON", help="the Python of an environment with others' tools")
     made.add_argument("--models", nargs="+", default=[], help="only these models, where a benchmark takes several")
     made.add_argument("--sample", type=int, metavar="N", help="of the zoo, only N models drawn with --seed")

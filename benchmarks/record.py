@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ README = Path(__file__).with_name("README.md")
 HEADING = "## The last figures\n"
 
 
-def record(saved: Path, readme: Path = README) -> None:
-    """Put the figures of a saved file under the heading of ``readme``, in place of what was there."""
+def record(saved: Sequence[Path], readme: Path = README) -> None:
+    """Put the figures of saved files, one after another, under the heading of ``readme``, in place of what was there."""
     before, heading, _ = readme.read_text(encoding="utf-8").partition(HEADING)
     if not heading:
         raise ValueError(f"{readme} has no heading {HEADING.strip()!r}")
-    report = json.loads(saved.read_text(encoding="utf-8"))
-    readme.write_text(f"{before}{heading}\n{markdown(report)}", encoding="utf-8")
+    tables = "\n".join(markdown(json.loads(path.read_text(encoding="utf-8"))) for path in saved)
+    readme.write_text(f"{before}{heading}\n{tables}", encoding="utf-8")
 
 
 def markdown(report: dict[str, Any]) -> str:

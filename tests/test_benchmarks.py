@@ -121,7 +121,7 @@ def test_the_file_says_what_was_measured_and_on_what(
     assert "NO" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [tmp_path / "figures.json"]
     (tmp_path / "README.md").write_text("how\n\n## The last figures\n\nold\n")
-    record(tmp_path / "figures.json", tmp_path / "README.md")
+    record([tmp_path / "figures.json"], tmp_path / "README.md")
     lines = (tmp_path / "README.md").read_text().splitlines()
     assert lines[:3] == ["how", "", "## The last figures"]
     assert "| missed | 2 | x | ≤ 1 | NO |  |" in lines
