@@ -65,8 +65,6 @@ def _obstacle(module: fx.GraphModule, norm: ops.Call, reading: dict[str, list[fx
         return "it is in training mode, where it uses the statistics of the batch"
     if not isinstance(norm["running_mean"], ops.Attr):
         return "it keeps no running statistics"
-    if edit.has_hooks(norm.node):
-        return "it has hooks, which folding would drop"
     source = norm.inputs[0]
     layer = ops.read(source)
     if layer is None or not layer.kind.startswith(("conv", "linear")):

@@ -41,8 +41,7 @@ class FuseActivations(Pass):
             producer = node.all_input_nodes[0]
             if self.layers is not None and ops.owner_name(producer) not in self.layers:
                 continue
-            reason = "it has hooks, which fusing would drop" if edit.has_hooks(node) else None
-            reason = reason or _obstacle(producer, activation, calls)
+            reason = _obstacle(producer, activation, calls)
             if reason:
                 context.skip(node, reason)
                 continue

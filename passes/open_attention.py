@@ -96,7 +96,7 @@ def _obstacle(node: fx.Node, layer: nn.MultiheadAttention) -> str | None:
     given = _arguments(node)
     shape = shape_of(given["query"])
     masks = [given[name] for name in ("key_padding_mask", "attn_mask") if given.get(name) is not None]
-    if edit.has_hooks(node) or layer.out_proj._forward_hooks or layer.out_proj._forward_pre_hooks:
+    if layer.out_proj._forward_hooks or layer.out_proj._forward_pre_hooks:
         return "it has hooks, which opening it would drop"
     if layer.training and layer.dropout:
         return "its dropout is active"

@@ -36,8 +36,6 @@ class RemoveDead(Pass):
 
     def _passes_through(self, node: fx.Node) -> bool:
         kind = ops.kind(node)
-        if edit.has_hooks(node):
-            return False
         if kind == "identity":
             return node.op == "call_module" and type(module_of(node)) is nn.Identity
         if kind != "dropout" or not self.dropout:

@@ -338,13 +338,11 @@ MODELS = {
         lambda: (lambda m: (m[0].register_forward_hook(lambda mod, i, o: o * 2), m)[1])(
             nn.Sequential(c3(3, 8), nn.ReLU(), c3(8, 3))
         ),
-        frozen="it has hooks, which may do anything",
     ),
     "pre hook": Hostile(
         lambda: (lambda m: (m[2].register_forward_pre_hook(lambda mod, i: (i[0] + 1,)), m)[1])(
             nn.Sequential(c3(3, 8), nn.ReLU(), c3(8, 3))
         ),
-        frozen="it has hooks, which may do anything",
     ),
     "ParameterList": Hostile(
         lambda: net(

@@ -18,7 +18,6 @@ __all__ = [
     "ensure",
     "finish",
     "get_tensor",
-    "has_hooks",
     "insert_after",
     "insert_before",
     "is_stored",
@@ -164,14 +163,6 @@ def copy_into(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, fx.Node]) ->
             copy_into(graph, source, values)
         values[node] = graph.node_copy(node, lambda old: values[old])
     return values[node]
-
-
-def has_hooks(node: fx.Node) -> bool:
-    """Whether a called module has hooks, which go with it when it is taken out."""
-    if node.op != "call_module" or node.graph.owning_module is None:
-        return False
-    module = node.graph.owning_module.get_submodule(str(node.target))
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def finish(module: fx.GraphModule) -> None:

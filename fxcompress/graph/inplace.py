@@ -136,7 +136,7 @@ def reuse_memory(module: fx.GraphModule) -> None:
     """Let a ReLU or an addition overwrite a value that nothing else reads: what models in place do, made safe."""
     for node in reversed(list(module.graph.nodes)):
         kind = ops.kind(node)
-        if kind not in ("relu", "add") or is_in_place(node) or edit.has_hooks(node):
+        if kind not in ("relu", "add") or is_in_place(node):
             continue
         free = [source for source in node.all_input_nodes if _is_free(source)]
         if kind == "relu" and free:

@@ -240,7 +240,7 @@ def module_kind(module: nn.Module) -> str:
 
 
 def lookup(node: fx.Node) -> Op | None:
-    """The row of the op table for ``node``, or None where its operator is unknown."""
+    """The row of the op table for ``node``, or None where its operator is unknown, as that of a layer with hooks is."""
     if node.op == "call_module":
         module = _submodule(node)
         return None if module is None or has_hooks(module) else _table().module(type(module))
