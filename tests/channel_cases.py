@@ -83,6 +83,16 @@ class Hostile:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+conv, linear = nn.Conv2d, nn.Linear
+X, T = (image(),), (tokens(),)
+MORE = [(image(size=13, batch=3),)]
+TOKENS = (T, [(tokens(length=4, batch=3),)])
+
+
+def c3(inputs: int, outputs: int, **options: Any) -> nn.Conv2d:
+    return conv(inputs, outputs, 3, padding=1, **options)
+
+
 def lived_in(model: Any, seed: int = 0) -> Any:
     """The model in float64 and eval mode, every parameter and floating-point buffer with values of its own."""
     model = model.double().eval()

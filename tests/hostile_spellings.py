@@ -10,16 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.channel_cases import Hostile, image, net, tokens
-
-conv, linear = nn.Conv2d, nn.Linear
-X, T = (image(),), (tokens(),)
-MORE = [(image(size=13, batch=3),)]
-TOKENS = (T, [(tokens(length=4, batch=3),)])
-
-
-def c3(inputs: int, outputs: int, **options: Any) -> nn.Conv2d:
-    return conv(inputs, outputs, 3, padding=1, **options)
+from tests.channel_cases import TOKENS, Hostile, X, c3, image, linear, net
 
 
 def dense_by_name(self: Any, x: Tensor) -> Tensor:

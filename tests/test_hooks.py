@@ -81,6 +81,7 @@ def test_wrappers_are_taken_off(wrap: Any) -> None:
     model = net()
     graph = trace(wrap(model), X)
     assert set(graph.state_dict()) == set(model.state_dict())
+    assert "was taken off" in graph.meta["rungs"][0].reason
     assert torch.equal(graph(X), model(X))
 
 

@@ -64,7 +64,7 @@ def trace(model: nn.Module, example_inputs: Any = None, *, copied: bool = False,
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace() takes an nn.Module, got a {type(model).__name__}.")
-    model = unwrapped(model)
+    wrapped, model = model, unwrapped(model)
     sharded = [name for name, tensor, _ in tensors(model) if type(tensor).__name__ in ("DTensor", "FlatParameter")]
     if sharded:
         raise TraceError(f"{sharded[0]} is one process's shard (FSDP): gather the whole model on one device first.")
@@ -77,6 +77,8 @@ def trace(model: nn.Module, example_inputs: Any = None, *, copied: bool = False,
     model = model if copied else copied_model(model, shared)
     traced = model if is_traced(model) else _trace(model, call)
     assert isinstance(traced, fx.GraphModule)
+    if unwrapped(wrapped) is not wrapped:
+        traced.meta["rungs"] = (Rung("", "note", f"{type(wrapped).__name__} was taken off"), *traced.meta["rungs"])
     if call is not None:
         for name, inputs in region_inputs(traced, call).items():
             if traced is not model or not _fits_metadata(regions(traced)[name], inputs):
