@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import fx
@@ -96,6 +96,10 @@ class Channels:
         arrays = list({id(label.array): label.array.ravel() for label in labels}.values())
         starts = np.cumsum([0, *(len(array) for array in arrays)])[:-1]
         return self.root[np.concatenate(arrays)] if arrays else np.empty(0, dtype=np.int64), starts
+
+    def without(self, names: Container[str]) -> Channels:
+        """The same analysis with some groups left out, whose channels all stay."""
+        return replace(self, groups=[group for group in self.groups if group.name not in names])
 
     def group(self, name: str) -> ChannelGroup:
         """The group of this name."""
