@@ -31,10 +31,12 @@ from fxcompress.passes.remove_dead import RemoveDead
 from fxcompress.passes.remove_taps import RemoveTaps
 from fxcompress.passes.require import Require
 from fxcompress.passes.revert_slow import RevertSlow
+from fxcompress.passes.settle_weights import SettleWeights
 from fxcompress.passes.train import Train
 
 PASSES = (
     RemoveDead,
+    SettleWeights,
     FoldBatchNorm,
     FuseActivations,
     EqualizeLayers,

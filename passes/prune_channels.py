@@ -21,14 +21,15 @@ from fxcompress.graph.channels.proof import Proof, tolerance
 from fxcompress.graph.channels.walk import place
 from fxcompress.graph.island import regions
 from fxcompress.graph.select import Selection
+from fxcompress.graph.settling import settle
 from fxcompress.options import Seed
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.pruning.compensation import compensation, fold
 from fxcompress.pruning.importance import check_criterion, scores
 from fxcompress.pruning.latency import latency
-from fxcompress.pruning.parametrized import settle
 from fxcompress.pruning.pruning_plan import GroupPlan, PruningPlan
 from fxcompress.pruning.selection import Budget, choose, missed, removed_classes, whole_groups
+from fxcompress.pruning.sites import Mask
 
 __all__ = ["PruneChannels"]
 
@@ -108,7 +109,7 @@ class PruneChannels(Pass):
         found: dict[str, Channels] = {}
         for region, module in regions(model).items():
             with context.in_region(region):
-                for name, reason in settle(module):
+                for name, reason in settle(module, Mask):
                     context.note(name, reason)
                 found[region] = self.analyse(module, context)
                 self._report(found[region], context)

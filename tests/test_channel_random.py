@@ -19,10 +19,11 @@ from fxcompress.graph.channels.kept import Kept
 from fxcompress.graph.channels.proof import Proof
 from fxcompress.graph.cost import macs
 from fxcompress.graph.inputs import arguments
+from fxcompress.graph.settling import settle
 from fxcompress.pass_base import Context
 from fxcompress.passes.open_attention import OpenAttention
-from fxcompress.pruning.parametrized import settle
 from fxcompress.pruning.selection import Budget, choose, removed_classes
+from fxcompress.pruning.sites import Mask
 from tests.channel_cases import LeaveOutTheSilent, error, shapes, silenced
 from tests.channel_strategies import Drawn, channel_networks
 
@@ -45,7 +46,7 @@ def analysed(drawn: Drawn, refused: dict[str, str] | None = None, **options: Any
 def captured(drawn: Drawn) -> fx.GraphModule:
     """The network as a pruner analyses it: traced, weights plain, attention opened."""
     module, call = trace(drawn.model, drawn.small), arguments(drawn.small)
-    list(settle(module))
+    list(settle(module, Mask))
     OpenAttention().run(module, Context(inputs={"": call}))
     module.recompile()
     return module
@@ -67,7 +68,7 @@ def shrink(channels: Channels, removed: np.ndarray) -> None:
 def plain(model: nn.Module) -> nn.Module:
     """A copy with computed weights made plain."""
     model = copy.deepcopy(model)
-    list(settle(model))
+    list(settle(model, Mask))
     return model
 
 

@@ -149,7 +149,7 @@ def computed(call: ops.Call) -> str | None:
     """Why a weight that is computed as the graph runs cannot be quantized ahead, or None."""
     weight, owner = call["weight"], call.node.graph.owning_module
     if isinstance(weight, ops.Attr) and owner is not None and not edit.is_stored(owner, weight.name):
-        return "its weight is masked or computed by a parametrization; 'bake-masks' makes masks permanent"
+        return "its weight is masked or computed by a parametrization; 'settle-weights' makes that permanent"
     return None
 
 

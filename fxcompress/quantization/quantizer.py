@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import fx, nn
 
 from fxcompress.errors import ConfigError, did_you_mean
+from fxcompress.graph.copying import copied_model
 from fxcompress.graph.trace import is_traced
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
@@ -68,7 +68,7 @@ class Quantizer:
 
 def in_eval_mode(model: nn.Module) -> nn.Module:
     """``model`` itself where it is in eval mode; otherwise a copy that is."""
-    return copy.deepcopy(model).eval() if any(module.training for module in model.modules()) else model
+    return copied_model(model).eval() if any(module.training for module in model.modules()) else model
 
 
 def check_stage(model: nn.Module, stage: str, how: str) -> None:
