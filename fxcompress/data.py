@@ -13,7 +13,16 @@ from torch import nn
 from fxcompress.errors import DataError, FxCompressError
 from fxcompress.graph.inputs import Arguments, tensors_in
 
-__all__ = ["batches", "check_batch", "fitting", "split_batch"]
+__all__ = ["batches", "check_batch", "fed", "fitting", "split_batch"]
+
+
+def fed(data: Any) -> Iterable[Any]:
+    """What gives batches: any iterable as it is, one tensor as its only batch. Raises DataError for anything else."""
+    if isinstance(data, torch.Tensor):
+        return [data]
+    if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
+        raise DataError(f"the data is a {type(data).__name__}; a dataloader is any iterable of batches.")
+    return data
 
 
 def split_batch(batch: Any) -> tuple[Arguments, Any]:
@@ -66,7 +75,7 @@ def batches(data: Iterable[Any], model: nn.Module, limit: int | None = None) -> 
     """Up to ``limit`` checked batches of ``data`` as calls of ``model``, on its device."""
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     signature = inspect.signature(model.forward)
-    for position, batch in enumerate(data):
+    for position, batch in enumerate(fed(data)):
         if limit is not None and position >= limit:
             return
         call, _ = split_batch(batch)

@@ -97,9 +97,9 @@ def brief(error: BaseException, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[:most]} …"
 
 
-def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
+def did_you_mean(name: object, known: Iterable[str], *, limit: int = 3) -> str:
     """`` Did you mean 'x'?`` with the closest of ``known``, or an empty string where nothing is close."""
-    close = difflib.get_close_matches(name[:200], list(known), n=limit, cutoff=0.5)
+    close = difflib.get_close_matches(str(name)[:200], list(known), n=limit, cutoff=0.5)
     if not close:
         return ""
     return " Did you mean " + " or ".join(repr(c) for c in close) + "?"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxcompress import reproducer
-from fxcompress.data import split_batch
+from fxcompress.data import fed, split_batch
 from fxcompress.errors import DataError, FxCompressError, PassError, PlanError, VerificationError
 from fxcompress.graph import edit, trace
 from fxcompress.graph.inputs import Arguments, arguments
@@ -82,6 +82,7 @@ class PassManager:
         PromiseError where a step fails, with the folder that replays it.
         """
         self._check_needs(example_inputs, data, teacher)
+        data = None if data is None else fed(data)
         call = example_call(example_inputs, data)
         self.ledger.rows.clear()
         traced = trace(model, call, shared=True)

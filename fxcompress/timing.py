@@ -5,20 +5,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 __all__ = ["Timing", "interleaved"]
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Seconds per call over ``runs`` measured calls."""
 
     median: float
     p90: float
-    minimum: float
+    min: float
     runs: int
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -12,12 +13,14 @@ from torch import fx
 from tqdm import tqdm
 
 from fxcompress.data import batches
-from fxcompress.distributed import gather, merge, rank, world
+from fxcompress.distributed import gather, is_main, merge, rank, world
 from fxcompress.errors import DataError
 from fxcompress.pass_base import EXACT, Context, Pass, Promise, hidden
 from fxcompress.quantization.observer import observers
 
 __all__ = ["Calibrate"]
+
+log = logging.getLogger("fxcompress")
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class Calibrate(Pass):
     """Let the observers see up to ``num_batches`` batches, in constant memory.
 
     A batch that is empty, holds NaN or infinite values, or does not fit the model is refused by number.
-    Fewer batches than asked is a remark with both numbers. Under ``torchrun`` every process sees its share of the batches,
-    and all of them know what was seen.
+    Fewer batches than asked is a warning with both numbers, logged and in the ledger. Under ``torchrun`` every process sees
+    its share of the batches, and all of them know what was seen.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -61,7 +64,10 @@ class Calibrate(Pass):
         if not seen:
             raise DataError("the dataloader is empty: there is nothing to calibrate with.")
         if seen < self.num_batches:
-            context.note("", f"{self.num_batches} batches were asked for and the data has {seen}")
+            reason = f"{self.num_batches} batches were asked for and the data has {seen}"
+            context.note("", reason)
+            if is_main():
+                log.warning("calibrate: %s", reason)
 
     def _run(self, model: fx.GraphModule, call: object, number: int) -> None:
         try:

@@ -76,4 +76,4 @@ def test_candidates_take_turns() -> None:
     order: list[str] = []
     found = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, runs=3, warmup=1)
     assert order == ["a", "b"] * 4
-    assert found["a"].runs == 3 and found["a"].minimum <= found["a"].median <= found["a"].p90
+    assert found["a"].runs == 3 and found["a"].min <= found["a"].median <= found["a"].p90

@@ -151,7 +151,7 @@ def laplace(seed: int, size: int = 20_000) -> np.ndarray:
     return np.random.default_rng(seed).laplace(size=size).astype(np.float32)
 
 
-@pytest.mark.parametrize("percentile", [90.0, 99.0, 99.9])
+@pytest.mark.parametrize("percentile", [50.0, 90.0, 99.0, 99.9])
 def test_percentile_is_that_of_magnitudes_or_of_both_tails_within_a_bin(percentile: float) -> None:
     values = laplace(3) - np.float32(0.4)
     calibrator = PercentileCalibrator(percentile)
@@ -320,6 +320,11 @@ def test_calibrators_that_do_not_fit_are_refused() -> None:
         coarse.merge(fed("minmax", x))
     with pytest.raises(ConfigError, match="the num_bins it was saved with"):
         coarse.load_state_dict(fine.state_dict())
+    for state in ({}, {"count": 3}, coarse.state_dict()):
+        with pytest.raises(ConfigError, match="the state of a MinMaxCalibrator holds count"):
+            MinMaxCalibrator().load_state_dict(state)
+    with pytest.raises(DataError, match="shown a list; it collects tensors"):
+        coarse.collect([1.0])  # type: ignore[arg-type]
     channels = MinMaxCalibrator(per_channel=True)
     channels.collect(torch.randn(3, 4))
     with pytest.raises(DataError, match="seen 3 channels was shown 5"):
@@ -342,6 +347,9 @@ def test_minmax_per_channel() -> None:
         ("histogram", {"num_bins": 3}, "16 to 65536"),
         ("histogram", {"percentile": 101}, "percentile"),
         ("percentile", {"percentile": True}, "percentile"),
+        ("percentile", {"percentile": 0.0}, "percentile"),
+        ("minmax", {"symmetric": "no"}, "symmetric is 'no'"),
+        ("minmax", {"per_channel": 1}, "per_channel is 1"),
         ("entropy", {"num_quantized_bins": 1}, "from 2 to num_bins"),
         ("entropy", {"num_bins": 64, "num_quantized_bins": 128}, "from 2 to num_bins"),
     ],
@@ -367,7 +375,9 @@ def test_scales_hold_the_range_and_zero_exactly(a: float, b: float, dtype: str, 
 def test_symmetric_grids_follow_the_standard() -> None:
     one = torch.tensor(1.0)
     assert [t.item() for t in compute_scale_zp(-one, one, grid("int8"))] == [pytest.approx(1 / 127), 0]
-    assert compute_scale_zp(-one, one, grid("uint8"))[1].item() == 128
+    for low, high in ((-1.0, 1.0), (-1.0, 0.5), (-0.5, 1.0)):
+        scale, zero = compute_scale_zp(low * one, high * one, grid("uint8"))
+        assert [scale.item(), zero.item()] == [pytest.approx(1 / 127), 128]
     assert [t.item() for t in compute_scale_zp(0 * one, one, grid("uint8"))] == [pytest.approx(1 / 255), 0]
     with pytest.raises(DataError, match="NaN"):
         compute_scale_zp(one * float("nan"), one, grid("int8"))

@@ -505,6 +505,11 @@ def test_close_rows_keep_their_true_distances() -> None:
         (lambda: losses.attention_transfer_loss(FS, FT, 0.5), "1 or more"),
         (lambda: losses.attention_transfer_loss(S, T), "equal rank"),
         (lambda: losses.distance_loss(ES, ET[:2]), "batch"),
+        (lambda: losses.distance_loss(ES[:0], ET[:0]), r"shape \(0, \d+\): it has no values"),
+        (lambda: losses.pkt_loss(student=None, teacher=ET), "pkt_loss was given a NoneType"),  # type: ignore[arg-type]
+        (lambda: losses.kd_loss(S, T, 0.0), "temperature is 0.0"),
+        (lambda: losses.dkd_loss(S, T, Y, temperature=math.nan), "temperature is nan"),
+        (lambda: losses.dist_loss(S, T, temperature=-1.0), "temperature is -1.0"),
     ],
 )
 def test_what_does_not_fit_is_refused(call: Callable[[], Tensor], match: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import numpy as np
@@ -179,3 +180,15 @@ def test_weights_that_are_not_finite_and_models_without_weights_are_refused() ->
         MagnitudePruner().compute_mask(nn.ReLU())
     with pytest.raises(PlanError, match="less than 1"):
         PassManager([{"mask-weights": {"sparsity": 1.0}}])
+
+
+@pytest.mark.parametrize("made", [MagnitudePruner, L1UnstructuredPruner, RandomPruner])
+def test_what_a_pruner_was_made_with_can_be_read(made: type[MagnitudePruner]) -> None:
+    names = {"exclude_layers": ["a"], "include_layers": ["b*"]}
+    given: dict[str, Any] = {"sparsity": 0.25, "pruning_type": "semi_structured", "criterion": "l2", **names}
+    pruner = made(**given)
+    assert {name: getattr(pruner, name) for name in given} == given
+    default = "random" if made is RandomPruner else "l1"
+    assert made().criterion == inspect.signature(made).parameters["criterion"].default == default
+    with pytest.raises(ConfigError, match="exclude_layers is 'conv1'; it is a list of layer names"):
+        made(exclude_layers="conv1")

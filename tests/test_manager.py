@@ -172,12 +172,15 @@ def test_an_empty_dataloader_and_bad_batches_are_refused() -> None:
         manager(*steps).run(model(), data=[X, torch.randn(1, 4, 8, 8)])
     with pytest.raises(DataError, match="a batch is a str"):
         manager(*steps).run(model(), X, data=["images"])
+    with pytest.raises(DataError, match="the data is a int"):
+        manager(*steps).run(model(), X, data=7)  # type: ignore[arg-type]
 
 
-def test_fewer_batches_than_asked_is_a_remark_with_both_numbers() -> None:
+def test_fewer_batches_than_asked_is_a_warning_with_both_numbers(caplog: pytest.LogCaptureFixture) -> None:
     m = manager("insert-observers", {"calibrate": {"num_batches": 9}})
     m.run(model(), data=[X, X])
     assert "9 batches were asked for and the data has 2" in {r.reason for r in m.ledger.remarks("calibrate")}
+    assert caplog.messages == ["calibrate: 9 batches were asked for and the data has 2"]
 
 
 def test_data_comes_as_tensors_pairs_or_dicts() -> None:

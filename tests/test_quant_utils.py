@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,18 @@ def test_scales_per_channel_run_along_their_axis() -> None:
         (lambda: tools.compute_snr(torch.ones(1), torch.tensor([math.inf])), DataError, "infinite"),
         (lambda: tools.benchmark_latency(nn.Identity(), (1, -3)), ConfigError, "positive integers"),
         (lambda: tools.benchmark_latency(nn.Identity(), (1, 3), runs=0), ConfigError, "at least 1"),
-        (lambda: tools.compare_weights(nn.Identity(), nn.Identity()), ConfigError, "quantizer or PassManager"),
+        (lambda: tools.benchmark_latency(nn.Linear(3, 2), (1, 4)), ConfigError, "do not run through the model"),
+        (lambda: tools.benchmark_latency(nn.Identity(), 3), ConfigError, "input_shape is 3"),  # type: ignore[arg-type]
+        (lambda: tools.benchmark_latency("model", (1, 3)), ConfigError, "it is an nn.Module"),  # type: ignore[arg-type]
+        (lambda: tools.get_model_size(None), ConfigError, "it is an nn.Module"),  # type: ignore[arg-type]
+        (lambda: tools.compare_weights(nn.Identity(), nn.Identity()), ConfigError, "same name and shape"),
+        (lambda: tools.compare_weights(nn.Identity(), None), ConfigError, "quant_model is a NoneType"),  # type: ignore[arg-type]
+        (lambda: tools.fuse_modules(nn.Identity(), "conv1"), ConfigError, "a list of names"),
+        (lambda: tools.quantize_tensor(torch.ones(2), 1.0, 256, "uint8"), ConfigError, "from 0 to 255"),
+        (lambda: tools.quantize_tensor(torch.ones(2), 1.0, torch.tensor(0.5)), ConfigError, "zero point is an integer"),
+        (lambda: tools.quantize_tensor([1.0], 1.0, 0), ConfigError, "it is a torch.Tensor"),  # type: ignore[arg-type]
+        (lambda: tools.compute_scale_zp("low", 1.0), ConfigError, "min_val is 'low'"),  # type: ignore[arg-type]
+        (lambda: tools.compute_scale_zp(torch.zeros(2), torch.ones(3)), ConfigError, "min_val has shape"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(call: Any, error: type[Exception], message: str) -> None:
@@ -179,7 +191,26 @@ def test_latency_counts_its_runs() -> None:
 
     timing = tools.benchmark_latency(Noted(), [(2, 3), (4,)], runs=7, warmup=2)
     assert timing.runs == 7 and calls == [(2, 3, 4)] * 9
-    assert 0 < timing.minimum <= timing.median <= timing.p90
+    assert 0 < timing.min <= timing.median <= timing.p90
+
+
+def test_models_without_integers_are_compared_layer_by_layer() -> None:
+    model, batches = net()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.01
+    weights = {row.name: row for row in tools.compare_weights(model, other)}
+    noise = 0.01**2 * model.fc2.weight.numel()
+    assert weights["fc2"].snr_db == pytest.approx(
+        10 * math.log10(float(model.fc2.weight.detach().square().sum()) / noise), abs=1e-3
+    )
+    values = {row.name: row for row in tools.compare_activations(model, other, batches)}
+    outputs = [torch.cat([each(batch) for batch in batches]).double().detach() for each in (model, other)]
+    assert values["fc2"].max_error == pytest.approx(float((outputs[0] - outputs[1]).abs().max()), abs=1e-5)
+    half = PTQQuantizer(dtype="fp16").quantize(model, batches)
+    assert all(60 < row.snr_db < 90 for row in tools.compare_weights(model, half))
+    assert all(row.local_snr_db > 50 for row in tools.compare_activations(model, half, batches))
 
 
 def test_weights_are_compared_after_the_same_folding() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fxcompress.errors import ConfigError, FxCompressError, PassError
-from fxcompress.pruning import ChannelPruner, PruningPlan, StructuredPruner
+from fxcompress.pruning import ChannelPruner, FilterPruner, PruningPlan, StructuredPruner
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -124,3 +124,16 @@ def test_targets_are_met_to_the_nearest_unit(what: str) -> None:
     share = last.parameters / first.parameters if what == "parameters" else last.macs / first.macs
     assert abs(share - 0.5) < 0.02
     assert last.parameters == sum(p.numel() for p in small.parameters())
+
+
+def test_what_a_structured_pruner_was_made_with_can_be_read() -> None:
+    given: dict[str, Any] = {
+        "sparsity": 0.25,
+        "criterion": "l2_norm",
+        "global_pruning": True,
+        "exclude_layers": ["a*"],
+        "round_to": 4,
+    }
+    for made, dimension in ((StructuredPruner, 0), (FilterPruner, 0), (ChannelPruner, 1)):
+        pruner = made(**given)
+        assert {name: getattr(pruner, name) for name in given} == given and pruner.pruning_dim == dimension

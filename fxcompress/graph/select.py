@@ -10,7 +10,14 @@ from torch import nn
 
 from fxcompress.errors import ConfigError, did_you_mean
 
-__all__ = ["Selection", "matches"]
+__all__ = ["Selection", "listed", "matches"]
+
+
+def listed(option: str, names: Iterable[str]) -> list[str]:
+    """The names given as ``option``; ConfigError for anything but a sequence of strings, a single string included."""
+    if isinstance(names, str) or not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{option} is {names!r}; it is a list of layer names or patterns.")
+    return list(names)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-__all__ = ["parts", "submodule", "tensors", "unwrapped"]
+from fxcompress.errors import ConfigError
+
+__all__ = ["check_module", "parts", "submodule", "tensors", "unwrapped"]
+
+
+def check_module(model: object, what: str = "the model") -> None:
+    """Raise ConfigError unless ``model``, called ``what`` in the message, is a module."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{what} is a {type(model).__name__}; it is an nn.Module.")
 
 
 def submodule(module: nn.Module, name: str) -> nn.Module | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxcompress.graph.select import listed
 from fxcompress.graph.trace import region_inputs
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager, example_call
@@ -49,8 +50,8 @@ class LayerPruner:
         self.options: dict[str, Any] = {
             "sparsity": sparsity,
             "criterion": criterion,
-            "exclude_layers": list(exclude_layers),
-            "include_layers": None if include_layers is None else list(include_layers),
+            "exclude_layers": listed("exclude_layers", exclude_layers),
+            "include_layers": None if include_layers is None else listed("include_layers", include_layers),
             "units": units,
             "seed": seed,
         }

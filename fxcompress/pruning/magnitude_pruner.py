@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxcompress.errors import ConfigError, did_you_mean
-from fxcompress.graph.select import Selection, matches
+from fxcompress.graph.select import Selection, listed, matches
 from fxcompress.graph.tree import unwrapped
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
@@ -103,13 +103,11 @@ class MagnitudePruner:
     ``exclude_layers``, ``include_layers``  qualified names or globs; a name takes everything below it
     """
 
-    default_criterion: ClassVar[str] = "l1"
-
     def __init__(
         self,
         sparsity: float = 0.5,
         pruning_type: str = "unstructured",
-        criterion: str | None = None,
+        criterion: str = "l1",
         exclude_layers: Sequence[str] = (),
         include_layers: Sequence[str] | None = None,
         *,
@@ -120,13 +118,15 @@ class MagnitudePruner:
         self.sparsity = check_sparsity(sparsity)
         if pruning_type not in TYPES:
             raise ConfigError(f"pruning_type is {pruning_type!r}; it is {' or '.join(TYPES)}.")
-        self.criterion = criterion or self.default_criterion
-        if self.criterion not in CRITERIA:
+        if criterion not in CRITERIA:
             raise ConfigError(f"there is no criterion {criterion!r}; known: {', '.join(CRITERIA)}.")
         if not 0 < n < m <= 64:
             raise ConfigError(f"n and m are {n} and {m}; 0 < n < m <= 64.")
-        self.pruning_type, self.n_m, self.seed = pruning_type, (n, m), seed
-        self.selection = Selection(None if include_layers is None else tuple(include_layers), tuple(exclude_layers))
+        self.pruning_type, self.criterion, self.n_m, self.seed = pruning_type, criterion, (n, m), seed
+        self.exclude_layers = listed("exclude_layers", exclude_layers)
+        self.include_layers = None if include_layers is None else listed("include_layers", include_layers)
+        included = None if self.include_layers is None else tuple(self.include_layers)
+        self.selection = Selection(included, tuple(self.exclude_layers))
         self.ledger = Ledger()
 
     def plan(self, sparsity: float | Mapping[str, float] | None = None) -> Plan:
@@ -198,4 +198,16 @@ class L1UnstructuredPruner(MagnitudePruner):
 class RandomPruner(MagnitudePruner):
     """Unstructured pruning at random, reproducible by ``seed``."""
 
-    default_criterion: ClassVar[str] = "random"
+    def __init__(
+        self,
+        sparsity: float = 0.5,
+        pruning_type: str = "unstructured",
+        criterion: str = "random",
+        exclude_layers: Sequence[str] = (),
+        include_layers: Sequence[str] | None = None,
+        *,
+        n: int = 2,
+        m: int = 4,
+        seed: Seed = 0,
+    ) -> None:
+        super().__init__(sparsity, pruning_type, criterion, exclude_layers, include_layers, n=n, m=m, seed=seed)

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from fxcompress.errors import ConfigError
 from fxcompress.graph.channels import ChannelGroup, Channels
 from fxcompress.graph.inputs import arguments
+from fxcompress.graph.select import listed
 from fxcompress.graph.trace import is_traced, region_inputs
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
@@ -70,13 +71,15 @@ class StructuredPruner:
     ) -> None:
         if pruning_dim not in (0, 1) or isinstance(pruning_dim, bool):
             raise ConfigError(f"pruning_dim is {pruning_dim!r}; it is 0 (output channels) or 1 (input channels).")
-        self.sparsity, self.criterion, self.example_inputs = sparsity, criterion, example_inputs
+        self.sparsity, self.pruning_dim, self.criterion = sparsity, pruning_dim, criterion
+        self.global_pruning, self.round_to, self.example_inputs = global_pruning, round_to, example_inputs
+        self.exclude_layers = listed("exclude_layers", exclude_layers)
         self.options: dict[str, Any] = {
             "sparsity": sparsity,
             "dimension": ("out", "in")[pruning_dim],
             "criterion": criterion,
             "global_pruning": global_pruning,
-            "exclude_layers": list(exclude_layers),
+            "exclude_layers": self.exclude_layers,
             "round_to": round_to,
             "layers": dict(layers or {}),
             "target": dict(target or {}),

@@ -50,7 +50,7 @@ class Calibrator:
     name: ClassVar[str]
 
     def __init__(self, symmetric: bool = True) -> None:
-        self.symmetric = symmetric
+        self.symmetric = _flag("symmetric", symmetric)
         self.count = 0
         self.minimum: Tensor | None = None
         self.maximum: Tensor | None = None
@@ -59,6 +59,8 @@ class Calibrator:
 
     def collect(self, tensor: Tensor) -> None:
         """Take note of a tensor of any shape, layout and floating dtype. Raises DataError for NaN or infinite values."""
+        if not isinstance(tensor, Tensor):
+            raise DataError(f"a calibrator was shown a {type(tensor).__name__}; it collects tensors.")
         if tensor.numel() == 0:
             return
         values = tensor.detach()
@@ -118,7 +120,12 @@ class Calibrator:
         return {"count": self.count, "minimum": self.minimum.clone(), "maximum": self.maximum.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state of :meth:`state_dict`."""
+        """Take up a state of :meth:`state_dict`. Raises ConfigError for what is none of this class."""
+        extremes = {"minimum", "maximum"}
+        keys = (set(self.state_dict()) - extremes) | (extremes if state.get("count") else set())
+        if set(state) != keys:
+            held = ", ".join(sorted(map(str, state))) or "nothing"
+            raise ConfigError(f"the state of a {type(self).__name__} holds {', '.join(sorted(keys))}; this one {held}.")
         self.reset()
         if state["count"]:
             self.count = int(state["count"])
@@ -157,7 +164,7 @@ class MinMaxCalibrator(Calibrator):
 
     def __init__(self, symmetric: bool = True, per_channel: bool = False, axis: int = 0) -> None:
         super().__init__(symmetric)
-        self.per_channel, self.axis = per_channel, axis
+        self.per_channel, self.axis = _flag("per_channel", per_channel), axis
 
     def _extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
         if not self.per_channel:
@@ -304,9 +311,15 @@ class MSECalibrator(_HistogramBased):
         return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
 
 
+def _flag(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; it is True or False.")
+    return value
+
+
 def _percentile(percentile: float) -> float:
-    if isinstance(percentile, bool) or not isinstance(percentile, (int, float)) or not 50.0 < percentile <= 100.0:
-        raise ConfigError(f"percentile is {percentile!r}; it lies in (50, 100].")
+    if isinstance(percentile, bool) or not isinstance(percentile, (int, float)) or not 0.0 < percentile <= 100.0:
+        raise ConfigError(f"percentile is {percentile!r}; it lies in (0, 100].")
     return float(percentile)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -17,7 +17,8 @@ from fxcompress.graph import ops, qdq
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.island import regions
 from fxcompress.graph.shapes import Recorder, module_of
-from fxcompress.graph.trace import is_traced, region_inputs
+from fxcompress.graph.trace import is_traced, region_inputs, trace
+from fxcompress.graph.tree import check_module
 from fxcompress.manager import PassManager
 from fxcompress.pass_base import Pass
 from fxcompress.plan import Plan
@@ -134,16 +135,22 @@ class _Sums:
 def compare_weights(fp_model: nn.Module, quant_model: nn.Module, example_inputs: Any = None) -> Comparison[WeightRow]:
     """A row per layer whose weight is int8 in ``quant_model``: name, SNR in dB, largest error, cosine; worst first.
 
-    The float model is brought into the form it was quantized in first (batch normalisation folded, ...), in a copy.
+    The float model is brought into the form it was quantized in first (batch normalisation folded, ...), in a copy. Where
+    nothing is int8 (half precision, a module changed by hand), every weight of two dimensions or more counts.
     """
+    for what, model in (("fp_model", fp_model), ("quant_model", quant_model)):
+        check_module(model, what)
     reference = _in_same_form(fp_model, quant_model, example_inputs)
     exact = dict([*reference.named_parameters(), *reference.named_buffers()])
     rows = []
-    for name, value in _float_weights(_portable(quant_model)):
+    portable = _portable(quant_model)
+    for name, value in list(_int8_weights(portable)) or list(_wide_weights(portable)):
         if name in exact and exact[name].shape == value.shape:
             sums = _Sums()
             sums.add(exact[name], value)
             rows.append(WeightRow(_layer_of(name), sums.snr_db, sums.largest, sums.cosine))
+    if not rows:
+        raise ConfigError("no layer of the two models has a weight of the same name and shape.")
     return Comparison(sorted(rows, key=lambda row: row.snr_db))
 
 
@@ -152,7 +159,12 @@ def _layer_of(tensor: str) -> str:
     return owner if leaf == "weight" and owner else tensor
 
 
-def _float_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _wide_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model in floating point: its parameters of two dimensions or more."""
+    yield from ((name, p) for name, p in model.named_parameters() if p.dim() > 1 and p.is_floating_point())
+
+
+def _int8_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What the int8 weights of a model stand for, under their names."""
     buffers = dict(model.named_buffers())
     axes = {
@@ -170,15 +182,14 @@ def _float_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _portable(model: nn.Module) -> nn.Module:
     """The quantize/dequantize graph of a lowered model, or the model itself."""
-    if not is_traced(model):
-        raise ConfigError(f"the quantized model is a {type(model).__name__}; give what a quantizer or PassManager returned.")
-    assert isinstance(model, fx.GraphModule)
-    portable: nn.Module = model.meta.get("portable", model)
+    portable: nn.Module = model.meta.get("portable", model) if is_traced(model) else model
     return portable
 
 
 def _in_same_form(fp_model: nn.Module, quant_model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     """A copy of the float model, rewritten by the same float-to-float steps as the quantized one."""
+    if not is_traced(quant_model):
+        return trace(in_eval_mode(fp_model), example_inputs)
     history = getattr(quant_model, "meta", {}).get("history", [])
     steps = [step for entry in history for step in Plan.parse(entry["plan"]) if _keeps_float(step)]
     plan = Plan(tuple(steps)) if history else Plan.parse(list(_USUAL))
@@ -196,21 +207,29 @@ def compare_activations(
     """A row per quantized value, worst first: the whole error, the layer's own, range use and clip rate (ActivationRow).
 
     ``data`` is an iterable of batches (or one tensor), of which up to ``num_batches`` are used. The quantized model is run
-    in its portable form. Raises DataError where there is no data.
+    in its portable form. Where nothing in it is quantized (half precision, a module changed by hand), every layer counts.
+    Raises DataError where there is no data, ConfigError where the two have no value in common.
     """
-    feed = [data] if isinstance(data, Tensor) else data
+    for what, model in (("fp_model", fp_model), ("quant_model", quant_model)):
+        check_module(model, what)
     portable = _portable(quant_model)
     reference: fx.GraphModule | None = None
     found: dict[tuple[str, str], _Watched] = {}
-    for call in batches(feed, fp_model, num_batches):
+    for call in batches(data, fp_model, num_batches):
         if reference is None:
             reference = _in_same_form(fp_model, quant_model, call)
+            portable = portable if is_traced(portable) else trace(in_eval_mode(portable), call)
+            counts = _is_quantized if _any_quantized(portable) else ops.is_layer
         for region, graph in regions(reference).items():
             other = regions(portable).get(region)
             if other is not None:
-                _watch(region, graph, other.meta.get("portable", other), region_inputs(reference, call)[region], found)
+                _watch(
+                    region, graph, other.meta.get("portable", other), region_inputs(reference, call)[region], counts, found
+                )
     if reference is None:
         raise DataError("the dataloader is empty: there is nothing to compare on.")
+    if not found:
+        raise ConfigError("the two models have no quantized value, and no layer, of the same name in common.")
     rows = [watched.row() for watched in found.values()]
     return Comparison(sorted(rows, key=lambda row: row.snr_db))
 
@@ -220,11 +239,12 @@ def _watch(
     graph: fx.GraphModule,
     other: fx.GraphModule,
     call: Arguments,
+    counts: Callable[[fx.Node], bool],
     found: dict[tuple[str, str], _Watched],
 ) -> None:
     """Run one batch through both graphs, the quantized one twice: on its own values, and on the float model's."""
     names = {node.name for node in graph.graph.nodes}
-    wanted = {node.name: node for node in other.graph.nodes if node.name in names and _is_quantized(node)}
+    wanted = {node.name: node for node in other.graph.nodes if node.name in names and counts(node)}
     exact = _Values(graph, set(wanted), {}, lambda node, value: value)
     exact.record(call)
     kept = {name: value for name, value in exact.values.items() if isinstance(value, Tensor)}
@@ -245,6 +265,11 @@ def _title(region: str, node: fx.Node) -> str:
     """A layer's own name for a layer, the node's for anything else."""
     label = (ops.owner_name(node) if ops.is_layer(node) else "") or node.name
     return f"{region}.{label}" if region else label
+
+
+def _any_quantized(model: nn.Module) -> bool:
+    graphs = [graph.meta.get("portable", graph) for graph in regions(model).values()]
+    return any(_is_quantized(node) for graph in graphs for node in graph.graph.nodes)
 
 
 def _is_quantized(node: fx.Node) -> bool:
@@ -284,7 +309,8 @@ class _Values(Recorder):
             value = super().run_node(n)
             if n.name in self.wanted:
                 self.values[n.name] = self.seen(n, value)
-        return self.given.get(n.name, value)
+        given = self.given.get(n.name)
+        return value if given is None else given.to(value.dtype)
 
 
 @dataclass

@@ -57,7 +57,8 @@ def compute_scale_zp(minimum: Tensor, maximum: Tensor, grid: Grid) -> tuple[Tens
     """Scale (float32, positive, finite) and zero point (int32) that put ``[minimum, maximum]`` on ``grid``.
 
     The range is widened to hold 0, which is then exact. Symmetric signed grids have zero point 0 and scale max|x| over the
-    largest integer; a symmetric unsigned grid has its zero point in the middle, or at 0 where no value is negative.
+    largest integer; a symmetric unsigned grid has its zero point in the middle and is as fine on both sides of it, or has it
+    at 0 where no value is negative.
     A range without extent gets scale 1. Shapes: any, elementwise. Raises DataError for NaN or infinite bounds, ConfigError
     where minimum exceeds maximum.
     """
@@ -67,16 +68,16 @@ def compute_scale_zp(minimum: Tensor, maximum: Tensor, grid: Grid) -> tuple[Tens
     if bool((low > high).any()):
         raise ConfigError("a range's minimum exceeds its maximum.")
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    largest = torch.maximum(-low, high)
     if grid.symmetric and grid.quant_min < 0:
-        scale, zero_point = torch.maximum(-low, high) / grid.quant_max, torch.zeros_like(low)
+        scale, zero_point = largest / grid.quant_max, torch.zeros_like(low)
     elif grid.symmetric:
         middle = (grid.levels + 1) // 2
-        signed = torch.maximum(-low / middle, high / (grid.quant_max - middle))
-        scale = torch.where(low < 0, signed, high / grid.quant_max)
+        scale = largest / torch.where(low < 0, float(grid.quant_max - middle), float(grid.quant_max))
         zero_point = torch.where(low < 0, float(middle), 0.0)
     else:
         scale = (high - low) / grid.levels
         zero_point = (grid.quant_min - low / torch.where(scale > 0, scale, 1.0)).round()
-    smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-    scale = torch.where(scale > 0, scale.clamp(smallest, largest), 1.0).to(torch.float32)
+    finite = torch.finfo(torch.float32)
+    scale = torch.where(scale > 0, scale.clamp(finite.tiny, finite.max), 1.0).to(torch.float32)
     return scale, zero_point.clamp(grid.quant_min, grid.quant_max).to(torch.int32)

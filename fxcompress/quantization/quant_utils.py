@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from fxcompress.graph.cost import stored_bytes
 from fxcompress.graph.inputs import Arguments, arguments
 from fxcompress.graph.island import regions
 from fxcompress.graph.trace import trace
+from fxcompress.graph.tree import check_module
 from fxcompress.graph.verify import output_snr
 from fxcompress.manager import PassManager
 from fxcompress.quantization import grid as grids
@@ -50,6 +51,7 @@ def get_quantizable_modules(model: nn.Module, backend: str = "fbgemm") -> dict[s
     Layers with weights, batch normalisation (it is folded), activations, pooling, reshapes; LSTM and GRU where the backend
     quantizes them at run time. Whether a given call qualifies depends on where it stands: a quantizer's ledger says so.
     """
+    check_module(model)
     chosen = backends.find(backend)
     kinds = ({*chosen.rules, *chosen.dynamic, "batch_norm"}) - set(_PASSED_THROUGH)
     return {name: module for name, module in model.named_modules() if ops.module_kind(module) in kinds}
@@ -63,6 +65,8 @@ def fuse_modules(
     ``modules_to_fuse`` is one group of qualified names, or a list of groups, each in the order it runs. The fused layer has
     the first one's name. Raises ConfigError for a group that is no such sequence in the graph, with the reason.
     """
+    if isinstance(modules_to_fuse, str) or not isinstance(modules_to_fuse, Iterable):
+        raise ConfigError(f"modules_to_fuse is {modules_to_fuse!r}; it is a list of names, or a list of such lists.")
     names: list[Any] = list(modules_to_fuse)
     groups: list[list[str]] = [names] if all(isinstance(name, str) for name in names) else [list(group) for group in names]
     traced = trace(in_eval_mode(model), example_inputs)
@@ -137,7 +141,9 @@ def compute_scale_zp(
     exactly. A range without extent gets scale 1. Raises ConfigError where min exceeds max, DataError for NaN.
     """
     target = grids.grid(_dtype_name(dtype), symmetric=symmetric, bits=bits)
-    low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in (min_val, max_val))
+    low, high = (_numbers(n, v, torch.float64) for n, v in (("min_val", min_val), ("max_val", max_val)))
+    if low.shape != high.shape and low.dim() and high.dim():
+        raise ConfigError(f"min_val has shape {tuple(low.shape)} and max_val {tuple(high.shape)}.")
     scale, zero_point = grids.compute_scale_zp(low, high, target)
     if isinstance(min_val, Tensor) or isinstance(max_val, Tensor):
         return scale, zero_point
@@ -154,6 +160,8 @@ def quantize_tensor(
     """
     target = grids.grid(_dtype_name(dtype), symmetric=False)
     scales, zeros = _along(tensor, scale, zp, axis)
+    if bool(((zeros < target.quant_min) | (zeros > target.quant_max) | (zeros != zeros.round())).any()):
+        raise ConfigError(f"zp is {zp}; a zero point is an integer from {target.quant_min} to {target.quant_max}.")
     if bool(torch.isnan(tensor).any()):
         raise DataError("a tensor to quantize holds NaN.")
     levels = torch.round(tensor.to(torch.float32) / scales) + zeros
@@ -167,7 +175,9 @@ def dequantize_tensor(tensor: Tensor, scale: float | Tensor, zp: int | Tensor, *
 
 
 def _along(tensor: Tensor, scale: float | Tensor, zp: int | Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    scales, zeros = torch.as_tensor(scale, dtype=torch.float32), torch.as_tensor(zp, dtype=torch.float32)
+    if not isinstance(tensor, Tensor):
+        raise ConfigError(f"the tensor is a {type(tensor).__name__}; it is a torch.Tensor.")
+    scales, zeros = (_numbers(name, value, torch.float32) for name, value in (("scale", scale), ("zp", zp)))
     if not bool(((scales > 0) & torch.isfinite(scales)).all()):
         raise ConfigError(f"the scale is {scale}; a scale is positive and finite.")
     spread = []
@@ -185,6 +195,14 @@ def _along(tensor: Tensor, scale: float | Tensor, zp: int | Tensor, axis: int) -
     return spread[0].to(tensor.device), spread[1].to(tensor.device)
 
 
+def _numbers(name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    """A number, or a tensor or sequence of numbers, as a tensor; ConfigError for anything else."""
+    try:
+        return torch.as_tensor(value, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{name} is {value!r}; it is a number or a tensor.") from error
+
+
 def _dtype_name(dtype: str | torch.dtype) -> str:
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
@@ -195,6 +213,7 @@ def get_model_size(model: nn.Module, quantized: bool = False) -> int:
     ``quantized`` asks for the size with int8 weights: of a float model, what it would be once the weights of its
     quantizable layers are int8 with a scale per channel. A quantized model has one size.
     """
+    check_module(model)
     size = stored_bytes(model) + sum(_packed_bytes(module) for module in model.modules())
     if not quantized:
         return size
@@ -226,19 +245,24 @@ def benchmark_latency(
     Calls ``model`` as it is, ``warmup`` times first; stops early after ``seconds``. On a GPU every call is synchronised.
     ``example_inputs`` are used instead of random ones where they are given: token numbers, masks, keywords.
     """
+    check_module(model)
     if runs < 1 or warmup < 0:
         raise ConfigError(f"runs is {runs} and warmup {warmup}; runs is at least 1, warmup at least 0.")
     call = arguments(example_inputs) if example_inputs is not None else Arguments(tuple(_random(input_shape)), {})
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     call = call.to(device)
-    return interleaved({"model": lambda: call(model)}, runs=runs, warmup=warmup, seconds=seconds)["model"]
+    try:
+        return interleaved({"model": lambda: call(model)}, runs=runs, warmup=warmup, seconds=seconds)["model"]
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"inputs of shape {input_shape} do not run through the model: {reason}") from error
 
 
 def _random(shapes: Any) -> list[Tensor]:
-    several = shapes if shapes and not isinstance(shapes[0], int) else [shapes]
+    several = list(shapes) if isinstance(shapes, Sequence) and shapes and not isinstance(shapes[0], int) else [shapes]
     for shape in several:
-        if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
-            raise ConfigError(f"input_shape is {shapes}; it is a shape of positive integers, or a list of shapes.")
+        if not isinstance(shape, Sequence) or not shape or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise ConfigError(f"input_shape is {shapes!r}; it is a shape of positive integers, or a list of shapes.")
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(tuple(shape), generator=generator) for shape in several]
 

@@ -9,7 +9,9 @@ from torch import fx, nn
 
 from fxcompress.errors import ConfigError, did_you_mean
 from fxcompress.graph.copying import copied_model
+from fxcompress.graph.select import listed
 from fxcompress.graph.trace import is_traced
+from fxcompress.graph.tree import check_module
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
 from fxcompress.plan import Plan
@@ -67,7 +69,8 @@ class Quantizer:
 
 
 def in_eval_mode(model: nn.Module) -> nn.Module:
-    """``model`` itself where it is in eval mode; otherwise a copy that is."""
+    """``model`` itself where it is in eval mode; otherwise a copy that is. Raises ConfigError for what is no module."""
+    check_module(model)
     return copied_model(model).eval() if any(module.training for module in model.modules()) else model
 
 
@@ -101,7 +104,7 @@ def chosen_layers(
     """The options by which a pass knows its layers, checked."""
     Overrides(overrides or {})
     return {
-        "include_layers": None if include is None else list(include),
-        "exclude_layers": list(exclude),
+        "include_layers": None if include is None else listed("include_layers", include),
+        "exclude_layers": listed("exclude_layers", exclude),
         "overrides": {pattern: dict(options) for pattern, options in (overrides or {}).items()},
     }

@@ -6,12 +6,14 @@ axis 1. Labels are (B,) or (B, *positions) with values in [0, C); those equal to
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fxcompress.distillation.losses.precision import full_precision, nothing
-from fxcompress.errors import DataError
+from fxcompress.errors import ConfigError, DataError
 
 __all__ = ["check_labels", "dist_loss", "dkd_loss", "kd_loss"]
 
@@ -22,7 +24,7 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tenso
 
     T² · mean over rows of KL(softmax(teacher / T) ‖ softmax(student / T)).
     """
-    student, teacher = _rows(student, teacher)
+    student, teacher = _rows(student, teacher, temperature)
     log_s, log_t = F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1)
     return temperature**2 * _kl(log_t, log_s).mean()
 
@@ -46,7 +48,7 @@ def dkd_loss(
     T² · mean over rows of ``alpha`` · KL([pᵗ, 1 − pᵗ] ‖ [pˢ, 1 − pˢ]) + ``beta`` · KL(qᵗ ‖ qˢ), where p is the target's
     probability and q the softmax over the other classes, all at temperature T and in logarithms throughout.
     """
-    student, teacher = _rows(student, teacher)
+    student, teacher = _rows(student, teacher, temperature)
     if student.shape[1] < 2:
         raise DataError("decoupled distillation needs two classes at least.")
     check_labels(targets, student.shape[1], ignore_index)
@@ -79,7 +81,7 @@ def dist_loss(student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float 
     r = ⟨a − ā, b − b̄⟩ / (‖a − ā‖ ‖b − b̄‖ + 1e-8) between softmax(student / τ) and softmax(teacher / τ). What is constant
     has r = 0 and no gradient.
     """
-    student, teacher = _rows(student, teacher)
+    student, teacher = _rows(student, teacher, temperature)
     p, q = F.softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
     inter, intra = 1 - _pearson(p, q, 1).mean(), 1 - _pearson(p, q, 0).mean()
     return temperature**2 * (beta * inter + gamma * intra)
@@ -111,8 +113,10 @@ def check_labels(targets: Tensor, classes: int, ignore_index: int = -100) -> Non
         raise DataError(f"label {int(targets[wrong][0])} is out of range: the models tell {classes} classes apart.")
 
 
-def _rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as (rows, classes), a row per sample and position."""
+def _rows(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Both as (rows, classes), a row per sample and position; the temperature is only checked."""
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"temperature is {temperature}; it is positive and finite.")
     if student.dim() < 2 or student.dim() != teacher.dim():
         raise DataError(f"logits are (B, C) or (B, C, *positions), not {tuple(student.shape)} and {tuple(teacher.shape)}.")
     if student.shape[1] != teacher.shape[1]:

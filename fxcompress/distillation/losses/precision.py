@@ -21,12 +21,21 @@ Features = Tensor | Sequence[Tensor]
 
 
 def full_precision(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Compute ``loss`` outside autocast, its half-precision arguments in float32."""
+    """Compute ``loss`` outside autocast, its half-precision arguments in float32.
+
+    Its first two arguments, called ``student`` and ``teacher`` where they come by keyword, are tensors, or sequences of
+    tensors, with samples in them: DataError otherwise.
+    """
 
     @functools.wraps(loss)
     def computed(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        device = tensors[0].device.type if tensors else "cpu"
+        compared = pytree.tree_leaves([*args[:2], *(kwargs[name] for name in ("student", "teacher") if name in kwargs)])
+        for value in compared:
+            if not isinstance(value, Tensor):
+                raise DataError(f"{loss.__name__} was given a {type(value).__name__}; it compares tensors.")
+            if not value.numel():
+                raise DataError(f"{loss.__name__} was given a tensor of shape {tuple(value.shape)}: it has no values.")
+        device = compared[0].device.type if compared else "cpu"
         with torch.autocast(device, enabled=False):
             return loss(*pytree.tree_map(raised, args), **pytree.tree_map(raised, kwargs))
 
