@@ -147,7 +147,7 @@ def test_masks_that_are_not_baked_stay_in_float_by_name_when_quantized() -> None
     manager = PassManager(plan)
     result = manager.run(model(), data=[X])
     reasons = {remark.node: remark.reason for remark in manager.ledger.remarks("insert-observers")}
-    assert "'bake-masks' makes masks permanent" in reasons["5"]
+    assert "'settle-weights' makes that permanent" in reasons["5"]
     assert MagnitudePruner(include_layers=["5"]).get_sparsity(result) == 0.5
 
 

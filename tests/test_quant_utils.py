@@ -199,7 +199,7 @@ def test_models_without_integers_are_compared_layer_by_layer() -> None:
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter += 0.01
+            parameter.add_(0.01)
     weights = {row.name: row for row in tools.compare_weights(model, other)}
     noise = 0.01**2 * model.fc2.weight.numel()
     assert weights["fc2"].snr_db == pytest.approx(

@@ -182,7 +182,9 @@ def _int8_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _portable(model: nn.Module) -> nn.Module:
     """The quantize/dequantize graph of a lowered model, or the model itself."""
-    portable: nn.Module = model.meta.get("portable", model) if is_traced(model) else model
+    if not isinstance(model, fx.GraphModule) or not is_traced(model):
+        return model
+    portable: nn.Module = model.meta.get("portable", model)
     return portable
 
 
