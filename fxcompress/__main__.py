@@ -35,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     compress.add_argument("--validation", metavar="DATA", help="data to judge the model on, before and after")
     compress.add_argument("--output", "-o", required=True, metavar="FOLDER", help="where the saved model goes")
     _report(compress)
+    compress.add_argument(
+        "--sensitivity", metavar="FILE.json", help="what 'sensitivity -o FILE.json' or '--cache' saved: curves for the page"
+    )
     compress.add_argument("--keep", metavar="FOLDER", help="keep every costly stage there, so that the run can be resumed")
     compress.add_argument("--resume", action="store_true", help="go on from what --keep holds")
     compress.add_argument("--seed", type=int, default=0)

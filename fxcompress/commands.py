@@ -31,7 +31,8 @@ from fxcompress.graph.shapes import Recorder, example_of
 from fxcompress.manager import PassManager
 from fxcompress.models import build_data, build_model
 from fxcompress.pipeline import CompressionPipeline
-from fxcompress.pruning.sensitivity_analyzer import SensitivityAnalyzer
+from fxcompress.pruning import SensitivityAnalyzer, read_analysis
+from fxcompress.pruning.sensitivity_report import Summary
 from fxcompress.report import report_path, write_report
 from fxcompress.schema import schema
 from fxcompress.training import evaluate
@@ -48,6 +49,7 @@ def compress(options: argparse.Namespace) -> int:
     data = _data(options.data, config, "data")
     validation = _data(options.validation, config, "validation")
     call = _example(options.shape)
+    analysis = _analysis(options, pipeline.model)
     _check_start(options, pipeline, data, target)
     assert pipeline.model is not None
     before = {} if validation is None else evaluate(pipeline.model, validation)
@@ -68,7 +70,8 @@ def compress(options: argparse.Namespace) -> int:
     pipeline.ledger.save(target / "ledger.json")
     if report is not None:
         title, metrics = Path(options.config).stem, found.get("metrics")
-        write_report(report, model, pipeline.model, data=data, example_inputs=call, metrics=metrics, title=title)
+        about = {"data": data, "example_inputs": call, "metrics": metrics, "sensitivity": analysis, "title": title}
+        write_report(report, model, pipeline.model, **about)
     if options.json:
         _print({"output": str(target), **found, "ledger": pipeline.ledger.as_data()})
     else:
@@ -87,6 +90,19 @@ def _check_start(options: argparse.Namespace, pipeline: CompressionPipeline, dat
     needy = [step.name for step in pipeline.plan if "data" in step.needs]
     if needy and data is None:
         raise ConfigError(f"{needy[0]!r} needs data: give --data, or a 'data' section in the configuration.")
+
+
+def _analysis(options: argparse.Namespace, model: nn.Module | None) -> Summary | None:
+    """The analysis of ``--sensitivity``, which must be one of this model."""
+    if options.sensitivity is None:
+        return None
+    if options.report is None:
+        raise ConfigError("--sensitivity goes on the page of --report: give --report PAGE.html as well.")
+    found, known = read_analysis(options.sensitivity), dict(model.named_modules() if model is not None else ())
+    strange = [part for part in found.curves if part not in known]
+    if len(strange) == len(found.curves):
+        raise ConfigError(f"--sensitivity {options.sensitivity!r} is of another model: this one has no {strange[0]!r}.")
+    return found
 
 
 def _found(model: fx.GraphModule, before: dict[str, float], validation: Any) -> dict[str, Any]:

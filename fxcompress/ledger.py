@@ -14,7 +14,7 @@ from typing import Any
 from tabulate import tabulate
 
 from fxcompress.files import write_text
-from fxcompress.pass_base import Remark
+from fxcompress.pass_base import Figures, Remark
 
 __all__ = ["HEADERS", "Ledger", "Row", "cells"]
 
@@ -30,6 +30,7 @@ class Row:
 
     ``snr``       10·log10 of output power over error power against the original model; inf: same bits; None: not measured
     ``sparsity``  share of weight elements that are zero
+    ``figures``   what the pass measured of layers
     """
 
     step: str
@@ -41,6 +42,7 @@ class Row:
     snr: float | None
     seconds: float
     remarks: tuple[Remark, ...] = ()
+    figures: tuple[Figures, ...] = ()
 
 
 @dataclass
@@ -91,7 +93,8 @@ class Ledger:
         for row in data["rows"]:
             remarks = tuple(Remark(**remark) for remark in row["remarks"])
             snr = math.inf if row["snr"] == "exact" else row["snr"]
-            rows.append(Row(**{**row, "remarks": remarks, "snr": snr}))
+            figures = tuple(Figures(**found) for found in row.get("figures", ()))
+            rows.append(Row(**{**row, "remarks": remarks, "snr": snr, "figures": figures}))
         return cls(rows, list(data.get("notes", ())))
 
     def save(self, path: str | os.PathLike[str]) -> None:

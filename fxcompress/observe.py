@@ -194,6 +194,7 @@ class LedgerKeeper(Observer):
 
     def before(self, run: Run) -> None:
         run.context.remarks.clear()
+        run.context.figures.clear()
         self.started = time.perf_counter()
 
     def after(self, run: Run) -> None:
@@ -217,6 +218,7 @@ class LedgerKeeper(Observer):
                 _run_snr(run),
                 seconds,
                 tuple(run.context.remarks),
+                tuple(run.context.figures),
             )
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from fxcompress.errors import DataError
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.island import regions
 
-__all__ = ["APPROXIMATE", "EXACT", "STAGES", "Context", "Pass", "Promise", "Remark", "close", "hidden"]
+__all__ = ["APPROXIMATE", "EXACT", "STAGES", "Context", "Figures", "Pass", "Promise", "Remark", "close", "hidden"]
 
 STAGES = ("float", "observed", "qdq", "lowered")
 """The stages of a graph: as trained, with observers, with explicit quantize/dequantize, in a backend's kernels."""
@@ -50,6 +50,15 @@ class Remark:
 
     node: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a pass measured of layers on its way: what the numbers say, their unit, and each layer's."""
+
+    title: str
+    unit: str
+    values: Mapping[str, float]
 
 
 class Pass:
@@ -112,6 +121,7 @@ class Context:
     progress: bool | None = None
     folder: Path | None = None
     remarks: list[Remark] = field(default_factory=list)
+    figures: list[Figures] = field(default_factory=list)
     region: str = ""
     _analyses: dict[tuple[Any, int], Any] = field(default_factory=dict)
 
@@ -120,6 +130,10 @@ class Context:
         self.remarks.append(Remark(self._where(node), reason))
 
     note = skip
+
+    def measured(self, title: str, unit: str, values: Mapping[str, float]) -> None:
+        """Say what was measured of layers: a plot of its own in a report."""
+        self.figures.append(Figures(title, unit, dict(values)))
 
     def _where(self, node: fx.Node | str) -> str:
         name = node if isinstance(node, str) else str(node.target if node.op == "call_module" else node.name)

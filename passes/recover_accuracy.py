@@ -166,7 +166,7 @@ class _Recovery:
 
     def _costs(self) -> dict[str, float]:
         """The noise of the model where one layer alone is quantized, by layer."""
-        module, layers = self.model, list(self._layers(self.model))
+        module, layers = self.model, self._layers(self.model)
         file = SweepFile(self.options.cache, fingerprint(module, self.judge.calls, module.meta["quantization"]))
         if file.resumed:
             self.context.note("", f"{file.resumed} of {len(layers)} layers were measured before, in {self.options.cache!r}")
@@ -178,6 +178,8 @@ class _Recovery:
         costs = sweep(bar, noise_of, file, self._out_of_time)
         if len(costs) < len(layers):
             self.context.note("", f"the time budget is spent: {len(layers) - len(costs)} layers were not measured")
+        shares = {ops.owner_name(layers[name].node) or name: 100 * cost for name, cost in costs.items()}
+        self.context.measured("Noise of the results with one layer alone quantized", "%", shares)
         return costs
 
     def _back_to_float(self, costs: dict[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxcompress
-from fxcompress import PassManager, SensitivityAnalyzer, trace, write_report
+from fxcompress import PassManager, PTQQuantizer, SensitivityAnalyzer, trace, write_report
 from fxcompress.__main__ import main
 from fxcompress.errors import ConfigError
 from fxcompress.graph.inputs import arguments
 from fxcompress.html import bars, columns, curves, page, table, tag, write
 from fxcompress.html.plots import Scale
+from fxcompress.pruning import read_analysis
 from fxcompress.report import gather
 from fxcompress.report.changes import Operator, compare, counts, operators, rows
 from fxcompress.timing import Timing
@@ -232,7 +234,7 @@ def test_parts_of_a_model_whose_own_code_runs_are_compared_as_well(images: Tenso
 
 def test_what_cannot_be_measured_is_said(net: nn.Module, quantized: fx.GraphModule, tmp_path: Path) -> None:
     alone = harmless(write_report(tmp_path / "alone.html", quantized).read_text(encoding="utf-8"))
-    assert "Graph" not in alone.texts and "Ledger" in alone.texts
+    assert "Ledger" in alone.texts and not any("before and after" in text for text in alone.texts)
     dataless = harmless(write_report(tmp_path / "b.html", quantized, net).read_text(encoding="utf-8"))
     assert "neither data nor example inputs were given" in dataless.text
     with pytest.raises(ConfigError, match="traced model, not a Net"):
@@ -240,10 +242,19 @@ def test_what_cannot_be_measured_is_said(net: nn.Module, quantized: fx.GraphModu
     assert not (tmp_path / "c.html").exists()
 
 
+def test_a_pruned_and_quantized_model_has_no_snr_by_layer_and_says_so(images: Tensor) -> None:
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(128, 4)).eval()
+    plan = [{"prune-channels": {"sparsity": 0.5}}, *INT8]
+    small = PassManager(plan, progress=False).run(wide, data=[images])
+    case = gather("wide", small, wide, call=arguments(images))
+    assert case.unknown == ["how far layers moved: channels are gone, and results of other shapes have no SNR."]
+    assert {layer.output_snr for layer in case.layers} == {None}
+
+
 def test_a_model_that_was_traced_with_another_batch_is_compared_by_its_own_shapes(net: nn.Module, images: Tensor) -> None:
     small = PassManager([]).run(net, images[:2])
     case = gather("net", small, net, call=arguments(images))
-    assert case.lines is not None
     assert set(counts(case.lines)) == {"same"}
 
 
@@ -284,6 +295,13 @@ def test_shortcuts_run_in_the_margin_and_every_operator_is_drawn(net: nn.Module,
     text = target.read_text(encoding="utf-8")
     assert harmless(text).tags["path"] == 2  # the residual, before and after
     assert text.count('class="node same"') == 2 * len(operators(same))
+
+
+def test_the_graph_of_a_model_without_an_original_is_one_column(quantized: fx.GraphModule, tmp_path: Path) -> None:
+    text = write_report(tmp_path / "page.html", quantized).read_text(encoding="utf-8")
+    assert "Graph" in harmless(text).texts
+    assert text.count('class="node same"') == len(operators(quantized))
+    assert harmless(text).tags["path"] == 1  # the residual
 
 
 # plots and markup
@@ -408,6 +426,76 @@ def test_an_analysis_of_sensitivity_is_a_page_and_part_of_one(net: nn.Module, im
     )
     read = harmless(target.read_text(encoding="utf-8"))
     assert "Sensitivity to pruning" in read.texts and "Accuracy" in read.texts
+
+
+def test_an_analysis_is_read_back_from_its_report_and_from_its_cache(net: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    report, cache = tmp_path / "s.json", tmp_path / "cache.json"
+    loss = SensitivityAnalyzer([0.5, 0.9], 2, "cross_entropy_loss", "unstructured", cache=cache, progress=False)
+    loss.analyze(net, [(images, torch.tensor([0, 1, 2, 3]))])
+    assert read_analysis(cache) == loss.summary()
+    loss.get_optimal_sparsity(loss.baseline + 0.1)
+    loss.export_report(report)
+    assert read_analysis(report) == loss.summary()
+    assert read_analysis(cache) == dataclasses.replace(loss.summary(), recommendation=None)
+    kept = json.loads(cache.read_text())
+    for damage in (
+        {"values": {key: value for key, value in kept["values"].items() if "first" not in key}},
+        {"values": {key: value for key, value in kept["values"].items() if '"second": 0.9' not in key}},
+    ):
+        cache.write_text(json.dumps({**kept, **damage}))
+        with pytest.raises(ConfigError, match="was interrupted"):
+            read_analysis(cache)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"values": 3}', '{"values": {"{}": NaN}}', '{"curves": {"a": {"x": 1}}}', "9" * 5000]
+)
+def test_what_is_no_analysis_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(ConfigError, match="is not an analysis of sensitivity"):
+        read_analysis(tmp_path / "s.json")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_analysis(tmp_path)
+
+
+def test_what_a_pass_measured_of_layers_is_plotted(net: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    recovering = PTQQuantizer(num_calibration_batches=1, recover={"max_drop": 0.0, "adaround_layers": 0})
+    quantized = recovering.quantize(net, [images])
+    rows = {row.step: row for row in fxcompress.Ledger.from_data(quantized.meta["history"][0]["ledger"]).rows}
+    (found,) = rows["recover-accuracy"].figures
+    assert set(found.values) == {"first", "second", HOSTILE} and min(found.values.values()) > 0
+    read = harmless(write_report(tmp_path / "a.html", quantized, net, data=[images]).read_text(encoding="utf-8"))
+    assert {"Sensitivity", found.title} <= set(read.texts)
+    assert all(f"{value:.4g} %" in read.texts for value in found.values.values())
+
+
+def test_compress_shows_the_curves_of_an_analysis_of_its_model(
+    net: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fxcompress.save(PassManager([]).run(net, images), "dense")
+    Path("c.yaml").write_text("compression: {type: MagnitudePruner}")
+    data = "{type: random, samples: 8, shape: [1, 8, 8], classes: 4}"
+    analysis = ["sensitivity", "--model", "dense", "--data", data, "--steps", "2", "--type", "unstructured"]
+    assert main([*analysis, "--cache", "cache.json", "-o", "s.json"]) == 0
+    compress = ["compress", "c.yaml", "--model", "dense", "--shape", "1", "1", "8", "8", "-o", "small"]
+    for file in ("cache.json", "s.json"):
+        assert main([*compress, "--report", "page.html", "--sensitivity", file]) == 0
+        read = harmless(Path("page.html").read_text(encoding="utf-8"))
+        assert "Sensitivity to pruning" in read.texts and read.tags["polyline"] == 3
+    capsys.readouterr()
+    Path("other.json").write_text(
+        Path("s.json").read_text().replace("first", "x").replace("second", "y").replace("alert", "z")
+    )
+    page = ["--report", "b.html"]
+    for given, message in (
+        (["--sensitivity", "s.json"], "give --report"),
+        (["--sensitivity", "nowhere.json", *page], "cannot be read"),
+        (["--sensitivity", "other.json", *page], "another model"),
+    ):
+        assert main([*compress, *given]) == 2
+        assert message in capsys.readouterr().err
+    assert not Path("b.html").exists()
 
 
 # in a browser

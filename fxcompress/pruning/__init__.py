@@ -14,6 +14,7 @@ from fxcompress.pruning.pruning_scheduler import (
 )
 from fxcompress.pruning.recipe import apply_recipe, carry_optimizer, get_recipe
 from fxcompress.pruning.sensitivity_analyzer import SensitivityAnalyzer
+from fxcompress.pruning.sensitivity_files import read_analysis
 from fxcompress.pruning.structured_pruner import ChannelPruner, FilterPruner, StructuredPruner
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "apply_recipe",
     "carry_optimizer",
     "get_recipe",
+    "read_analysis",
 ]

@@ -111,7 +111,7 @@ class SensitivityAnalyzer:
     def get_sensitivity_scores(self) -> dict[str, float]:
         """Part → by how much the metric is worse than the dense model's, mean over the sparsities tried."""
         self._analysed()
-        return {name: sum(drops) / len(drops) for name, drops in self._drops().items()}
+        return report.scores(self.baseline, self.curves, self.sign)
 
     def get_optimal_sparsity(self, target_metric: float | None = None, *, macs: float | None = None) -> dict[str, float]:
         """Part → the largest sparsity that can be had together with the others'.
@@ -163,10 +163,13 @@ class SensitivityAnalyzer:
     def summary(self) -> report.Summary:
         """All that a report shows."""
         self._analysed()
-        name = self.metric if isinstance(self.metric, str) else getattr(self.metric, "__name__", type(self.metric).__name__)
+        scores = self.get_sensitivity_scores()
         return report.Summary(
-            name, self.pruning_type, self.baseline, self.get_sensitivity_scores(), self.curves, self.recommendation
+            self._metric_name(), self.pruning_type, self.baseline, scores, self.curves, self.recommendation
         )
+
+    def _metric_name(self) -> str:
+        return self.metric if isinstance(self.metric, str) else getattr(self.metric, "__name__", type(self.metric).__name__)
 
     def _analysed(self) -> None:
         if not self.curves:
@@ -258,7 +261,10 @@ class SensitivityAnalyzer:
         if target is None:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, json.dumps({"fingerprint": self._fingerprint, "values": self._values}, indent=1))
+        assert self._trials is not None
+        about = {"metric": self._metric_name(), "pruning_type": self.pruning_type, "less_is_better": self.sign < 0}
+        kept = {"fingerprint": self._fingerprint, **about, "parts": self._trials.names, "values": self._values}
+        write_text(target, json.dumps(kept, indent=1))
 
     def _recall(self) -> dict[str, float]:
         """Every process's measurements of this very analysis, from its files."""

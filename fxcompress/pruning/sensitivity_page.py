@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from xml.etree.ElementTree import Element
 
 from fxcompress.html.markup import Child, name, page, tag
 from fxcompress.html.plots import bars, curves
@@ -12,22 +11,18 @@ from fxcompress.html.tables import box, table
 if TYPE_CHECKING:
     from fxcompress.pruning.sensitivity_report import Summary
 
-__all__ = ["sensitivity_page", "sensitivity_section"]
+__all__ = ["sensitivity_page", "sensitivity_parts"]
 
 _BARS = 30
 
 
 def sensitivity_page(summary: Summary) -> str:
     """The analysis as a page of its own."""
-    return page("Sensitivity to pruning", _parts(summary))
+    return page("Sensitivity to pruning", sensitivity_parts(summary))
 
 
-def sensitivity_section(summary: Summary) -> Element:
-    """The analysis as a section, for a page that shows more."""
-    return tag("section", tag("h2", "Sensitivity to pruning"), _parts(summary))
-
-
-def _parts(summary: Summary) -> Child:
+def sensitivity_parts(summary: Summary) -> Child:
+    """The analysis under a heading of somebody else's, for a page that shows more."""
     ranked = summary.ranked()
     worst = {part: summary.scores[part] for part in ranked[:_BARS]}
     said = ", ".join(f"{part} {score:.4g}" for part, score in list(worst.items())[:3])
@@ -40,7 +35,7 @@ def _parts(summary: Summary) -> Child:
             {part: summary.curves[part] for part in ranked},
             ("dense", summary.baseline),
         ),
-        bars(f"Mean loss of {summary.metric}", f"The larger, the more sensitive: {said}.", "", worst),
+        bars(f"How much worse {summary.metric} is, in the mean", f"The larger, the more sensitive: {said}.", "", worst),
     ]
     header, rows = summary.table()
     cells: list[list[Child]] = [[name(row[0]), *map(_number, row[1:])] for row in rows]

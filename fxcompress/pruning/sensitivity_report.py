@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from fxcompress.pruning.sensitivity_page import sensitivity_page
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Recommendation", "Summary", "plot", "write"]
+__all__ = ["Recommendation", "Summary", "plot", "scores", "write"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class Summary:
             values = [self.curves[name][step] for step in self.steps]
             rows.append([name, self.scores[name], *values, *([shares[name]] if shares is not None else [])])
         return header, rows
+
+
+def scores(baseline: float, curves: Mapping[str, Mapping[float, float]], sign: float) -> dict[str, float]:
+    """Part → by how much the metric is worse than ``baseline``, mean over the sparsities; ``sign``: -1 for a loss."""
+    return {name: sum(sign * (baseline - value) for value in curve.values()) / len(curve) for name, curve in curves.items()}
 
 
 def write(summary: Summary, path: Path) -> None:

@@ -17,7 +17,7 @@ from fxcompress.graph.coverage import as_placed
 from fxcompress.graph.island import regions
 from fxcompress.graph.shapes import module_of
 
-__all__ = ["Line", "Operator", "compare", "counts", "operators"]
+__all__ = ["Line", "Operator", "alone", "compare", "counts", "operators", "rows"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,11 @@ def compare(before: Sequence[Operator], after: Sequence[Operator]) -> list[Line]
             lines += [Line(op, None) for op in before[a:b] if op.name not in now]
         lines += [Line(was.get(op.name), op) for op in after[c:d]]
     return lines
+
+
+def alone(graph: Sequence[Operator]) -> list[Line]:
+    """A line per operator of a graph that is compared with nothing."""
+    return [Line(operator, operator) for operator in graph]
 
 
 def counts(lines: Sequence[Line]) -> Counter[str]:

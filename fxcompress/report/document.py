@@ -19,7 +19,7 @@ from fxcompress.html import bars, page, table, tag, write
 from fxcompress.html.markup import Child
 from fxcompress.manager import example_call
 from fxcompress.pruning.sensitivity_analyzer import SensitivityAnalyzer
-from fxcompress.pruning.sensitivity_page import sensitivity_section
+from fxcompress.pruning.sensitivity_report import Summary
 from fxcompress.quantization.quantizer import in_eval_mode
 from fxcompress.report.facts import Case, gather
 from fxcompress.report.sections import case_sections
@@ -50,29 +50,37 @@ def write_report(
     example_inputs: Any = None,
     validation: Iterable[Any] | None = None,
     metrics: Mapping[str, Sequence[float]] | None = None,
-    sensitivity: SensitivityAnalyzer | None = None,
+    sensitivity: SensitivityAnalyzer | Summary | None = None,
     latency: bool = True,
     title: str | None = None,
 ) -> Path:
     """One self-contained HTML page about a compressed model: no network, no script, nothing beside it.
 
     It shows the ledger; sizes, latency and metrics before and after; signal to noise, zeros and parameters by layer; the
-    graph before and after with what changed in colour; what was left alone and why; the plan.
+    graph before and after with what changed in colour; what passes measured of layers, and curves of sensitivity; what was
+    left alone and why; the plan.
 
     ``model``           what a run of passes, a quantizer, a pruner or :func:`fxcompress.load` returned
     ``original``        the model it was made from; without it there is nothing to compare with, and the page says less
     ``data``            batches, or ``example_inputs``: one call, on which layers are compared and latency is measured
     ``validation``      labelled batches: accuracy before and after
     ``metrics``         what was measured already: name → (before, after)
-    ``sensitivity``     an analysis whose curves go on the page
+    ``sensitivity``     an analysis whose curves go on the page: an analyzer's, or one that :func:`read_analysis` read
     ``latency``         whether to time both models, in turns, for a few seconds
     """
     call = example_call(example_inputs, data)
     measured = {**_evaluated(original, model, validation), **(metrics or {})}
     timings = _timed(original, model, call) if latency and original is not None and call is not None else None
-    case = gather(title or type(original or model).__name__, model, original, call=call, metrics=measured, timings=timings)
-    curves = sensitivity_section(sensitivity.summary()) if sensitivity is not None else None
-    return write(path, case_page(case, curves, _conditions(call, timings)))
+    case = gather(
+        title or type(original or model).__name__,
+        model,
+        original,
+        call=call,
+        metrics=measured,
+        timings=timings,
+        sensitivity=sensitivity.summary() if isinstance(sensitivity, SensitivityAnalyzer) else sensitivity,
+    )
+    return write(path, case_page(case, _conditions(call, timings)))
 
 
 def _evaluated(original: nn.Module | None, model: nn.Module, validation: Iterable[Any] | None) -> dict[str, list[float]]:
@@ -103,9 +111,10 @@ def _inputs(call: Arguments) -> str:
     return f"inputs of {', '.join(shapes[:3])}{'…' if len(shapes) > 3 else ''}"
 
 
-def case_page(case: Case, curves: Element | None = None, conditions: str = "") -> str:
+def case_page(case: Case, conditions: str = "") -> str:
     """The page of one compressed model."""
-    return page(f"{case.title}: before and after", case_sections(case, "part"), curves, _footer(conditions))
+    title = f"{case.title}: before and after" if case.compared else case.title
+    return page(title, case_sections(case, "part"), _footer(conditions))
 
 
 def bench_page(

@@ -13,7 +13,7 @@ from fxcompress.html.markup import hint, tag
 from fxcompress.html.tables import box
 from fxcompress.report.changes import Line, Operator, counts, rows
 
-__all__ = ["MARKS", "draw"]
+__all__ = ["MARKS", "draw", "draw_alone"]
 
 MARKS = {"added": "+", "removed": "−", "changed": "~", "same": "="}
 """Status → a sign that tells it without colour."""
@@ -40,13 +40,24 @@ def draw(lines: Sequence[Line]) -> Element:
         if now is not None and now.after is not None:
             made.append(_node(now.after, now, starts[1], number))
     found = counts(lines)
-    summary = ", ".join(f"{found[status]} {status}" for status in MARKS)
-    drawing = tag(
-        "svg", made, role="img", aria_label=f"The graph before and after: {summary}. The table below says what changed.",
-        width=width, height=height, viewBox=f"0 0 {width} {height}",
-    )  # fmt: skip
     legend = [tag("li", tag("span", MARKS[s], class_=f"swatch {s}"), f"{found[s]:,} {_WORDS[s]}") for s in MARKS]
+    summary = ", ".join(f"{found[status]} {status}" for status in MARKS)
+    said = f"The graph before and after: {summary}. The table below says what changed."
+    drawing = _picture(said, width, height, made)
     return tag("figure", tag("ul", legend, class_="legend"), box("The graph before and after", drawing, tall=True))
+
+
+def draw_alone(lines: Sequence[Line]) -> Element:
+    """The graph of a model that is compared with nothing, as one column."""
+    column = _Column([line.after for line in lines], before=False)
+    nodes = [_node(line.after, line, 1, number) for number, line in enumerate(lines) if line.after is not None]
+    said = f"The graph: {len(nodes)} operators from input to output."
+    drawing = _picture(said, 1 + _WIDE + column.margin, _HEAD + _ROW * len(lines), [*column.edges(1), *nodes])
+    return tag("figure", box("The graph", drawing, tall=True))
+
+
+def _picture(said: str, width: int, height: int, made: Sequence[Element]) -> Element:
+    return tag("svg", made, role="img", aria_label=said, width=width, height=height, viewBox=f"0 0 {width} {height}")
 
 
 _WORDS = {"added": "added", "removed": "removed", "changed": "changed kind, shape or dtype", "same": "as they were"}

@@ -20,9 +20,10 @@ from fxcompress.graph.shapes import Recorder, example_of, tensor_meta
 from fxcompress.graph.trace import is_traced, trace
 from fxcompress.ledger import Ledger, Row
 from fxcompress.observe import output_snr, weights_of
+from fxcompress.pruning.sensitivity_report import Summary
 from fxcompress.quantization.compare import compare_activations, compare_weights
 from fxcompress.quantization.quantizer import in_eval_mode
-from fxcompress.report.changes import Line, compare, operators
+from fxcompress.report.changes import Line, alone, compare, operators
 from fxcompress.timing import Timing
 
 __all__ = ["Case", "Layer", "Measure", "gather"]
@@ -55,15 +56,21 @@ class Layer:
 
 @dataclass(frozen=True)
 class Case:
-    """One compressed model beside its original. ``unknown`` says what could not be measured, and why."""
+    """One compressed model beside its original, or alone.
+
+    ``lines``    its graph, beside the original's where it is ``compared`` with one
+    ``unknown``  what could not be measured, and why
+    """
 
     title: str
     measures: Sequence[Measure]
     runs: Sequence[tuple[str, Ledger]]
     layers: Sequence[Layer]
-    lines: Sequence[Line] | None
+    lines: Sequence[Line]
     after: Coverage
     unknown: Sequence[str] = field(default_factory=tuple)
+    sensitivity: Summary | None = None
+    compared: bool = True
 
 
 def gather(
@@ -74,12 +81,14 @@ def gather(
     call: Arguments | None = None,
     metrics: Mapping[str, Sequence[float]] | None = None,
     timings: tuple[Timing, Timing] | None = None,
+    sensitivity: Summary | None = None,
 ) -> Case:
     """Everything about ``model``, beside ``original`` where that is given.
 
     ``call``     one call of both, to compare what their layers compute
     ``metrics``  name → the number before and after
     ``timings``  of one call, before and after
+    ``sensitivity``  an analysis of the original
     """
     if not is_traced(model):
         raise ConfigError(f"a report is about a traced model, not a {type(model).__name__}: give what a run returned.")
@@ -92,9 +101,11 @@ def gather(
         [*_costs(traced, model), *_timed(timings), *_judged(metrics or {}), *_agreement(before, model, call, unknown)],
         [(entry["plan"], Ledger.from_data(entry["ledger"])) for entry in model.meta.get("history", [])],
         _layers(traced, model, _compared(before, model, call, unknown)),
-        None if traced is None else compare(operators(traced), operators(model)),
+        alone(operators(model)) if traced is None else compare(operators(traced), operators(model)),
         coverage(model),
         unknown,
+        sensitivity,
+        original is not None,
     )
 
 
@@ -167,6 +178,9 @@ def _compared(before: nn.Module | None, after: fx.GraphModule, call: Arguments |
         return {}
     if after.meta["stage"] == "float":
         return _still_there(before, after, call)
+    if _narrowed(before, after, call):
+        unknown.append("how far layers moved: channels are gone, and results of other shapes have no SNR.")
+        return {}
     try:
         weights = {row.name: row.snr_db for row in compare_weights(before, after, call)}
         values = {row.name: row for row in compare_activations(before, after, [call])}
@@ -177,6 +191,12 @@ def _compared(before: nn.Module | None, after: fx.GraphModule, call: Arguments |
     for name, row in values.items():
         rows[name] = (weights.get(name), row.snr_db, row.local_snr_db)
     return rows
+
+
+def _narrowed(before: nn.Module, after: fx.GraphModule, call: Arguments) -> bool:
+    """Whether layers have fewer channels than they had, so that their results are of another shape."""
+    was, now = ({op.name: op.shape for op in operators(model)} for model in (_traced(before, after, call), after))
+    return any(name in now and now[name] and was[name] and now[name] != was[name] for name in was)
 
 
 def _still_there(before: nn.Module, after: fx.GraphModule, call: Arguments) -> Rows:

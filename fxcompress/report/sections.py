@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from xml.etree.ElementTree import Element
 
 from fxcompress.html.markup import Child, name, tag
-from fxcompress.html.plots import columns
+from fxcompress.html.plots import bars, columns
 from fxcompress.html.tables import box, table
 from fxcompress.ledger import HEADERS, Ledger, cells
+from fxcompress.pass_base import Figures
+from fxcompress.pruning.sensitivity_page import sensitivity_parts
 from fxcompress.report.changes import Line, counts
-from fxcompress.report.drawing import MARKS, draw
+from fxcompress.report.drawing import MARKS, draw, draw_alone
 from fxcompress.report.facts import Case, Layer, Measure
 
 __all__ = ["case_sections", "decibels"]
@@ -23,7 +25,8 @@ def case_sections(case: Case, anchor: str, level: int = 2) -> Element:
         ("Before and after", _cards(case)),
         ("Ledger", _ledgers(case)),
         ("Layers", _layers(case.layers)),
-        ("Graph", _graph(case.lines)),
+        ("Sensitivity", _sensitivity(case)),
+        ("Graph", _graph(case.lines) if case.compared else _graph_alone(case.lines)),
         ("Left alone, and why", _left_alone(case)),
         (
             "Plan",
@@ -188,7 +191,7 @@ def _snr_plot(layers: Sequence[Layer]) -> Element | None:
 
 def _zeros_plot(layers: Sequence[Layer]) -> Element | None:
     known = [layer for layer in layers if layer.zeros is not None]
-    if not known:
+    if not any(layer.zeros for layer in known):
         return None
     most = sorted(known, key=lambda layer: -_number(layer.zeros))[:3]
     summary = "Most zeros: " + ", ".join(f"{layer.name} {_percent(layer.zeros)}" for layer in most) + "."
@@ -212,12 +215,43 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
+# sensitivity
+
+_BARS = 30
+
+
+def _sensitivity(case: Case) -> Child:
+    """What passes measured of layers, and the analysis that was given."""
+    plots = [
+        _figures(figures, row.step, _of_run(n, case))
+        for n, (_, ledger) in enumerate(case.runs)
+        for row in ledger.rows
+        for figures in row.figures
+        if figures.values
+    ]
+    analysis = case.sensitivity
+    given = None if analysis is None else [tag("h3", "Sensitivity to pruning"), sensitivity_parts(analysis)]
+    return [tag("div", plots, class_="plots") if plots else None, given] if plots or given else None
+
+
+def _figures(figures: Figures, step: str, run: str) -> Element:
+    ranked = sorted(figures.values, key=lambda layer: -figures.values[layer])
+    worst = {layer: figures.values[layer] for layer in ranked[:_BARS]}
+    listed = f"the {len(worst)} largest of {len(ranked)}" if len(ranked) > len(worst) else f"{len(ranked)} layers"
+    return bars(figures.title, f"Measured by {step}{run}; {listed}.", figures.unit, worst)
+
+
 # the graph
 
 
-def _graph(lines: Sequence[Line] | None) -> Child:
-    if lines is None:
-        return None
+def _graph_alone(lines: Sequence[Line]) -> Child:
+    return [
+        tag("p", "Operators from input to output. Lines in the margin are results that are read further on.", class_="soft"),
+        draw_alone(lines),
+    ]
+
+
+def _graph(lines: Sequence[Line]) -> Child:
     moved = [line for line in lines if line.status != "same"]
     rows = [(name(_named(line)), f"{MARKS[line.status]} {line.status}", line.difference) for line in moved]
     found = counts(lines)
