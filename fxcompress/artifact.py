@@ -88,6 +88,7 @@ def _describe(model: fx.GraphModule, tensors: serial.Tensors) -> dict[str, Any]:
         "format": FORMAT,
         "torch": str(torch.__version__),
         "stage": model.meta["stage"],
+        "classes": model.meta.get("classes", {}),
         "rungs": [[rung.module, rung.rung, rung.reason] for rung in model.meta["rungs"]],
         "module": serial.module_data(model, tensors),
     }
@@ -128,6 +129,7 @@ def _assemble(document: dict[str, Any], tensors: Mapping[str, Tensor], modules: 
     if stage not in STAGES:
         raise ArtifactError(f"the saved model has stage {stage!r}, which is none of {', '.join(STAGES)}.")
     model.meta.update(rungs=tuple(Rung(*rung) for rung in document["rungs"]), stage=stage)
+    model.meta["classes"] = {name: tuple(known) for name, known in document.get("classes", {}).items()}
     for region in regions(model).values():
         region.graph.output_node()
         region.graph.lint()

@@ -14,6 +14,7 @@ from fxcompress.errors import DataError, FxCompressError, PassError, PlanError, 
 from fxcompress.graph import edit, trace
 from fxcompress.graph.inputs import Arguments, arguments
 from fxcompress.graph.island import regions
+from fxcompress.graph.select import resolved_step
 from fxcompress.graph.sharing import own
 from fxcompress.graph.trace import region_inputs
 from fxcompress.ledger import Ledger
@@ -127,7 +128,7 @@ class PassManager:
             watcher.taken_up(run)
 
     def _step(self, run: Run, number: int, watchers: Sequence[Observer], model: nn.Module, call: Arguments | None) -> None:
-        run.step = step = self.plan.steps[number - 1]
+        run.step = step = resolved_step(self.plan.steps[number - 1], run.model)
         if not step.replaces:
             own(run.model, model)
         try:

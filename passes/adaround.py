@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fxcompress import backends
 from fxcompress.graph import edit, fused, ops
-from fxcompress.graph.select import Selection
+from fxcompress.graph.select import Layer, Selection
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise, hidden
 from fxcompress.passes.correct_bias import twins_of, walkable
 from fxcompress.quantization.fake_quant import FakeQuantize
@@ -34,7 +34,7 @@ class AdaRound(Pass):
 
     Options: ``iterations`` per layer, of ``batch_size`` samples drawn from ``num_batches`` batches; ``learning_rate``;
     ``regularization`` weighs the pull of every weight to one of its two levels, after ``warm_start``;
-    ``include_layers``/``exclude_layers``, names or globs.
+    ``include_layers``/``exclude_layers``, by name, glob, ``re:`` or ``type:``.
     """
 
     name: ClassVar[str] = "adaround"
@@ -48,12 +48,11 @@ class AdaRound(Pass):
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-2
     regularization: Annotated[float, Field(ge=0.0)] = 1.0
     warm_start: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
-    include_layers: tuple[str, ...] | None = None
-    exclude_layers: tuple[str, ...] = ()
+    include_layers: tuple[Layer, ...] | None = None
+    exclude_layers: tuple[Layer, ...] = ()
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
-        selection = Selection(self.include_layers, self.exclude_layers)
-        selection.check(model)
+        selection = Selection(self.include_layers, self.exclude_layers).on(model)
         calls = walkable(self.name, model, context, self.num_batches)
         if not calls:
             return

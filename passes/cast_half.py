@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import DataError
 from fxcompress.graph import edit, ops
-from fxcompress.graph.select import Selection
+from fxcompress.graph.select import Layer, Selection
 from fxcompress.graph.shapes import Recorder, dtype_of, module_of, propagate
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.quantization.placement import layer_name
@@ -49,14 +49,14 @@ class CastHalf(Pass):
     would overflow or has no half kernel on this device. Operators that only move or compare values follow their input. A
     value is cast once for all its readers.
 
-    Options: ``include_layers``/``exclude_layers``, names or globs.
+    Options: ``include_layers``/``exclude_layers``, by name, glob, ``re:`` or ``type:``.
     """
 
     name: ClassVar[str] = "cast-half"
     promise: ClassVar[Promise] = APPROXIMATE
 
-    include_layers: tuple[str, ...] | None = None
-    exclude_layers: tuple[str, ...] = ()
+    include_layers: tuple[Layer, ...] | None = None
+    exclude_layers: tuple[Layer, ...] = ()
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
         Selection(self.include_layers, self.exclude_layers).check(model)

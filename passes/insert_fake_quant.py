@@ -12,6 +12,7 @@ from torch import fx
 from fxcompress import backends
 from fxcompress.backends.base import Backend
 from fxcompress.graph import edit, fused, ops, qdq
+from fxcompress.graph.select import Layer
 from fxcompress.graph.shapes import module_of
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.passes.fold_batchnorm import FoldBatchNorm
@@ -59,8 +60,8 @@ class InsertFakeQuant(Pass):
     learn_scale: bool = True
     per_channel: bool = True
     symmetric: bool = True
-    include_layers: tuple[str, ...] | None = None
-    exclude_layers: tuple[str, ...] = ()
+    include_layers: tuple[Layer, ...] | None = None
+    exclude_layers: tuple[Layer, ...] = ()
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     reduce_range: bool | None = None
 

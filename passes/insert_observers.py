@@ -11,7 +11,7 @@ from torch import fx
 from fxcompress import backends
 from fxcompress.backends.base import Backend
 from fxcompress.graph import edit, ops
-from fxcompress.graph.select import Selection
+from fxcompress.graph.select import Layer, Selection
 from fxcompress.pass_base import EXACT, Context, Pass, Promise
 from fxcompress.quantization.observer import ActivationObserver, check_calibrator
 from fxcompress.quantization.overrides import LayerOptions, Overrides, weight_grid_of
@@ -28,8 +28,8 @@ class InsertObservers(Pass):
 
     Options: ``backend``; ``dtype``, ``int8`` or ``uint8``: 8 bits, signed as the backend has them; ``calibrator`` and its
     ``calibrator_options``; ``per_channel``, a scale per output channel of weights, and ``symmetric`` weights, where the
-    backend has them; ``include_layers``/``exclude_layers``, names or globs;
-    ``overrides``, ``{name or glob: {bits, weight_bits, activation_bits, calibrator, calibrator_options, per_channel,
+    backend has them; ``include_layers``/``exclude_layers``, by name, glob, ``re:`` or ``type:``;
+    ``overrides``, ``{layers: {bits, weight_bits, activation_bits, calibrator, calibrator_options, per_channel,
     symmetric, float}}``; ``reduce_range``: None bounds weights so that partial sums cannot saturate where the CPU needs it,
     True gives activations 7 bits, False does neither.
     """
@@ -44,8 +44,8 @@ class InsertObservers(Pass):
     calibrator_options: dict[str, Any] = field(default_factory=dict)
     per_channel: bool = True
     symmetric: bool = True
-    include_layers: tuple[str, ...] | None = None
-    exclude_layers: tuple[str, ...] = ()
+    include_layers: tuple[Layer, ...] | None = None
+    exclude_layers: tuple[Layer, ...] = ()
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     reduce_range: bool | None = None
 

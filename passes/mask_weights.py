@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import fx
 
-from fxcompress.graph.select import Selection
+from fxcompress.graph.select import Layer, Selection
 from fxcompress.options import Seed
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.pruning.magnitude_pruner import mask_weights
@@ -22,10 +22,10 @@ class MaskWeights(Pass):
     """Mask the smallest weights of convolutions and linear layers.
 
     Options: ``sparsity``, the share of all chosen weights that become zero; ``criterion``, ``l1``, ``l2`` or ``random``;
-    ``layers``, a share for single layers instead (names, globs), each on its own; ``n_m``, keep exactly N of every M along
-    the input dimension instead; ``include_layers``/``exclude_layers``, names or
-    globs; ``seed``. A layer whose inputs M does not divide stays dense and is named. Weights that a graph gives to
-    functions are masked too. ``bake-masks`` makes masks permanent, which quantization needs.
+    ``layers``, a share for single layers instead (or patterns), each on its own; ``n_m``, keep exactly N of every M along
+    the input dimension instead; ``include_layers``/``exclude_layers``, by name, glob, ``re:`` or ``type:``; ``seed``. A
+    layer whose inputs M does not divide stays dense and is named. Weights that a graph gives to functions are masked too.
+    ``bake-masks`` makes masks permanent, which quantization needs.
     """
 
     name: ClassVar[str] = "mask-weights"
@@ -35,13 +35,12 @@ class MaskWeights(Pass):
     layers: dict[str, float] = field(default_factory=dict)
     criterion: Literal["l1", "l2", "random"] = "l1"
     n_m: tuple[int, int] | None = None
-    include_layers: tuple[str, ...] | None = None
-    exclude_layers: tuple[str, ...] = ()
+    include_layers: tuple[Layer, ...] | None = None
+    exclude_layers: tuple[Layer, ...] = ()
     seed: Seed = 0
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
-        selection = Selection(self.include_layers, self.exclude_layers)
-        selection.check(model)
+        selection = Selection(self.include_layers, self.exclude_layers).on(model)
         chosen = sites(model, selection, context.skip)
         asked = self.layers or self.sparsity
         mask_weights(chosen, asked, criterion=self.criterion, n_m=self.n_m, seed=self.seed, skip=context.skip)

@@ -20,7 +20,7 @@ from fxcompress.graph.channels.kept import Kept, mask_data
 from fxcompress.graph.channels.proof import Proof, tolerance
 from fxcompress.graph.channels.walk import place
 from fxcompress.graph.island import regions
-from fxcompress.graph.select import Selection
+from fxcompress.graph.select import Layer, Selection
 from fxcompress.graph.settling import settle
 from fxcompress.options import Seed
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
@@ -42,11 +42,11 @@ class PruneChannels(Pass):
     """Remove the least important channels: parameters, buffers, attributes and the numbers in the graph shrink together.
 
     Options: ``sparsity``, the share of channels that go from every group, or over all groups with ``global_pruning``;
-    ``layers``, a share for single groups (names, globs); ``target``, instead, the share of ``parameters``, ``macs`` or
+    ``layers``, a share for single groups (or patterns); ``target``, instead, the share of ``parameters``, ``macs`` or
     ``latency`` that stays; ``criterion`` with ``dimension`` (score a channel by the weights that make it, ``out``, or that
     read it, ``in``), ``reduction`` and ``normalisation``; ``round_to``, ``min_kept``, ``max_ratio``, ``uniform``;
     ``exclude_layers``, whose channels stay with everything tied to them; ``prune_heads`` and ``prune_head_dim`` for
-    attention; ``whole_groups``, grouped convolutions that lose whole groups (names, globs; None: those that come nearer to
+    attention; ``whole_groups``, grouped convolutions that lose whole groups (None: those that come nearer to
     their share so), where the others lose equal numbers of channels from every group; ``policy``: ``exact`` leaves alone
     what changes remaining values, ``approximate`` allows it, ``compensate`` folds the mean of removed channels into biases;
     ``plan``, a saved pruning plan to apply instead of choosing;
@@ -72,7 +72,7 @@ class PruneChannels(Pass):
     min_kept: Annotated[int, Field(ge=1)] = 1
     max_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     uniform: bool = False
-    exclude_layers: tuple[str, ...] = ()
+    exclude_layers: tuple[Layer, ...] = ()
     prune_heads: bool = False
     prune_head_dim: bool = True
     whole_groups: tuple[str, ...] | None = None

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxcompress.errors import ConfigError, did_you_mean
 from fxcompress.graph.island import regions
-from fxcompress.graph.select import Selection
+from fxcompress.graph.select import Layer, Selection
 from fxcompress.options import Seed
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.pruning.blocks import Block, cut
@@ -39,14 +39,13 @@ class PruneLayers(Pass):
     criterion: Literal["l1_norm", "l2_norm", "bn_scale", "taylor", "cosine", "random"] = "l1_norm"
     units: Literal["auto", "blocks", "layers"] = "auto"
     remove: tuple[str, ...] | None = None
-    include_layers: tuple[str, ...] | None = None
-    exclude_layers: tuple[str, ...] = ()
+    include_layers: tuple[Layer, ...] | None = None
+    exclude_layers: tuple[Layer, ...] = ()
     seed: Seed = 0
 
     def candidates(self, model: fx.GraphModule, context: Context) -> dict[str, tuple[str, Block]]:
         """What can go: name → its region and the part. Raises ConfigError with the reasons where there is nothing."""
-        selection = Selection(self.include_layers, self.exclude_layers)
-        selection.check(model)
+        selection = Selection(self.include_layers, self.exclude_layers).on(model)
         return candidates(model, self.units, selection, context)
 
     def importance(self, model: fx.GraphModule, found: dict[str, tuple[str, Block]], context: Context) -> dict[str, float]:

@@ -15,7 +15,7 @@ from fxcompress.errors import BackendError, ConfigError
 from fxcompress.graph import edit, inplace, ops, qdq
 from fxcompress.graph.cost import macs
 from fxcompress.graph.recurrent import CLASSES, QuantizedRecurrent
-from fxcompress.graph.select import Selection
+from fxcompress.graph.select import Layer, Selection
 from fxcompress.graph.shapes import dtype_of, module_of
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.quantization.overrides import Overrides, weight_grid_of
@@ -32,9 +32,9 @@ class QuantizeDynamic(Pass):
 
     Attention layers are covered once ``open-attention`` has made linear layers of their projections.
 
-    Options: ``backend``; ``per_channel``, ``symmetric``: the grid of weights; ``include_layers``/``exclude_layers``, names
-    or globs; ``overrides``, ``{name or glob: {bits, per_channel, symmetric, float}}``, of weights; ``reduce_range``: as
-    ``insert-observers`` has it.
+    Options: ``backend``; ``per_channel``, ``symmetric``: the grid of weights; ``include_layers``/``exclude_layers``, by
+    name, glob, ``re:`` or ``type:``; ``overrides``, ``{layers: {bits, per_channel, symmetric,
+    float}}``, of weights; ``reduce_range``: as ``insert-observers`` has it.
     """
 
     name: ClassVar[str] = "quantize-dynamic"
@@ -44,8 +44,8 @@ class QuantizeDynamic(Pass):
     backend: str = "fbgemm"
     per_channel: bool = True
     symmetric: bool = True
-    include_layers: tuple[str, ...] | None = None
-    exclude_layers: tuple[str, ...] = ()
+    include_layers: tuple[Layer, ...] | None = None
+    exclude_layers: tuple[Layer, ...] = ()
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     reduce_range: bool | None = None
 

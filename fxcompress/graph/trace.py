@@ -29,6 +29,7 @@ from fxcompress.graph.inputs import Arguments, arguments, bind, record_calls, te
 from fxcompress.graph.island import TOP, Island, regions
 from fxcompress.graph.module import TracedModule
 from fxcompress.graph.rungs import Rung, join
+from fxcompress.graph.select import classes_of
 from fxcompress.graph.shapes import describe, placeholder_values, propagate
 from fxcompress.graph.symbolic import (
     STARS,
@@ -75,8 +76,10 @@ def trace(model: nn.Module, example_inputs: Any = None, *, copied: bool = False,
     if call is not None:
         bind(model, call)
     model = model if copied else copied_model(model, shared)
+    classes = classes_of(model)
     traced = model if is_traced(model) else _trace(model, call)
     assert isinstance(traced, fx.GraphModule)
+    traced.meta["classes"] = classes
     if unwrapped(wrapped) is not wrapped:
         traced.meta["rungs"] = (Rung("", "note", f"{type(wrapped).__name__} was taken off"), *traced.meta["rungs"])
     if call is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxcompress.graph.select import listed
+from fxcompress.graph.select import Layer, listed, resolved_step
 from fxcompress.graph.trace import region_inputs
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager, example_call
@@ -28,7 +28,7 @@ class LayerPruner:
 
     ``sparsity``        share of the removable parts that go, exact to one, in [0, 1)
     ``criterion``       ``l1_norm``, ``l2_norm``, ``bn_scale``, ``taylor``, ``cosine`` or ``random`` (see ``prune-layers``)
-    ``exclude_layers``, ``include_layers``  names or globs of parts
+    ``exclude_layers``, ``include_layers``  parts by name, glob, ``re:`` or ``type:``
     ``units``           ``blocks``, ``layers``, or ``auto``: blocks where there are any, else layers
 
     Shapes come from ``example_inputs`` or data. The caller's model stays as it is. :attr:`ledger` holds the rows of the last
@@ -39,8 +39,8 @@ class LayerPruner:
         self,
         sparsity: float = 0.5,
         criterion: str = "l1_norm",
-        exclude_layers: Sequence[str] = (),
-        include_layers: Sequence[str] | None = None,
+        exclude_layers: Sequence[Layer] = (),
+        include_layers: Sequence[Layer] | None = None,
         *,
         units: str = "auto",
         example_inputs: Any = None,
@@ -77,7 +77,7 @@ class LayerPruner:
             seed=self.options["seed"],
             progress=self._progress,
         )
-        step: Any = self.plan().steps[0]
+        step: Any = resolved_step(self.plan().steps[0], traced)
         scores: dict[str, float] = step.importance(traced, step.candidates(traced, context), context)
         return scores
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompress.errors import ConfigError, did_you_mean
-from fxcompress.graph.select import Selection, listed, matches
+from fxcompress.graph.select import Layer, Selection, listed, matches, resolved
 from fxcompress.graph.tree import unwrapped
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
@@ -40,7 +40,7 @@ def mask_weights(
 ) -> None:
     """Mask weights in place: the smallest of all of them together, or per group of M where ``n_m`` is given.
 
-    ``sparsity`` by layer (names, globs) masks those layers, each on its own; with ``n_m``, M·(1 − sparsity) of every M stay.
+    ``sparsity`` by layer (or pattern) masks those layers, each on its own; with ``n_m``, M·(1 − sparsity) of every M stay.
     Weights that a mask drops already stay dropped, so repeated pruning with growing sparsity is monotone; where fewer are to
     go than are masked now, the dense weights are ranked anew. Raises ConfigError where nothing can be masked.
     """
@@ -68,7 +68,7 @@ def mask_weights(
 
 
 def by_layer(shares: Mapping[str, float], layers: Iterable[str]) -> dict[str, float]:
-    """Layer → its share, above zero; the last name or glob that matches counts. ConfigError for one that matches none."""
+    """Layer → its share, above zero; the last pattern that matches counts. ConfigError for one that matches none."""
     known, found = list(layers), dict[str, float]()
     for pattern, share in shares.items():
         taken = [name for name in known if matches(pattern, name)]
@@ -100,7 +100,7 @@ class MagnitudePruner:
     ``pruning_type``    ``unstructured``, or ``semi_structured``: exactly ``n`` of every ``m`` weights stay along the input
                         dimension (per output channel and kernel position)
     ``criterion``       ``l1`` (|w|), ``l2`` (w²) or ``random``
-    ``exclude_layers``, ``include_layers``  qualified names or globs; a name takes everything below it
+    ``exclude_layers``, ``include_layers``  by name, glob, ``re:`` or ``type:``, with everything below
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class MagnitudePruner:
         sparsity: float = 0.5,
         pruning_type: str = "unstructured",
         criterion: str = "l1",
-        exclude_layers: Sequence[str] = (),
-        include_layers: Sequence[str] | None = None,
+        exclude_layers: Sequence[Layer] = (),
+        include_layers: Sequence[Layer] | None = None,
         *,
         n: int = 2,
         m: int = 4,
@@ -169,9 +169,10 @@ class MagnitudePruner:
         if not isinstance(asked, Mapping):
             check_sparsity(asked)
         inner = unwrapped(model)
-        self.selection.check(inner)
+        chosen = sites(inner, self.selection.on(inner), _log)
+        asked = resolved(asked, inner) if isinstance(asked, Mapping) else asked
         n_m = self.n_m if self.pruning_type == "semi_structured" else None
-        mask_weights(sites(inner, self.selection, _log), asked, criterion=self.criterion, n_m=n_m, seed=self.seed, skip=_log)
+        mask_weights(chosen, asked, criterion=self.criterion, n_m=n_m, seed=self.seed, skip=_log)
 
     def remove_mask(self, model: nn.Module) -> None:
         """Make the pruning permanent, in place: zeros in the weights, no masks left."""
@@ -179,7 +180,7 @@ class MagnitudePruner:
 
     def get_sparsity(self, model: nn.Module) -> float:
         """Zeros over elements, in the prunable weights of the selection; a tied weight counts once."""
-        weights = [site.value() for site in sites(model, self.selection).values()]
+        weights = [site.value() for site in sites(model, self.selection.on(unwrapped(model))).values()]
         total = sum(weight.numel() for weight in weights)
         zeros = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in weights)
         return zeros / total if total else 0.0

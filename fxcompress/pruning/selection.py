@@ -28,7 +28,7 @@ class Budget:
     """How much goes.
 
     ``sparsity``       share of the units that go, in every group, or over all groups where ``global_pruning``
-    ``layers``         group → a share of its own (names, globs)
+    ``layers``         group → a share of its own (patterns that choose layers)
     ``round_to``       what remains of a layer is a multiple of this, where it has more
     ``min_kept``       units that every group (every block of it) keeps
     ``max_ratio``      the share that may go from one group

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from fxcompress.errors import ConfigError
 from fxcompress.graph.channels import ChannelGroup, Channels
 from fxcompress.graph.inputs import arguments
-from fxcompress.graph.select import listed
+from fxcompress.graph.select import Layer, listed, resolved_step
 from fxcompress.graph.trace import is_traced, region_inputs
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
@@ -34,7 +34,7 @@ class StructuredPruner:
     ``sparsity``        share of channels that go, of every group, or over all groups with ``global_pruning``, in [0, 1)
     ``pruning_dim``     0: groups are named and scored by the layers that make their channels; 1: by those that read them
     ``criterion``       ``l1_norm``, ``l2_norm``, ``bn_scale``, ``taylor``, ``hrank``, ``fpgm`` or ``random``
-    ``exclude_layers``  names or globs of layers whose channels stay, with everything tied to them
+    ``exclude_layers``  layers by name, glob, ``re:`` or ``type:`` whose channels stay, with everything tied to them
     ``round_to``        what remains of a layer is a multiple of this, where it has more
 
     ``target`` asks for a share of ``parameters``, ``macs`` or measured ``latency`` instead; ``layers`` gives single groups a
@@ -50,7 +50,7 @@ class StructuredPruner:
         pruning_dim: int = 0,
         criterion: str = "l1_norm",
         global_pruning: bool = False,
-        exclude_layers: Sequence[str] = (),
+        exclude_layers: Sequence[Layer] = (),
         round_to: int = 8,
         *,
         layers: Mapping[str, float] | None = None,
@@ -180,6 +180,7 @@ class StructuredPruner:
         opened = self._run(Plan.parse(["open-attention"]), model, example_inputs, data)
         call = arguments(self._inputs(opened, example_inputs))
         context = Context(inputs=region_inputs(opened, call), data=data, seed=self.options["seed"], progress=self._progress)
+        step = resolved_step(step, opened)
         for region, channels in step.analysed(opened, context).items():
             with context.in_region(region):
                 yield step, channels, context

@@ -58,7 +58,7 @@ class Masks:
     def __init__(self, model: fx.GraphModule, call: Arguments | None, pruning_type: str, options: Mapping[str, Any]) -> None:
         self.model, self.call = model, call
         self.pruner = MagnitudePruner(pruning_type=pruning_type, **options)
-        found = sites(model, self.pruner.selection)
+        found = sites(model, self.pruner.selection.on(model))
         self.m = self.pruner.n_m[1] if pruning_type == "semi_structured" else None
         self.names = [name for name, site in found.items() if self.m is None or indivisible(site, self.m) is None]
         nodes = [node for graph in regions(model).values() for node in graph.graph.nodes if node.op.startswith("call")]

@@ -70,7 +70,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Overrides:
-    """``{name or glob: {option: value}}``, checked when built."""
+    """``{pattern that chooses layers: {option: value}}``, checked when built."""
 
     patterns: Mapping[str, Mapping[str, Any]]
 

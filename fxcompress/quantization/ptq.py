@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from fxcompress import backends
 from fxcompress.errors import ConfigError
+from fxcompress.graph.select import Layer
 from fxcompress.pass_base import Context
 from fxcompress.plan import Plan
 from fxcompress.quantization.quantizer import (
@@ -36,8 +37,8 @@ class PTQQuantizer(Quantizer):
                                  backend wants them)
     ``calibration_method``       a calibrator's name; ``calibrator_options`` are its parameters
     ``num_calibration_batches``  a ceiling; fewer batches than asked is said in the ledger
-    ``include_layers``, ``exclude_layers``  qualified names or globs; a name takes everything below it
-    ``overrides``                ``{name or glob: {bits, weight_bits, activation_bits, calibrator, calibrator_options,
+    ``include_layers``, ``exclude_layers``  by name, glob, ``re:`` or ``type:``, with everything below
+    ``overrides``                ``{layers: {bits, weight_bits, activation_bits, calibrator, calibrator_options,
                                  per_channel, symmetric, float}}``, layer by layer
     ``reduce_range``             None: as the CPU needs it; True: 7-bit activations; False: full range regardless
     ``recover``                  options of the pass ``recover-accuracy``, such as ``{"max_drop": 0.5}``: what is done where
@@ -60,8 +61,8 @@ class PTQQuantizer(Quantizer):
         num_calibration_batches: int = 100,
         *,
         calibrator_options: Mapping[str, Any] | None = None,
-        include_layers: Sequence[str] | None = None,
-        exclude_layers: Sequence[str] = (),
+        include_layers: Sequence[Layer] | None = None,
+        exclude_layers: Sequence[Layer] = (),
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         reduce_range: bool | None = None,
         recover: Mapping[str, Any] | None = None,
@@ -141,8 +142,8 @@ class DynamicQuantizer(Quantizer):
         per_channel: bool = True,
         symmetric: bool = True,
         *,
-        include_layers: Sequence[str] | None = None,
-        exclude_layers: Sequence[str] = (),
+        include_layers: Sequence[Layer] | None = None,
+        exclude_layers: Sequence[Layer] = (),
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         reduce_range: bool | None = None,
         verify: bool = True,

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from fxcompress.errors import ConfigError
 from fxcompress.graph.frozen import freeze_statistics
+from fxcompress.graph.select import Layer
 from fxcompress.plan import Plan
 from fxcompress.quantization.fake_quant import fake_quantizers
 from fxcompress.quantization.quantizer import Quantizer, check_dtype, check_method, chosen_layers, in_eval_mode
@@ -106,8 +107,8 @@ class QATQuantizer(_TrainingQuantizer):
         activation_bits: int | None = None,
         first_last_bits: int = 8,
         observer_options: Mapping[str, Any] | None = None,
-        include_layers: Sequence[str] | None = None,
-        exclude_layers: Sequence[str] = (),
+        include_layers: Sequence[Layer] | None = None,
+        exclude_layers: Sequence[Layer] = (),
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         reduce_range: bool | None = None,
         verify: bool = True,
@@ -155,8 +156,8 @@ class LSQQuantizer(_TrainingQuantizer):
         activation_bits: int | None = None,
         first_last_bits: int = 8,
         freeze_bn_epochs: int = -1,
-        include_layers: Sequence[str] | None = None,
-        exclude_layers: Sequence[str] = (),
+        include_layers: Sequence[Layer] | None = None,
+        exclude_layers: Sequence[Layer] = (),
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         reduce_range: bool | None = None,
         verify: bool = True,
