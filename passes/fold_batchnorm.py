@@ -69,7 +69,7 @@ def _obstacle(module: fx.GraphModule, norm: ops.Call, reading: dict[str, list[fx
     layer = ops.read(source)
     if layer is None or not layer.kind.startswith(("conv", "linear")):
         return f"it follows {ops.kind(source)!r}, not a convolution or linear layer"
-    if len(source.users) > 1:
+    if len(ops.value_readers(source)) > 1:
         return f"{source.name!r} before it is also used elsewhere"
     if layer["activation"]:
         return "an activation stands between it and the layer before it"
@@ -88,7 +88,7 @@ def _obstacle(module: fx.GraphModule, norm: ops.Call, reading: dict[str, list[fx
 
 def _same_norm(layer: fx.Node, norm: ops.Call) -> bool:
     """Whether ``layer`` is followed by a normalisation with the same tensors, and by nothing else."""
-    users = list(layer.users)
+    users = ops.value_readers(layer)
     follower = ops.read(users[0]) if len(users) == 1 else None
     return follower is not None and all(
         follower[name] == norm[name] for name in ("weight", "bias", "running_mean", "running_var", "eps")

@@ -84,7 +84,7 @@ def _obstacle(producer: fx.Node, activation: str, calls: dict[str, list[fx.Node]
         return f"it follows {ops.kind(producer)!r}, which no kernel joins with it"
     if call["activation"]:
         return "the operator before it has an activation already"
-    if len(producer.users) > 1:
+    if len(ops.value_readers(producer)) > 1:
         return f"{producer.name!r} before it is also used elsewhere"
     if call.kind == "add" and call["alpha"] not in (None, 1):
         return "the addition before it scales an operand"
@@ -92,9 +92,8 @@ def _obstacle(producer: fx.Node, activation: str, calls: dict[str, list[fx.Node]
         return None
     if type(module_of(producer)) not in fused.MODULES:
         return f"{type(module_of(producer)).__name__} has no fused form"
-    followers = [
-        activation_of(next(iter(node.users))) if len(node.users) == 1 else None for node in calls[str(producer.target)]
-    ]
+    readers = [ops.value_readers(node) for node in calls[str(producer.target)]]
+    followers = [activation_of(found[0]) if len(found) == 1 else None for found in readers]
     if any(follower != activation for follower in followers):
         return f"{producer.target!r} is called several times, not always with this activation"
     return None

@@ -80,7 +80,7 @@ class InsertObservers(Pass):
         placed = place(module, backend, selection, context.region)
         for node, reason in placed.floats.items():
             node.meta["float"] = reason
-            if ops.kind(node) not in ("getattr", "shape", "assert", "getitem", "tap"):
+            if ops.kind(node) not in _QUIET and node.meta.get("tensor_meta", node) is not None:
                 context.skip(node, reason)
         asked = {node: overrides[layer_name(node, context.region)] for node in placed.integers}
         for node, rule in placed.integers.items():
@@ -113,6 +113,10 @@ class InsertObservers(Pass):
             "bound_pairs": self.reduce_range is None and backend.saturates(),
             "full_range": self.reduce_range is False,
         }
+
+
+_QUIET = ("getattr", "shape", "assert", "getitem", "tap")
+"""Kinds that nobody expects to run in integers."""
 
 
 def _readers(value: fx.Node, placed: Placement) -> Iterator[fx.Node]:

@@ -34,6 +34,7 @@ __all__ = [
     "module_kind",
     "owner_name",
     "read",
+    "value_readers",
 ]
 
 
@@ -292,6 +293,21 @@ def is_layer(node: fx.Node) -> bool:
     """Whether ``node`` is the work of one layer (a module's call, or a weight's), not a step of a larger module's code."""
     call = read(node) if node.op.startswith("call") else None
     return node.op == "call_module" or (call is not None and call["weight"] is not None)
+
+
+def value_readers(node: fx.Node) -> list[fx.Node]:
+    """The users of a node but those that only ask for its shape or type, which a pass may go past."""
+    return [user for user in node.users if not _asks(user)]
+
+
+def _asks(node: fx.Node) -> bool:
+    found = lookup(node)
+    return found is not None and found.kind in _QUESTIONS and not (node.target is getattr and node.args[1] in _TENSORS)
+
+
+_QUESTIONS = ("shape", "getattr", "like", "new")
+_TENSORS = ("T", "H", "mT", "mH", "data", "real", "imag", "grad")
+"""Attributes of a tensor that are tensors."""
 
 
 def read(node: fx.Node) -> Call | None:

@@ -27,6 +27,7 @@ from fxcompress.graph.functions import inline_call, open_functions
 from fxcompress.graph.hooks import ONCE, drop_hooks, has_hooks
 from fxcompress.graph.inputs import Arguments, arguments, bind, record_calls, tensors_in
 from fxcompress.graph.island import TOP, Island, regions
+from fxcompress.graph.modes import flipped, noted_mode, only, switching_layers
 from fxcompress.graph.module import TracedModule
 from fxcompress.graph.rungs import Rung, join
 from fxcompress.graph.select import classes_of
@@ -126,13 +127,14 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
     """``model`` as one graph, by the first two rungs; or None, and why both refuse its own forward."""
     if call is not None and any(isinstance(value, PackedSequence) for value in [*call.args, *call.kwargs.values()]):
         return None, "it takes a packed sequence, whose shape depends on its data"
-    tracer = LadderTracer()
     hooked = [name for name, part in parts(model).items() if has_hooks(part)]
-    concrete = concrete_arguments(model, call)
-    graph, failure = symbolic(tracer, model, concrete)
-    if graph is None and call is not None and (nested := nested_arguments(model, call)):
-        tracer = LadderTracer()
-        graph, failure = symbolic(tracer, model, {**concrete, **nested})
+    concrete = bound = concrete_arguments(model, call)
+    tracer = LadderTracer()
+    with noted_mode() as mode:
+        graph, failure = symbolic(tracer, model, bound)
+        if graph is None and call is not None and (nested := nested_arguments(model, call)):
+            tracer, bound = LadderTracer(), {**concrete, **nested}
+            graph, failure = symbolic(tracer, model, bound)
     rungs = [Rung("", "note", f"argument {name!r} is fixed to {value!r}") for name, value in concrete.items()]
     module: fx.GraphModule
     if graph is not None:
@@ -140,6 +142,7 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
         module = TracedModule(tracer.root, graph, type(model).__name__)
         edit.note_code(module)
         rungs += [Rung(name, "note", note) for name, note in tracer.notes]
+        rungs += _other_mode(module, model, bound) if mode.asked else []
         rungs += _resolve(module, model, tracer.defeated, call)
         rungs += open_functions(module, call)
         for node in module.graph.nodes:
@@ -155,6 +158,13 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
         return None, join(failure, str(error))
     rungs += [Rung("", "exported", join(failure, fixed)), *_hook_notes(hooked, rungs)]
     return _finish(module, model, rungs), ""
+
+
+def _other_mode(module: fx.GraphModule, model: nn.Module, bound: dict[str, Any]) -> list[Rung]:
+    """Give a graph the layers that switch by its mode; a note for what else the model's code does in its other mode."""
+    with flipped(model):
+        other, _ = symbolic(LadderTracer(), model, bound)
+    return switching_layers(module, model, other) if other is not None else [Rung("", "note", only(model))]
 
 
 def _hook_notes(hooked: list[str], rungs: list[Rung]) -> list[Rung]:

@@ -78,9 +78,10 @@ def _follow(module: fx.GraphModule, call: ops.Call, reading: dict[str, list[fx.N
     watched: list[fx.Node] = []
     node, spread = call.node, 1
     while True:
-        if len(node.users) != 1:
-            return f"the result of {node.name!r} goes several ways" if node.users else "nothing reads its result"
-        before, node = node, next(iter(node.users))
+        readers = ops.value_readers(node)
+        if len(readers) != 1:
+            return f"the result of {node.name!r} goes several ways" if readers else "nothing reads its result"
+        before, node = node, readers[0]
         second = _layer(module, node, reading, tied)
         if second is not None and node.args[:1] == (before,):
             reason = _misfit(call, second, before, spread)

@@ -56,7 +56,7 @@ def operands(call: ops.Call, rule: Rule) -> list[fx.Node]:
 def _is_branch(node: fx.Node) -> bool:
     """Whether a value is a layer's result that one operator alone reads: the two are one kernel."""
     found = ops.lookup(node) if node.op.startswith("call") else None
-    return found is not None and found.family == "contraction" and len(node.users) == 1
+    return found is not None and found.family == "contraction" and len(ops.value_readers(node)) == 1
 
 
 def _layers_before(node: fx.Node) -> int:
@@ -122,7 +122,7 @@ def _obstacle(node: fx.Node, call: ops.Call | None, placed: Placement, backend: 
         return f"{backend.name} has no integer kernel for {call.kind}"
     sources = operands(call, rule)
     if not sources:
-        return rule.refuse(call) or "it takes no tensor"
+        return (rule.refuse(call) if call.inputs else None) or "it takes no tensor"
     wrong = [s for s in sources if dtype_of(s) not in (None, torch.float32)]
     if wrong:
         return f"its input {wrong[0].name!r} is {dtype_of(wrong[0])}"
