@@ -174,3 +174,28 @@ def test_a_model_quantized_on_another_cpu_is_made_safe_when_it_is_lowered(
     with torch.no_grad():
         expected, found = model(x), lowered(x)
     assert full or float((expected - found).abs().max()) < 0.03 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(128, 128, 3, padding=1, groups=128), (2, 128, 9, 9)),
+        (nn.Conv2d(32, 32, 5, padding=2, groups=32), (2, 32, 9, 9)),
+        (nn.Conv3d(104, 104, 3, padding=1, groups=104), (1, 104, 5, 5, 5)),
+        (nn.Conv1d(128, 128, 3, groups=128), (2, 128, 20)),
+    ],
+    ids=str,
+)
+def test_kernels_for_one_channel_per_group_never_saturate(layer: nn.Module, shape: tuple[int, ...], symmetric: bool) -> None:
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, -1, 1, torch.Generator().manual_seed(0))
+    model, x = nn.Sequential(layer).eval(), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    observe = {"insert-observers": {"symmetric": symmetric, "calibrator": "minmax"}}
+    lowered = PassManager([observe, {"calibrate": {"num_batches": 1}}, "fold-quantization", "lower"]).run(model, x, [x])
+    portable = lowered.meta["portable"]
+    scale = next(n.args[1] for n in reversed(portable.graph.nodes) if n.target is torch.ops.fxcompress.quantize.default)
+    with torch.no_grad():
+        steps = (portable(x) - lowered(x)).abs() / scale
+    assert float(steps.max()) < 1.001
+    assert float((steps > 0.5).float().mean()) < 1e-3

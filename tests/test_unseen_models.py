@@ -285,3 +285,27 @@ def test_a_table_that_is_indexed_like_attention_biases_is_left_alone() -> None:
     torch.manual_seed(0)
     model, x = Biased().eval(), torch.randn(4, 8)
     assert snr(model, ptq(model, x), x) > 30
+
+
+class PartlyGated(nn.Module):
+    """A projection taken apart: two parts go to float operators, one through a convolution (MambaOut)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.conv, self.out = nn.Linear(8, 24), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, same, mixed = torch.split(self.wide(x), [8, 8, 8], dim=-1)
+        mixed = self.conv(mixed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.out(F.gelu(torch.cat((gate, gate), -1)) * torch.cat((same, mixed), dim=-1))
+
+
+@pytest.mark.parametrize("backend", ["fbgemm", "onnxruntime", "openvino"])
+def test_parts_of_a_projection_quantize_each_in_its_way(backend: str) -> None:
+    if reason := backends.find(backend).unavailable():
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    model, x = PartlyGated().eval(), torch.randn(2, 5, 5, 8)
+    quantized = ptq(model, x, backend=backend)
+    assert snr(model, quantized, x) > 25
+    assert snr(model, quantized, torch.cat((x, x[:1]))) > 25

@@ -51,6 +51,7 @@ class Backend:
     ``lower``             rewrite one quantize/dequantize region into the backend's kernels, in place
     ``unavailable``       the reason why it cannot run on this machine, or None
     ``saturates``         whether 8-bit activations can overflow the kernels' 16-bit partial sums on this CPU
+    ``narrow``            whether the kernel of a call, its weights symmetric or not, adds in 16 bits on any CPU
     ``adjacent``          whether these sums are known to be of neighbours in the reduction; else any two elements may meet
     ``dynamic``           operator kinds it can quantize at run time, without ranges
     ``device``            the kind of device its kernels take tensors on
@@ -67,6 +68,7 @@ class Backend:
     lower: Callable[[fx.GraphModule, Callable[[fx.Node, str], None]], None]
     unavailable: Callable[[], str | None]
     saturates: Callable[[], bool]
+    narrow: Callable[[Call, bool], bool] = lambda call, symmetric: False
     adjacent: bool = False
     dynamic: tuple[str, ...] = ()
     device: str = "cpu"

@@ -190,6 +190,7 @@ BACKEND = Backend(
     lower=lower_to(x86_engine),
     unavailable=_unavailable,
     saturates=lambda: not has_vnni(),
+    narrow=lambda call, symmetric: not symmetric and (call["groups"] or 1) > 1,
     adjacent=True,
     dynamic=("linear", "lstm", "gru"),
 )

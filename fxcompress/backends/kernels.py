@@ -38,9 +38,21 @@ def x86_engine() -> str:
     return "x86" if has_vnni() and "x86" in supported else "fbgemm"
 
 
-def _engine_for(kind: str, engine: str) -> str:
-    """The engine to pack a layer for: transposed convolutions of oneDNN mix up their channels, FBGEMM's do not."""
-    return "fbgemm" if engine == "x86" and kind.startswith("conv_transpose") else engine
+def _engine_for(kind: str, engine: str, groups: int, affine: bool) -> str:
+    """The engine to pack a layer for, where torch's own choice for ``x86`` computes something else than the layer.
+
+    Transposed convolutions of oneDNN mix up their channels, FBGEMM's do not; FBGEMM's kernels for one channel per group,
+    which torch takes from 101 groups on, add in 16 bits on any CPU, oneDNN's do not. Affine weights are FBGEMM's alone.
+    """
+    if engine != "x86":
+        return engine
+    if kind.startswith("conv_transpose") or affine:
+        return "fbgemm"
+    return "onednn" if groups > _MOST_GROUPS else engine
+
+
+_MOST_GROUPS = 100
+"""Of a convolution that torch's engine ``x86`` gives to oneDNN."""
 
 
 @contextmanager
@@ -96,7 +108,8 @@ class QuantizedLayer(nn.Module):
 
     def _pack(self) -> None:
         prepack, kernels = LAYERS[self.kind]
-        with engine_of(_engine_for(self.kind, self.engine)):
+        affine = self.weight_zero_point is not None
+        with engine_of(_engine_for(self.kind, self.engine, self.geometry.get("groups", 1), affine)):
             weight = quantized_weight(self.weight, self.weight_scale, self.weight_zero_point, self.axis)
             self.packed = prepack(weight, self.bias, self.geometry)
         self.kernel = kernels[self.activation] if self.scale is not None else FLOAT_RESULT[self.kind][self.activation]

@@ -73,6 +73,8 @@ class _Lowering:
             elif _gives_float(node):
                 self.floats[node] = self._kernel(node, None, None)
                 self.floats[node].meta["tensor_meta"] = node.meta.get("tensor_meta")
+        elif ops.kind(node) == "getitem" and node.args[0] in self.integers and _is_tuple(node.args[0]):  # type: ignore[arg-type]
+            self.integers[node] = self._keep_on_integers(node)
         else:
             self.floats[node] = self._copy(node)
 

@@ -195,10 +195,12 @@ def weight_options(call: ops.Call, backend: Backend, settings: Mapping[str, Any]
     """How the weight of a call is quantized: the options of :func:`~fxcompress.quantization.weights.weight_grid`."""
     asked = {"bits": 8, **settings, **call.node.meta.get("weight_grid", {})}
     transposed = call.kind.startswith("conv_transpose")
+    symmetric = asked["symmetric"] or not backend.affine_weights
+    narrow = asked["bound_pairs"] or (backend.narrow(call, symmetric) and not asked.get("full_range"))
     return {
         "per_channel": asked["per_channel"] and backend.per_channel and not transposed,
-        "symmetric": asked["symmetric"] or not backend.affine_weights,
+        "symmetric": symmetric,
         "bits": asked["bits"],
-        "bound_pairs": asked["bound_pairs"],
+        "bound_pairs": narrow,
         "adjacent": backend.adjacent and (call["groups"] or 1) == 1 and not transposed,
     }
