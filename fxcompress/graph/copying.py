@@ -11,7 +11,7 @@ from torch import nn
 
 from fxcompress.errors import TraceError
 from fxcompress.graph import ops
-from fxcompress.graph.sharing import borrowed
+from fxcompress.graph.sharing import alone, borrowed
 
 __all__ = ["copied_model"]
 
@@ -22,12 +22,10 @@ def copied_model(model: nn.Module, shared: bool = False) -> nn.Module:
     Tensors that hooks computed from parameters (masked or normalised weights) keep their values alone. Raises TraceError
     where the model cannot be copied.
     """
-    held = (value for part in model.modules() for value in vars(part).values())
-    memo: dict[int, Any] = {id(t): t.detach().clone() for t in held if isinstance(t, torch.Tensor) and not t.is_leaf}
-    if shared:
-        memo |= borrowed(model)
+    single = alone(model)
+    memo: dict[int, Any] = dict(borrowed(single)) if shared else {}
     try:
-        return _copy(model, memo)
+        return _copy(model, memo, {id(tensor) for tensor in single if _clones_plainly(tensor)})
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied ({error}), and fxcompress never changes the model it is given. "
@@ -37,27 +35,65 @@ def copied_model(model: nn.Module, shared: bool = False) -> nn.Module:
 
 _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _HOOKS = {key for key, value in nn.Module().__dict__.items() if isinstance(value, dict)} - set(_STATE)
-_PLAIN = (int, float, str, bool, type(None), type, torch.dtype, types.FunctionType, types.BuiltinFunctionType)
+_PLAIN = frozenset(
+    {int, float, str, bool, type(None), type, torch.dtype, types.FunctionType, types.BuiltinFunctionType, torch.Size}
+)
 
 
-def _copy(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _copy(part: nn.Module, memo: dict[int, Any], clones: set[int]) -> nn.Module:
     if id(part) in memo:
         return memo[id(part)]  # type: ignore[no-any-return]
     if not _copies_plainly(type(part)):
-        return copy.deepcopy(part, memo)
-    if not all(_is_plain(key, value) for key, value in part.__dict__.items()):
+        return _deep_copy(part, memo)
+    attributes = _plain_copy(part.__dict__)
+    if attributes is None:
         for child in part._modules.values():
             if child is not None:
-                _copy(child, memo)
-        return copy.deepcopy(part, memo)
+                _copy(child, memo, clones)
+        return _deep_copy(part, memo)
     made = memo[id(part)] = type(part).__new__(type(part))
-    made.__dict__.update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in part.__dict__.items()})
-    children: Any = made._modules
-    children.update({name: child if child is None else _copy(child, memo) for name, child in children.items()})
-    tensors: Any = (made._parameters, made._buffers)
-    for owned in tensors:
-        owned.update({name: copy.deepcopy(tensor, memo) for name, tensor in owned.items()})
+    made.__dict__.update(attributes)
+    for held in (attributes["_parameters"], attributes["_buffers"]):
+        for name, tensor in held.items():
+            if id(tensor) in clones:
+                memo.setdefault(id(tensor), tensor.clone())
+            held[name] = copy.deepcopy(tensor, memo)
+    children = attributes["_modules"]
+    for name, child in children.items():
+        if child is not None:
+            children[name] = _copy(child, memo, clones)
     return made
+
+
+def _plain_copy(attributes: dict[str, Any]) -> dict[str, Any] | None:
+    """A copy of a module's attributes and of the dictionaries of its state and hooks; None where anything else has something
+    inside that could be shared by mistake."""
+    copied = {}
+    for key, value in attributes.items():
+        cls = type(value)
+        if key in _STATE or (key in _HOOKS and not value):
+            value = value.copy()
+        elif key in _HOOKS:
+            return None
+        elif cls is tuple:
+            if not all(type(item) in _PLAIN for item in value):
+                return None
+        elif cls not in _PLAIN:
+            return None
+        copied[key] = value
+    return copied
+
+
+def _deep_copy(part: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """``copy.deepcopy``, but of tensors that were computed, which it refuses, the values alone."""
+    held = [value for inner in part.modules() for value in vars(inner).values() if isinstance(value, torch.Tensor)]
+    memo.update({id(t): t.detach().clone() for t in held if not t.is_leaf and id(t) not in memo})
+    return copy.deepcopy(part, memo)
+
+
+def _clones_plainly(tensor: torch.Tensor) -> bool:
+    """Whether a clone is what ``copy.deepcopy`` makes of a tensor with memory of its own."""
+    return type(tensor) is torch.Tensor and tensor.is_contiguous() and not tensor.requires_grad and not vars(tensor)
 
 
 _PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
@@ -69,14 +105,3 @@ def _copies_plainly(cls: type[nn.Module]) -> bool:
         all(getattr(cls, name, None) is getattr(nn.Module, name, None) for name in _PROTOCOL)
         and not any(vars(base).get("__slots__") for base in cls.__mro__)
     )
-
-
-def _is_plain(key: str, value: Any) -> bool:
-    """Whether an attribute is a tensor dictionary of the module, or has nothing inside that could be shared by mistake."""
-    if key in _STATE:
-        return True
-    if key in _HOOKS:
-        return not value
-    if type(value) in (tuple, torch.Size):
-        return all(isinstance(item, _PLAIN) for item in value)
-    return isinstance(value, _PLAIN)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, fx, nn
 
 from fxcompress.graph import ops
 from fxcompress.graph.island import TOP
+from fxcompress.graph.module import TracedModule
 
 __all__ = [
     "add_module",
@@ -21,7 +21,6 @@ __all__ = [
     "insert_after",
     "insert_before",
     "is_stored",
-    "note_code",
     "readers",
     "replace",
     "set_argument",
@@ -166,28 +165,16 @@ def copy_into(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, fx.Node]) ->
 
 
 def finish(module: fx.GraphModule) -> None:
-    """Drop what nothing uses (fetched tensors, parameters, buffers, modules) and regenerate the code."""
+    """Drop what nothing uses (fetched tensors, parameters, buffers, modules) and let the code follow."""
     for node in reversed(module.graph.nodes):
         if node.op == "get_attr" and not node.users:
             module.graph.erase_node(node)
     if TOP not in module._modules:
         _drop_orphans(module, _targets(module.graph.nodes))
-    if _compiled.get(module) != _calls(module):
+    if isinstance(module, TracedModule):
+        module.outdate()
+    else:
         module.recompile()
-        note_code(module)
-
-
-def note_code(module: fx.GraphModule) -> None:
-    """Say that the code of a module is that of its graph, so that it is not generated again before the graph changes."""
-    _compiled[module] = _calls(module)
-
-
-def _calls(module: fx.GraphModule) -> list[Any]:
-    return [(node.op, node.name, node.target, node.args, node.kwargs) for node in module.graph.nodes]
-
-
-_compiled: WeakKeyDictionary[fx.GraphModule, list[Any]] = WeakKeyDictionary()
-"""What the code of a module was last generated from."""
 
 
 def _targets(nodes: Iterable[fx.Node]) -> set[str]:

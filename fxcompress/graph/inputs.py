@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import DataError, TraceError
+from fxcompress.graph.module import signature
 from fxcompress.graph.transformers import plain_transformers
 
 __all__ = [
@@ -61,12 +62,12 @@ def arguments(example_inputs: Any) -> Arguments:
 
 def bind(module: nn.Module, call: Arguments) -> inspect.BoundArguments:
     """``call`` bound to the module's forward; raises DataError where it does not fit."""
-    signature = inspect.signature(module.forward)
+    taken = signature(module)
     try:
-        return signature.bind(*call.args, **call.kwargs)
+        return taken.bind(*call.args, **call.kwargs)
     except TypeError as error:
         raise DataError(
-            f"example_inputs do not fit {type(module).__name__}.forward{signature}: {error}. "
+            f"example_inputs do not fit {type(module).__name__}.forward{taken}: {error}. "
             "Give a tuple of positional arguments, or a dict by keyword."
         ) from error
 

@@ -8,28 +8,29 @@ one that is still borrowed memory of its own.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxcompress.graph.tree import tensors
 
-__all__ = ["borrowed", "own"]
+__all__ = ["alone", "borrowed", "own"]
 
 
-def borrowed(lender: nn.Module) -> dict[int, nn.Parameter]:
+def alone(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers that share their memory with no other."""
+    held = [(tensor, _memory(tensor)) for _, tensor, _ in tensors(module)]
+    uses = Counter(place for _, place in held)
+    return [tensor for tensor, place in held if place is not None and uses[place] == 1 and not tensor.is_inference()]
+
+
+def borrowed(lent: Iterable[Tensor]) -> dict[int, nn.Parameter]:
     """id of a parameter → another one on the same memory; a memo for :func:`copy.deepcopy`.
 
-    Version counters, gradients and flags are apart. What shares its memory with another parameter, or is of a class of its
-    own, is not lent.
+    Version counters, gradients and flags are apart. What is of a class of its own is not lent.
     """
-    held = [(p, _memory(p)) for _, p, learned in tensors(lender) if learned]
-    uses = Counter(place for _, place in held)
-    return {
-        id(p): nn.Parameter(p.data, p.requires_grad)
-        for p, place in held
-        if place is not None and uses[place] == 1 and type(p) is nn.Parameter and not p.is_inference()
-    }
+    return {id(p): nn.Parameter(p.data, p.requires_grad) for p in lent if type(p) is nn.Parameter}
 
 
 def own(module: nn.Module, lender: nn.Module) -> None:
@@ -40,6 +41,6 @@ def own(module: nn.Module, lender: nn.Module) -> None:
             parameter.data = parameter.data.clone(memory_format=torch.preserve_format)
 
 
-def _memory(tensor: torch.Tensor) -> int | None:
+def _memory(tensor: Tensor) -> int | None:
     """What tells the memory of a plain tensor from any other."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None

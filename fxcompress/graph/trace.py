@@ -140,7 +140,6 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
     if graph is not None:
         name_placeholders(graph, model)
         module = TracedModule(tracer.root, graph, type(model).__name__)
-        edit.note_code(module)
         rungs += [Rung(name, "note", note) for name, note in tracer.notes]
         rungs += _other_mode(module, model, bound) if mode.asked else []
         rungs += _resolve(module, model, tracer.defeated, call)

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import VerificationError
 from fxcompress.graph import edit, taps
 from fxcompress.graph.inputs import Arguments
+from fxcompress.graph.module import calls
 from fxcompress.graph.shapes import Recorder
 from fxcompress.graph.tree import parts, tensors
 
@@ -142,7 +143,7 @@ def fingerprint(module: fx.GraphModule) -> tuple[Any, ...]:
     """What a result depends on: the code, the tensors and how often each was written, the layers."""
     held = tuple((name, id(tensor), tensor._version) for name, tensor, _ in tensors(module))
     layers = tuple((name, id(m), m.training, vars(m).get("activation")) for name, m in parts(module).items())
-    return module.code, held, layers
+    return calls(module.graph), held, layers
 
 
 def check_metadata(found: dict[fx.Node, Any]) -> None:
