@@ -245,6 +245,7 @@ def check(case: Case, criterion: str = "random") -> tuple[Any, fx.GraphModule, S
     for name, tensor in dense.state_dict().items():
         assert torch.equal(tensor, before[name]), f"{name} of the caller's model changed"
     said = remarks(pruner)
+    assert "the analysis is wrong" not in said, said
     for layer, reason in case.frozen.items():
         assert any(layer in line and reason in line for line in said.splitlines()), f"{layer}: {reason!r} not in:\n{said}"
     found, whole = shapes(small), shapes(dense)

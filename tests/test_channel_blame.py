@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxcompress.errors import VerificationError
+from fxcompress.errors import DataError, VerificationError
 from fxcompress.graph import ops
 from fxcompress.graph.channels.walk import RULES, Count, Walk
 from fxcompress.pruning import apply_recipe, get_recipe
@@ -119,3 +119,30 @@ def test_groups_that_are_wrong_only_together_are_refused() -> None:
         pytest.raises(VerificationError, match="permutation oracle"),
     ):
         prune(model, X)
+
+
+def test_a_model_that_computes_nan_cannot_be_proved_and_says_so() -> None:
+    model = lived_in(net(lambda self, x: self.b(torch.log(self.a(x))), a=c3(3, 8), b=c3(8, 2)))
+    with pytest.raises(DataError, match="the model itself computes NaN for the example inputs"):
+        prune(model, X)
+
+
+def test_infinite_results_are_compared_as_they_are() -> None:
+    def masked(self: Any, x: Any) -> Any:
+        y = self.b(F.relu(self.a(x)))
+        return y.masked_fill(y < 0, -torch.inf)
+
+    small, pruner = prune(lived_in(net(masked, a=c3(3, 8), b=c3(8, 2))), X)
+    assert shapes(small)["a.weight"][0] == 4
+    assert "proved" in remarks(pruner)
+
+
+def test_rounding_inside_a_model_is_no_mistake_of_the_analysis() -> None:
+    model = lived_in(
+        net(
+            lambda self, x: self.c(self.b(F.relu(self.a(x)).float().softmax(1).double())), a=c3(3, 8), b=c3(8, 8), c=c3(8, 2)
+        )
+    )
+    small, pruner = prune(model, X)
+    assert [shapes(small)[f"{name}.weight"][0] for name in "abc"] == [4, 4, 2]
+    assert "it stays" not in remarks(pruner)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from fxcompress.errors import PassError
-from tests import hostile_layers, hostile_moves, hostile_networks, hostile_spellings
+from tests import hostile_designs, hostile_layers, hostile_moves, hostile_networks, hostile_spellings
 from tests.channel_cases import Hostile, LeaveOutTheSilent, error, lived_in, prune, remarks, silenced
 
-PAGES = (hostile_moves, hostile_layers, hostile_networks, hostile_spellings)
+PAGES = (hostile_moves, hostile_layers, hostile_networks, hostile_spellings, hostile_designs)
 MODELS: dict[str, Hostile] = {name: model for page in PAGES for name, model in page.MODELS.items()}
 
 EVERY = bool(os.environ.get("CHANNEL_POLICIES"))
@@ -46,6 +46,7 @@ def pruned(model: Any, case: Hostile, policy: dict[str, Any]) -> Any:
     errors = re.search(r"permutation error (\S+), silence error ([^'\s]+)", said)
     assert errors is not None and max(float(errors[1]), float(errors[2])) <= 1e-10, said
     assert "is not understood" not in said
+    assert "the analysis is wrong" not in said, said
     return small
 
 

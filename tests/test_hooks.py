@@ -150,6 +150,28 @@ class Cast(nn.Module):
         return x.float()
 
 
+class Careful(nn.Module):
+    """Defeats symbolic tracing, and switches autocast off for a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = net(), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        if x.shape[-1] > 2:
+            with torch.autocast("cpu", enabled=False):
+                x = x * x.mean((2, 3), keepdim=True)
+        return self.head(x)
+
+
+def test_autocast_that_the_code_switches_off_is_no_obstacle_to_export() -> None:
+    model = Careful().eval()
+    graph = trace(model, X)
+    assert torch.equal(graph(X), model(X))
+    assert [rung.rung for rung in graph.meta["rungs"]] == ["exported"]
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_autocast_that_the_code_switches_on_is_not_forgotten(enabled: bool) -> None:
     model = Cast(enabled).eval()

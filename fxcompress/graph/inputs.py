@@ -111,20 +111,21 @@ def _written(module: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def autocast_refused() -> Iterator[None]:
-    """Raise TraceError where the model's code switches autocast on."""
+    """Raise TraceError where the model's code switches autocast on; where it switches it off there is nothing to do."""
 
-    enter = torch.autocast.__enter__
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
     def refuse(self: torch.autocast) -> Any:
         if self._enabled:
             raise TraceError("its code switches autocast on, which a graph would forget")
-        return enter(self)
+        return self
 
     torch.autocast.__enter__ = refuse  # type: ignore[method-assign]
+    torch.autocast.__exit__ = lambda self, *raised: None  # type: ignore[method-assign, assign, misc]
     try:
         yield
     finally:
-        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+        torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -98,6 +98,13 @@ PADS: tuple[type[nn.Module], ...] = tuple(
 )
 
 
+RESAMPLERS = (
+    *(f"{how}{dims}d" for how in ("upsample_nearest", "_upsample_nearest_exact") for dims in (1, 2, 3)),
+    *("upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"),
+    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_lanczos2d_aa"),
+)
+
+
 def _pools(dims: int) -> list[Op]:
     return [
         Op(
@@ -356,7 +363,7 @@ TABLE: tuple[Op, ...] = (
     Op(
         "interpolate",
         "pooling",
-        "interpolate upsample upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa",
+        f"interpolate upsample {' '.join(RESAMPLERS)}",
         "input size scale_factor mode align_corners",
         modules=(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     ),

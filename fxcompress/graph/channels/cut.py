@@ -212,7 +212,8 @@ class _Rewriting:
     def _move(self, call: ops.Call) -> None:
         source = self.walk.value(call["input"])
         results = [v for v in pytree.tree_leaves(self.walk.env[call.node]) if isinstance(v, Value)]
-        if source is None or not (self.kept.touches(source) or any(self.kept.touches(v) for v in results)):
+        changed = frozenset(n for n in call.node.all_input_nodes if self._is_another_number(n))
+        if source is None or not (changed or self.kept.touches(source) or any(self.kept.touches(v) for v in results)):
             return
         names = operand_names(call.node, call["input"])
 
@@ -222,7 +223,8 @@ class _Rewriting:
         def look(value: Any) -> Any:
             return run_old(value) if isinstance(value, torch.Tensor) else self.walk.env.get(value)
 
-        move = Move(call, source, results, self.kept, look)
+        varying = frozenset(n for n in call.node.all_input_nodes if isinstance(self.env[n], int) and varies(self.walk, n))
+        move = Move(call, source, results, self.kept, look, changed, varying)
         for spelling in self._spellings(move):
 
             def run_new(tensor: torch.Tensor, spelling: Spelling = spelling) -> Any:
@@ -233,6 +235,12 @@ class _Rewriting:
                     self.found[call.node] = spelling
                 return
         raise UnprovableError(call.node)
+
+    def _is_another_number(self, node: fx.Node) -> bool:
+        """Whether a node is a number, or several, that the cut changes."""
+        before = self.walk.env[node]
+        plain = all(isinstance(leaf, (int, float)) for leaf in pytree.tree_leaves(before))
+        return plain and before is not None and before != self.env[node]
 
     def _spellings(self, move: Move) -> Any:
         yield move.spelling

@@ -30,6 +30,7 @@ class Move:
 
     ``source``   the operand before the cut, ``results`` what the call gave
     ``resolve``  makes the old call on a tensor, or looks up a node's plain value
+    ``changed``  operands that are numbers, and other ones after the cut; ``varying``: those that differ from call to call
     """
 
     call: ops.Call
@@ -37,6 +38,8 @@ class Move:
     results: list[Value]
     kept: Kept
     resolve: Callable[[Any], Any]
+    changed: frozenset[fx.Node] = frozenset()
+    varying: frozenset[fx.Node] = frozenset()
 
     @property
     def spelling(self) -> Spelling:
@@ -94,7 +97,9 @@ def _sizes(name: str) -> Callable[[Move], Iterator[Spelling]]:
             return
         written = [n if isinstance(s, int) and s == o else s for s, o, n in zip(sizes, old, new, strict=True)]
         yield _with(move, name, written)
-        yield _with(move, name, [n if o != n else s for s, o, n in zip(sizes, old, new, strict=True)])
+        stale = [o != n or s in move.changed for s, o, n in zip(sizes, old, new, strict=True)]
+        if not any(s in move.varying for s, is_stale in zip(sizes, stale, strict=True) if is_stale):
+            yield _with(move, name, [n if is_stale else s for s, n, is_stale in zip(sizes, new, stale, strict=True)])
 
     return propose
 

@@ -29,9 +29,10 @@ def expand(walk: Walk, call: ops.Call) -> Value:
 
 def sizes(walk: Walk, given: Any, rank: int) -> dict[int, Any]:
     """Atoms of dimensions whose sizes a call states: new ones for a number, those of the channels whose number was asked."""
+    given = given[0] if isinstance(given, (tuple, list)) and len(given) == 1 and rank > 1 else given
     whole = asked(walk, given)
     if isinstance(whole, Value) and len(whole.shape) == rank:
-        return {d: walk.row_of(label, d, d, rank) for d, label in whole.labels.items()}
+        return {d: label.array for d, label in whole.labels.items()}
     found: dict[int, Any] = {}
     for dim, size in enumerate(given) if isinstance(given, (tuple, list)) and len(given) == rank else ():
         if isinstance(size, int) and size > 1:

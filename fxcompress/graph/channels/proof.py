@@ -28,7 +28,7 @@ from fxcompress.graph.channels.kept import Kept, Mask, select
 from fxcompress.graph.channels.labels import Value
 from fxcompress.graph.channels.walk import Walk, operand_names
 from fxcompress.graph.inputs import Arguments
-from fxcompress.graph.shapes import Recorder, module_of
+from fxcompress.graph.shapes import Recorder, module_of, tensor_meta
 
 __all__ = ["Proof", "Silent", "evaluating", "permuted", "permuter", "relative_error", "silenced", "tolerance"]
 
@@ -41,10 +41,15 @@ def relative_error(expected: Any, found: Any) -> float:
             continue
         if a.shape != b.shape:
             return float("inf")
-        gap = (a.to(torch.float64) - b.to(torch.float64)).abs().max().item()
-        size = a.to(torch.float64).abs().max().item()
+        a, b = a.to(torch.float64), b.to(torch.float64)
+        gap = torch.where(a == b, torch.zeros_like(a), (a - b).abs()).max().item()
+        size = a.abs().nan_to_num(posinf=0.0).max().item()
         worst = max(worst, gap / size if size else gap) if gap == gap else float("inf")
     return worst
+
+
+def _is_known(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) or not bool(value.isnan().any())
 
 
 class Proof:
@@ -57,6 +62,11 @@ class Proof:
         self.channels, self.removed, self.call, self.seed, self.moved = channels, removed, call, seed, 0.0
         with evaluating(channels.walk.module) as dense:
             self.plain = Recorder(dense).record(call)
+            if not all(_is_known(x) for x in pytree.tree_leaves(self.plain)):
+                raise DataError(
+                    "the model itself computes NaN for the example inputs, so nothing about its channels can be proved: "
+                    "give inputs it was made for, or prune without proof."
+                )
             with permuted(channels, seed):
                 self.permutation = relative_error(self.plain, Recorder(dense).record(call))
             self.expected = silenced(channels, removed, call)
@@ -120,8 +130,10 @@ def _moves(roots: Ints, exchanged: Ints) -> bool:
 
 
 def tolerance(module: fx.GraphModule) -> float:
-    """The relative error that rounding may cause, by the coarsest precision among the parameters."""
-    kinds = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    """The relative error that rounding may cause, by the coarsest precision among the parameters and the values."""
+    kinds = {p.dtype for p in module.parameters()}
+    kinds |= {meta.dtype for node in module.graph.nodes if (meta := tensor_meta(node)) is not None}
+    kinds = {kind for kind in kinds if kind.is_floating_point}
     coarsest = max(kinds, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
     return {torch.float64: 1e-10, torch.float32: 1e-3}.get(coarsest, 5e-2)
 
