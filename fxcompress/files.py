@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fxcompress.errors import ConfigError
+
 __all__ = ["read_text", "whole", "write_text"]
 
 
@@ -16,6 +18,8 @@ def whole(path: Path) -> Iterator[Path]:
 
     Nothing but the draft of a process that was killed is ever left behind, and no reader sees half a file.
     """
+    if not path.parent.is_dir():
+        raise ConfigError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}.")
     draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield draft

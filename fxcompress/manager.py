@@ -12,18 +12,20 @@ from fxcompress import reproducer
 from fxcompress.data import fed, split_batch
 from fxcompress.errors import DataError, FxCompressError, PassError, PlanError, VerificationError
 from fxcompress.graph import edit, trace
+from fxcompress.graph.example import guess_example
 from fxcompress.graph.inputs import Arguments, arguments
 from fxcompress.graph.island import regions
 from fxcompress.graph.select import resolved_step
 from fxcompress.graph.sharing import own
 from fxcompress.graph.trace import region_inputs
+from fxcompress.graph.tree import check_module
 from fxcompress.ledger import Ledger
 from fxcompress.observe import Diffs, LedgerKeeper, Observer, Promises, Run, Verifier, check_trace
 from fxcompress.pass_base import Context, Pass, Remark
 from fxcompress.plan import Plan
 from fxcompress.stages import Stages
 
-__all__ = ["PassManager", "example_call"]
+__all__ = ["PassManager", "example_call", "tried_call"]
 
 
 class PassManager:
@@ -82,9 +84,9 @@ class PassManager:
         Raises PlanError before any work where a step needs what was not given; PassError, VerificationError or
         PromiseError where a step fails, with the folder that replays it.
         """
-        self._check_needs(example_inputs, data, teacher)
         data = None if data is None else fed(data)
-        call = example_call(example_inputs, data)
+        call, tried = self._call(model, example_inputs, data)
+        self._check_needs(call is not None or data is not None, data, teacher)
         self.ledger.rows.clear()
         traced = trace(model, call, shared=True)
         stages = Stages(keep, str(self.plan), traced, resume)
@@ -96,7 +98,7 @@ class PassManager:
             seed=self.seed,
             progress=self.progress,
         )
-        context.remarks = [Remark(rung.module, f"{rung.rung}: {rung.reason}") for rung in traced.meta["rungs"]]
+        context.remarks = [*tried, *(Remark(rung.module, f"{rung.rung}: {rung.reason}") for rung in traced.meta["rungs"])]
         run = Run(traced, context)
         self._check_stage(traced)
         watchers = [*self._watchers, LedgerKeeper(self.ledger)]
@@ -158,9 +160,20 @@ class PassManager:
         folder = reproducer.leave(model, Plan(steps), call, place)
         return f"\nA reproducer is in {folder}; replay it with: python -m fxcompress replay {folder}"
 
-    def _check_needs(self, example_inputs: Any, data: Any, teacher: Any) -> None:
+    def _call(self, model: nn.Module, example_inputs: Any, data: Any) -> tuple[Arguments | None, list[Remark]]:
+        """One call of the model, and a remark where it is none that was given: a step needs it, and the model takes it."""
+        call = example_call(example_inputs, data)
+        if call is not None or data is not None or not any("inputs" in step.needs for step in self.plan):
+            return call, []
+        call = tried_call(model)
+        if call is None:
+            return None, []
+        reason = f"no example inputs were given: random ones of shape {tuple(call.args[0].shape)} run through it"
+        return call, [Remark("", reason)]
+
+    def _check_needs(self, inputs: bool, data: Any, teacher: Any) -> None:
         given = {
-            "inputs": example_inputs is not None or data is not None,
+            "inputs": inputs,
             "data": data is not None,
             "teacher": teacher is not None,
         }
@@ -175,6 +188,13 @@ class PassManager:
         if self.plan.steps and stage not in self.plan.steps[0].takes:
             first = self.plan.steps[0]
             raise PlanError(f"the model is {stage}, and step 1 {first.name!r} takes a {' or '.join(first.takes)} graph.")
+
+
+def tried_call(model: nn.Module) -> Arguments | None:
+    """A call of a model that nobody gave example inputs for: what its first layer takes, if it runs; else None."""
+    check_module(model)
+    example = guess_example(model)
+    return None if example is None else arguments(example)
 
 
 def example_call(example_inputs: Any, data: Iterable[Any] | None) -> Arguments | None:

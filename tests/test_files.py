@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fxcompress.errors import ConfigError
 from fxcompress.files import read_text, whole, write_text
 
 
@@ -33,6 +34,11 @@ def test_what_fails_leaves_nothing_behind(error: type[BaseException], tmp_path: 
         write()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no folder"):
+        write_text(tmp_path / "missing" / "a.json", "text")
 
 
 def test_text_is_utf_8_with_the_line_ends_it_has(tmp_path: Path) -> None:

@@ -192,3 +192,8 @@ def test_what_a_pruner_was_made_with_can_be_read(made: type[MagnitudePruner]) ->
     assert made().criterion == inspect.signature(made).parameters["criterion"].default == default
     with pytest.raises(ConfigError, match="exclude_layers is 'conv1'; it is a list of layer names"):
         made(exclude_layers="conv1")
+    with pytest.raises(ConfigError, match="whole numbers"):
+        made(n=1.5, m=4)  # type: ignore[arg-type]
+    for call in (made().apply_mask, made().remove_mask, made().get_sparsity, made().compute_mask):
+        with pytest.raises(ConfigError, match="the model is a NoneType"):
+            call(None)  # type: ignore[arg-type]

@@ -280,7 +280,9 @@ def test_missing_data_inputs_and_wrong_words_are_refused() -> None:
     with pytest.raises(DataError, match="has no target"):
         LayerPruner(criterion="taylor").prune(network(), data=[X])
     with pytest.raises(PlanError, match="needs inputs"):
-        PassManager(["prune-layers"]).run(network())
+        PassManager(["prune-layers"]).run(nn.Bilinear(2, 3, 4))
+    with pytest.raises(ConfigError, match="the plan is a int"):
+        LayerPruner().prune(network(), 3)  # type: ignore[arg-type]
     for options in ({"criterion": "l3"}, {"sparsity": 1.0}, {"units": "heads"}):
         with pytest.raises(PlanError):
             LayerPruner(**options)  # type: ignore[arg-type]

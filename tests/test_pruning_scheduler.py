@@ -78,8 +78,37 @@ def test_a_schedule_resumes_where_it_stood(cls: Any) -> None:
     second.load_state_dict(first.state_dict())
     assert second.get_current_sparsity() == first.get_current_sparsity()
     assert [first.step(e) for e in range(10, 25)] == [second.step(e) for e in range(10, 25)]
-    with pytest.raises(ConfigError, match="differs in target_sparsity"):
-        cls(0.1, 0.7, 2, 20, 3).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_a_saved_schedule_brings_what_it_was_built_with(cls: Any, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = cls(0.1, 0.8, 2, 20, 3), cls()
+    first.step(9)
+    second.load_state_dict(first.state_dict())
+    assert second.state_dict() == first.state_dict()
+    assert "target_sparsity is 0.8, as it was saved, and no longer 0.5" in caplog.messages
+    assert [first.step(e) for e in range(10, 25)] == [second.step(e) for e in range(10, 25)]
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda s: s.load_state_dict({}), "no saved schedule: it has no epoch"),
+        (lambda s: s.load_state_dict(None), "no saved schedule"),
+        (lambda s: s.load_state_dict({**s.state_dict(), "target_sparsity": 2.0}), "sparsity is 2.0"),
+        (lambda s: s.load_state_dict({**s.state_dict(), "epoch": -2}), "epoch is -2"),
+        (lambda s: s.step(-1), "epoch is -1"),
+        (lambda s: s.step("first"), "epoch is 'first'"),
+        (lambda s: s.should_prune(1.5), "epoch is 1.5"),
+        (lambda s: type(s)(frequency=0.5), "frequency is 0.5"),
+        (lambda s: type(s)(end_epoch=True), "end_epoch is True"),
+    ],
+)
+def test_what_is_no_epoch_or_state_is_refused(call: Any, match: str) -> None:
+    schedule = AGPScheduler()
+    with pytest.raises(ConfigError, match=match):
+        call(schedule)
+    assert schedule.state_dict() == AGPScheduler().state_dict()
 
 
 def test_a_schedule_drives_masks_during_training_and_ends_exact() -> None:

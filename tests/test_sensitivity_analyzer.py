@@ -270,6 +270,11 @@ def test_misuse_and_bad_data_are_errors() -> None:
     for method in (analyzer.get_sensitivity_scores, analyzer.plot_sensitivity, lambda: analyzer.get_optimal_sparsity(0.5)):
         with pytest.raises(ConfigError, match="call analyze"):
             method()
+    with pytest.raises(DataError, match="the data is a int"):
+        SensitivityAnalyzer().analyze(nn.Linear(2, 2), 5)  # type: ignore[arg-type]
+    for given in (None, "ab", [0.1]):
+        with pytest.raises(ConfigError, match="sparsity_range is"):
+            SensitivityAnalyzer(given)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="empty"):
         analyzer.analyze(network(), [])
     with pytest.raises(DataError, match="has no target"):

@@ -137,3 +137,41 @@ def test_what_a_structured_pruner_was_made_with_can_be_read() -> None:
     for made, dimension in ((StructuredPruner, 0), (FilterPruner, 0), (ChannelPruner, 1)):
         pruner = made(**given)
         assert {name: getattr(pruner, name) for name in given} == given and pruner.pruning_dim == dimension
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (
+            nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 13 * 13, 10)),
+            (1, 28, 28),
+        ),
+        (nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 10)), (20,)),
+        (nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)), None),
+    ],
+)
+def test_what_a_model_takes_is_tried_where_nobody_says_it(model: nn.Module, x: tuple[int, ...] | None) -> None:
+    pruner = StructuredPruner(0.5)
+    scores = pruner.compute_importance(model)
+    small = pruner.prune(model, pruner.get_pruning_plan(model, 0.5))
+    assert "no example inputs were given: random ones of shape" in str(pruner.ledger) or x is None
+    inputs = torch.zeros(3, 5, dtype=torch.long) if x is None else torch.randn(3, *x)
+    assert small(inputs).shape == model(inputs).shape and model.training and scores
+    count = sum(p.numel() for p in small.parameters())
+    assert count < 0.6 * sum(p.numel() for p in model.parameters())
+
+
+def test_what_is_no_model_plan_or_data_is_refused() -> None:
+    pruner, model = StructuredPruner(), nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    calls: list[tuple[Any, str]] = [
+        (lambda: pruner.prune("model"), "the model is a str"),  # type: ignore[arg-type]
+        (lambda: pruner.compute_importance(None), "the model is a NoneType"),  # type: ignore[arg-type]
+        (lambda: pruner.prune(model, 3), "the plan is a int"),  # type: ignore[arg-type]
+        (lambda: pruner.compute_importance(nn.Bilinear(2, 3, 4)), "give example_inputs or data"),
+        (lambda: pruner.finetune_after_prune(model, 5), "the data is a int"),  # type: ignore[arg-type]
+        (lambda: pruner.finetune_after_prune("model", []), "the model is a str"),  # type: ignore[arg-type]
+        (lambda: pruner.finetune_after_prune(model, [], epoch=2), "no option 'epoch'. Did you mean 'epochs'"),
+    ]
+    for call, message in calls:
+        with pytest.raises(FxCompressError, match=message):
+            call()

@@ -13,13 +13,12 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import ConfigError
 from fxcompress.graph import propagate, trace
+from fxcompress.graph.example import guess_example
 from fxcompress.graph.inputs import Arguments, arguments
 
-__all__ = ["check_values", "common_dtype", "deterministic", "guess_example", "in_dtype", "traced"]
+__all__ = ["check_values", "common_dtype", "deterministic", "in_dtype", "traced"]
 
 log = logging.getLogger("fxcompress")
-
-_SIZES = (64, 224, 32, 299)
 
 
 def check_values(model: nn.Module, who: str) -> None:
@@ -67,39 +66,14 @@ def traced(model: nn.Module, example_inputs: Any, who: str, dtype: torch.dtype |
         )
         model = original
     example = example_inputs if example_inputs is not None else guess_example(model)
+    if example is None:
+        raise ConfigError(
+            f"the features of {type(model).__name__} have no known shapes, and its first layer does not tell its input: "
+            "give example_inputs=."
+        )
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     call = in_dtype(arguments(example).to(device), dtype)
     graph = trace(model, call, copied=True)
     if any("tensor_meta" not in node.meta for node in graph.graph.nodes if node.op.startswith("call")):
         propagate(graph, call)
     return graph
-
-
-def guess_example(model: nn.Module) -> Tensor:
-    """A batch of two that runs through ``model``; ConfigError asks for example_inputs where none is found."""
-    layer = next((m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))), None)
-    first = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    if isinstance(layer, nn.Linear):
-        shapes: list[tuple[int, ...]] = [(2, layer.in_features)]
-    elif layer is not None:
-        shapes = [(2, layer.in_channels, *[size] * len(layer.kernel_size)) for size in _SIZES]
-    else:
-        shapes = []
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        for shape in shapes:
-            example = torch.zeros(shape, device=first.device, dtype=first.dtype)
-            try:
-                with torch.no_grad():
-                    model(example)
-            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
-                continue
-            return example
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    raise ConfigError(
-        f"the features of {type(model).__name__} have no known shapes, and its first layer does not tell its input: "
-        "give example_inputs=."
-    )

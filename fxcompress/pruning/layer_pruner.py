@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxcompress.errors import ConfigError
 from fxcompress.graph.select import Layer, listed, resolved_step
 from fxcompress.graph.trace import region_inputs
 from fxcompress.ledger import Ledger
-from fxcompress.manager import PassManager, example_call
+from fxcompress.manager import PassManager, example_call, tried_call
 from fxcompress.options import Seed
 from fxcompress.pass_base import Context
 from fxcompress.plan import Plan
@@ -67,10 +68,9 @@ class LayerPruner:
         self, model: nn.Module, example_inputs: Any = None, data: Iterable[Any] | None = None
     ) -> dict[str, float]:
         """Removable part → its score; the smallest go first."""
-        manager = self._manager(Plan())
-        given = self.example_inputs if example_inputs is None else example_inputs
-        traced = manager.run(model, given, data)
-        call = example_call(given, data)
+        call = example_call(self.example_inputs if example_inputs is None else example_inputs, data)
+        call = tried_call(model) if call is None and data is None else call
+        traced = self._manager(Plan()).run(model, call, data)
         context = Context(
             inputs=region_inputs(traced, call) if call is not None else {},
             data=data,
@@ -100,6 +100,8 @@ class LayerPruner:
         """The shallower model; the plan is an object, the path of a saved one, or chosen now."""
         if isinstance(pruning_plan, (str, os.PathLike)):
             pruning_plan = LayerPlan.load(pruning_plan)
+        if pruning_plan is not None and not isinstance(pruning_plan, LayerPlan):
+            raise ConfigError(f"the plan is a {type(pruning_plan).__name__}; get_pruning_plan makes one, or name its file.")
         plan = self.plan()
         if pruning_plan is not None:
             plan = self.plan(remove=pruning_plan.removed, units=pruning_plan.units)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.errors import ConfigError, did_you_mean
 from fxcompress.graph.select import Layer, Selection, listed, matches, resolved
-from fxcompress.graph.tree import unwrapped
+from fxcompress.graph.tree import check_module, unwrapped
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
 from fxcompress.options import Seed
@@ -120,8 +120,8 @@ class MagnitudePruner:
             raise ConfigError(f"pruning_type is {pruning_type!r}; it is {' or '.join(TYPES)}.")
         if criterion not in CRITERIA:
             raise ConfigError(f"there is no criterion {criterion!r}; known: {', '.join(CRITERIA)}.")
-        if not 0 < n < m <= 64:
-            raise ConfigError(f"n and m are {n} and {m}; 0 < n < m <= 64.")
+        if not all(isinstance(count, int) for count in (n, m)) or not 0 < n < m <= 64:
+            raise ConfigError(f"n and m are {n!r} and {m!r}; whole numbers with 0 < n < m <= 64.")
         self.pruning_type, self.criterion, self.n_m, self.seed = pruning_type, criterion, (n, m), seed
         self.exclude_layers = listed("exclude_layers", exclude_layers)
         self.include_layers = None if include_layers is None else listed("include_layers", include_layers)
@@ -168,6 +168,7 @@ class MagnitudePruner:
         asked = self.sparsity if sparsity is None else sparsity
         if not isinstance(asked, Mapping):
             check_sparsity(asked)
+        check_module(model)
         inner = unwrapped(model)
         chosen = sites(inner, self.selection.on(inner), _log)
         asked = resolved(asked, inner) if isinstance(asked, Mapping) else asked

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from torch import nn
@@ -11,6 +13,9 @@ from fxcompress.pruning.masks import check_sparsity
 from fxcompress.registry import Registry
 
 __all__ = ["SCHEDULERS", "AGPScheduler", "CubicScheduler", "IterativeScheduler", "OneShotScheduler", "PruningScheduler"]
+
+
+log = logging.getLogger("fxcompress")
 
 
 class Masks(Protocol):
@@ -53,7 +58,9 @@ class PruningScheduler:
         self.initial_sparsity, self.target_sparsity = check_sparsity(initial_sparsity), check_sparsity(target_sparsity)
         if self.target_sparsity < self.initial_sparsity:
             raise ConfigError(f"target_sparsity {target_sparsity} is below initial_sparsity {initial_sparsity}.")
-        if start_epoch < 0 or end_epoch < start_epoch:
+        for name, value in (("start_epoch", start_epoch), ("end_epoch", end_epoch), ("frequency", frequency)):
+            _check_whole(name, value)
+        if end_epoch < start_epoch:
             raise ConfigError(f"start_epoch {start_epoch} and end_epoch {end_epoch}: 0 <= start <= end.")
         if frequency < 1:
             raise ConfigError(f"frequency is {frequency}; it is at least 1.")
@@ -83,14 +90,17 @@ class PruningScheduler:
 
     def should_prune(self, epoch: int) -> bool:
         """Whether the sparsity may change at ``epoch``."""
+        _check_whole("epoch", epoch)
+        return self._changes_at(epoch)
+
+    def _changes_at(self, epoch: int) -> bool:
         if not self.start_epoch <= epoch <= self.end_epoch:
             return False
         return epoch == self.end_epoch or (epoch - self.start_epoch) % self.frequency == 0
 
     def step(self, epoch: int) -> float:
         """Enter ``epoch``; returns the sparsity in force, after pruning the model where there is one."""
-        if epoch < 0:
-            raise ConfigError(f"epoch is {epoch}; epochs count from 0.")
+        _check_whole("epoch", epoch)
         self.epoch = epoch
         sparsity = self.sparsity_at(epoch)
         if self._pruner is not None and self.model is not None and self.should_prune(epoch):
@@ -112,13 +122,27 @@ class PruningScheduler:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state; ConfigError where the schedule was built differently."""
-        different = [name for name in _OPTIONS if state.get(name) != getattr(self, name)]
-        if different:
-            raise ConfigError(f"the saved schedule differs in {', '.join(different)}.")
-        self.epoch = int(state["epoch"])
+        """Go on where a saved schedule stood, with what it was built with; a warning is logged where that was different.
+
+        Raises ConfigError for what is no such state, or holds what no schedule can be built with.
+        """
+        missing = [name for name in ("epoch", *_OPTIONS) if not isinstance(state, Mapping) or name not in state]
+        if missing:
+            raise ConfigError(f"this is no saved schedule: it has no {', '.join(missing)}.")
+        saved = type(self)(**{name: state[name] for name in _OPTIONS})
+        _check_whole("epoch", state["epoch"], least=-1)
+        for name in _OPTIONS:
+            if getattr(saved, name) != getattr(self, name):
+                log.warning("%s is %r, as it was saved, and no longer %r", name, getattr(saved, name), getattr(self, name))
+                setattr(self, name, getattr(saved, name))
+        self.epoch = state["epoch"]
         if "pruner" in state and hasattr(self._pruner, "load_state_dict"):
             self._pruner.load_state_dict(state["pruner"])
+
+
+def _check_whole(name: str, value: object, least: int = 0) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} is {value!r}; it is a whole number of at least {least}.")
 
 
 _OPTIONS = ("initial_sparsity", "target_sparsity", "start_epoch", "end_epoch", "frequency")
@@ -130,7 +154,7 @@ class OneShotScheduler(PruningScheduler):
     def sparsity_at(self, epoch: int) -> float:
         return self.initial_sparsity if epoch < self.start_epoch else self.target_sparsity
 
-    def should_prune(self, epoch: int) -> bool:
+    def _changes_at(self, epoch: int) -> bool:
         return epoch == self.start_epoch
 
 

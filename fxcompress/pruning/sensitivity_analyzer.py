@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from fxcompress.data import fitting
+from fxcompress.data import fed, fitting
 from fxcompress.distributed import gather, rank, spread, world
 from fxcompress.errors import ConfigError, DataError
 from fxcompress.files import write_text
@@ -65,7 +65,7 @@ class SensitivityAnalyzer:
         pruner_options: Mapping[str, Any] | None = None,
         progress: bool | None = None,
     ) -> None:
-        if len(sparsity_range) != 2 or not 0 < sparsity_range[0] <= sparsity_range[1] < 1:
+        if not _is_range(sparsity_range):
             raise ConfigError(f"sparsity_range is {sparsity_range!r}; it is [low, high] with 0 < low <= high < 1.")
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
             raise ConfigError(f"num_steps is {num_steps!r}; it is a whole number of at least 1.")
@@ -92,7 +92,8 @@ class SensitivityAnalyzer:
         ``dataloader`` yields batches with targets (anything, for a metric of your own). Raises ConfigError where a cache
         belongs to another analysis, or a metric is not a finite number.
         """
-        self._data = list(dataloader) if iter(dataloader) is dataloader else dataloader
+        data = fed(dataloader)
+        self._data = list(data) if iter(data) is data else data
         call = example_call(self.example_inputs, self._data)
         traced = PassManager(Plan(), verify=False, progress=False).run(model, call)
         self._trials = trials(self.pruning_type, traced, call, self.options)
@@ -314,3 +315,10 @@ def _evaluate(model: nn.Module, data: Iterable[Any], metric: str | Callable[[nn.
     if not samples:
         raise DataError("the dataloader is empty: there is nothing to evaluate on.")
     return total / samples
+
+
+def _is_range(value: Any) -> bool:
+    """Whether this is [low, high] with 0 < low <= high < 1."""
+    if not isinstance(value, Sequence) or len(value) != 2 or not all(isinstance(end, (int, float)) for end in value):
+        return False
+    return bool(0 < value[0] <= value[1] < 1)

@@ -21,7 +21,7 @@ from fxcompress.errors import ConfigError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.island import regions
 from fxcompress.graph.select import Selection, matches
-from fxcompress.graph.tree import unwrapped
+from fxcompress.graph.tree import check_module, unwrapped
 
 __all__ = ["PRUNABLE", "Mask", "Site", "bake_masks", "sites"]
 
@@ -187,6 +187,7 @@ def sites(model: nn.Module, selection: Selection = EVERYTHING, skip: Skip = _sil
 
     ``skip`` hears of weights that are chosen and cannot be masked. Raises ConfigError for weights without values.
     """
+    check_module(model)
     model = unwrapped(model)
     graphs = regions(model)
     owners, fetches = _owners(model, graphs), _fetches(graphs)

@@ -14,8 +14,9 @@ from fxcompress.graph.channels import ChannelGroup, Channels
 from fxcompress.graph.inputs import arguments
 from fxcompress.graph.select import Layer, listed, resolved_step
 from fxcompress.graph.trace import is_traced, region_inputs
+from fxcompress.graph.tree import check_module
 from fxcompress.ledger import Ledger
-from fxcompress.manager import PassManager
+from fxcompress.manager import PassManager, tried_call
 from fxcompress.options import Seed
 from fxcompress.pass_base import Context
 from fxcompress.plan import Plan
@@ -155,6 +156,9 @@ class StructuredPruner:
         """The smaller model; the plan is an object, the path of a saved one, or chosen now."""
         if isinstance(pruning_plan, (str, os.PathLike)):
             pruning_plan = PruningPlan.load(pruning_plan)
+        if pruning_plan is not None and not isinstance(pruning_plan, PruningPlan):
+            raise ConfigError(f"the plan is a {type(pruning_plan).__name__}; get_pruning_plan makes one, or name its file.")
+        _check_finite(model)
         recalibrate = self.options["policy"] == "compensate" and data is not None
         return self._run(self.plan(pruning_plan, recalibrate=recalibrate), model, example_inputs, data)
 
@@ -177,8 +181,13 @@ class StructuredPruner:
     ) -> Iterator[tuple[Any, Channels, Context]]:
         """(pass, channels, context) of every region of a traced copy."""
         step: Any = Plan.parse([{"prune-channels": {**self.options, **options}}]).steps[0]
-        opened = self._run(Plan.parse(["open-attention"]), model, example_inputs, data)
-        call = arguments(self._inputs(opened, example_inputs))
+        _check_finite(model)
+        known = self._inputs(model, example_inputs)
+        call = tried_call(model) if known is None and data is None else known
+        if call is None and data is None:
+            raise ConfigError("the first layer does not tell what the model takes: give example_inputs or data.")
+        opened = self._run(Plan.parse(["open-attention"]), model, call, data)
+        call = arguments(call if call is not None else self._inputs(opened, None))
         context = Context(inputs=region_inputs(opened, call), data=data, seed=self.options["seed"], progress=self._progress)
         step = resolved_step(step, opened)
         for region, channels in step.analysed(opened, context).items():
@@ -186,7 +195,6 @@ class StructuredPruner:
                 yield step, channels, context
 
     def _run(self, plan: Plan, model: nn.Module, example_inputs: Any, data: Iterable[Any] | None) -> fx.GraphModule:
-        _check_finite(model)
         manager = PassManager(plan, progress=self._progress)
         self.ledger = manager.ledger
         return manager.run(model, self._inputs(model, example_inputs), data)
@@ -196,6 +204,7 @@ _ANALYSIS = ("exclude_layers", "prune_heads", "prune_head_dim", "policy", "dimen
 
 
 def _check_finite(model: nn.Module) -> None:
+    check_module(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ConfigError(

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fxcompress.distributed import gather, is_main, local_device, share_buffers, world
 from fxcompress.errors import ConfigError, DataError, TrainingError
+from fxcompress.graph.tree import check_module
 from fxcompress.training import checkpoint as files
 from fxcompress.training.average import Average, Best
 from fxcompress.training.callbacks import Callback, TensorBoard
@@ -81,6 +82,7 @@ class Trainer:
         log_dir: str | os.PathLike[str] | None = None,
         progress: bool | None = None,
     ) -> None:
+        check_module(model)
         self.model, self.recipe = model, recipe or Recipe()
         self.path = None if checkpoint is None else Path(checkpoint)
         self._found = self.path is not None and self.path.exists()

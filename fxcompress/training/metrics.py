@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcompress.data import check_batch, fitting
+from fxcompress.data import check_batch, fed, fitting
 from fxcompress.distributed import gather, rank, world
 from fxcompress.errors import DataError
 from fxcompress.registry import Registry
@@ -60,7 +60,7 @@ def evaluate(model: nn.Module, data: Iterable[Any], metrics: Sequence[str] = ("a
     model.eval()
     try:
         with torch.no_grad():
-            for position, batch in enumerate(data):
+            for position, batch in enumerate(fed(data)):
                 if position % world() != rank():
                     continue
                 call, target = split_target(model, batch, device)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
+from fxcompress.data import fed
 from fxcompress.distributed import rank, world
 from fxcompress.errors import ConfigError, DataError
 
@@ -99,6 +100,7 @@ class Feed:
     """
 
     def __init__(self, data: Iterable[Any], seed: int = 0) -> None:
+        data = fed(data)
         if iter(data) is data:
             raise DataError(
                 "the training data is an iterator, which ends with the first epoch; give a DataLoader or a list."
