@@ -226,5 +226,3 @@ def test_a_pruner_that_cannot_be_driven_is_refused() -> None:
 def test_what_cannot_be_meant_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         AGPScheduler(**options)
-    with pytest.raises(ConfigError, match="epochs count from 0"):
-        AGPScheduler().step(-1)

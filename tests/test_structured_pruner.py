@@ -102,7 +102,7 @@ def test_what_is_missing_is_said() -> None:
     with pytest.raises(FxCompressError, match="hrank needs data"):
         StructuredPruner(criterion="hrank").prune(network(), example_inputs=X)
     with pytest.raises(FxCompressError, match="example_inputs"):
-        StructuredPruner().prune(network())
+        StructuredPruner().prune(nn.Bilinear(2, 3, 4))
     broken = network()
     with torch.no_grad():
         broken[0].weight[3, 0, 0, 0] = float("nan")

@@ -181,6 +181,7 @@ class MagnitudePruner:
 
     def get_sparsity(self, model: nn.Module) -> float:
         """Zeros over elements, in the prunable weights of the selection; a tied weight counts once."""
+        check_module(model)
         weights = [site.value() for site in sites(model, self.selection.on(unwrapped(model))).values()]
         total = sum(weight.numel() for weight in weights)
         zeros = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in weights)

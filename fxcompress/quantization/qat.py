@@ -10,6 +10,7 @@ from torch import fx, nn
 from fxcompress.errors import ConfigError
 from fxcompress.graph.frozen import freeze_statistics
 from fxcompress.graph.select import Layer
+from fxcompress.graph.tree import check_module
 from fxcompress.plan import Plan
 from fxcompress.quantization.fake_quant import fake_quantizers
 from fxcompress.quantization.quantizer import Quantizer, check_dtype, check_method, chosen_layers, in_eval_mode
@@ -60,6 +61,7 @@ class _TrainingQuantizer(Quantizer):
 
         Its weight and bias still learn.
         """
+        check_module(model)
         return freeze_statistics(model)
 
     def on_epoch(self, model: nn.Module, epoch: int) -> None:
@@ -69,6 +71,7 @@ class _TrainingQuantizer(Quantizer):
 
 
 def _switch(model: nn.Module, enabled: bool) -> nn.Module:
+    check_module(model)
     found = fake_quantizers(model)
     if not found:
         raise ConfigError("the model has no fake-quantizers; prepare(model) puts them in.")
