@@ -9,14 +9,27 @@ import atexit
 import copy
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-__all__ = ["Mergeable", "average", "gather", "is_main", "local_device", "merge", "rank", "share_buffers", "spread", "world"]
+__all__ = [
+    "Mergeable",
+    "average",
+    "gather",
+    "is_main",
+    "local_device",
+    "merge",
+    "placed_on",
+    "rank",
+    "share_buffers",
+    "spread",
+    "world",
+]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -83,6 +96,21 @@ def local_device(device: torch.device) -> torch.device:
     own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(own)
     return own
+
+
+@contextmanager
+def placed_on(model: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """Have ``model`` on ``device``, of several processes each on its own, inside a ``with``, then where it was."""
+    first = next(iter([*model.parameters(), *model.buffers()]), None)
+    if device is None or first is None:
+        yield
+        return
+    home = first.device
+    model.to(local_device(device))
+    try:
+        yield
+    finally:
+        model.to(home)
 
 
 def gather(value: T) -> list[T]:

@@ -6,7 +6,9 @@ import os
 import sys
 from collections.abc import Callable
 
-from fxcompress.errors import FxCompressError, PassError, TrainingError, VerificationError
+import torch
+
+from fxcompress.errors import FxCompressError, PassError, TrainingError, VerificationError, brief
 
 __all__ = ["exit_status"]
 
@@ -26,6 +28,9 @@ def exit_status(run: Callable[[], int]) -> int:
     except OSError as error:  # a full disk, a folder that may not be written to
         where = f"{str(error.filename)!r}: " if error.filename is not None else ""
         print(f"error: {where}{error.strerror or error}.", file=sys.stderr)
+        return 2
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"error: out of memory: {brief(error)}; give smaller batches or shapes.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

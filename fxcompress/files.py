@@ -1,15 +1,15 @@
-"""Files: written whole or not at all, read up to a size."""
+"""Files: written whole or not at all, read up to a size; and whether a place can be written to, asked before any work."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from fxcompress.errors import ConfigError
 
-__all__ = ["read_text", "whole", "write_text"]
+__all__ = ["read_text", "target_file", "target_folder", "whole", "write_text"]
 
 
 @contextmanager
@@ -41,3 +41,36 @@ def read_text(path: Path, most: int = 1 << 26) -> str:
     if len(data) > most:
         raise ValueError(f"it has more than {most >> 20} MiB")
     return data.decode("utf-8")
+
+
+def target_file(path: str | os.PathLike[str], what: str, endings: Sequence[str] = (), *, made: bool = False) -> Path:
+    """Where a file is going to be written; ConfigError where it cannot be, ``what`` saying what asks for it.
+
+    ``endings``  how its name may end; ``made``: folders on the way to it will be made
+    """
+    target = Path(path)
+    if endings and target.suffix.lower() not in endings:
+        raise ConfigError(f"{what} {str(path)!r} does not end in {' or '.join(endings)}.")
+    if target.is_dir():
+        raise ConfigError(f"{what} {str(path)!r} is a folder; name a file.")
+    _check_place(target, what, made)
+    return target
+
+
+def target_folder(path: str | os.PathLike[str], what: str, *, made: bool = False) -> Path:
+    """Where a folder is going to be written; ConfigError where it cannot be."""
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{what} {str(path)!r} is a file; name a folder.")
+    _check_place(target, what, made)
+    return target
+
+
+def _check_place(target: Path, what: str, made: bool) -> None:
+    place = target.resolve().parent
+    if made:
+        place = next(folder for folder in (place, *place.parents) if folder.exists())
+    if not place.is_dir():
+        raise ConfigError(f"{what} {str(target)!r} cannot be written: there is no folder {str(place)!r}.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{what} {str(target)!r} cannot be written: you may not write to {str(place)!r}.")

@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxcompress import reproducer
 from fxcompress.data import fed, split_batch
+from fxcompress.distributed import placed_on
 from fxcompress.errors import DataError, FxCompressError, PassError, PlanError, VerificationError
 from fxcompress.graph import edit, trace
 from fxcompress.graph.example import guess_example
@@ -38,6 +40,8 @@ class PassManager:
     ``observers``   further :class:`Observer` objects
     ``reproducer``  the folder in which a failing run leaves what is needed to replay it; None: a new temporary folder;
                     False: none
+    ``device``      where steps that train or calibrate run, each process of several on its own GPU; the model comes back
+                    for what follows. None: where the model is
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class PassManager:
         reproducer: str | os.PathLike[str] | bool | None = None,
         seed: int = 0,
         progress: bool | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
         if show not in (None, "changes"):
             raise PlanError(f"show is {show!r}; it is None or 'changes'.")
@@ -57,6 +62,7 @@ class PassManager:
         self.ledger = Ledger()
         self.reproducer = reproducer
         self.seed, self.progress = seed, progress
+        self.device = None if device is None else torch.device(device)
         checks: list[Observer] = [Verifier(), Promises()] if verify else []
         self._watchers: list[Observer] = [*checks, *([Diffs()] if show else []), *observers]
 
@@ -136,7 +142,8 @@ class PassManager:
         try:
             for watcher in watchers:
                 watcher.before(run)
-            step.run_model(run.model, run.context)
+            with placed_on(run.model, self.device if step.on_device else None):
+                step.run_model(run.model, run.context)
             for region in regions(run.model).values():
                 edit.finish(region)
             run.context.forget()

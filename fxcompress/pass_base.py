@@ -70,6 +70,7 @@ class Pass:
     ``needs``    what must be given to the run: ``inputs``, ``data``, ``labels``, ``teacher``
     ``promise``  how far outputs may move
     ``costly``   a run that keeps its stages saves the model after this pass
+    ``on_device``  it trains or calibrates: a run that was given a device does this there
     ``replaces``  it puts new parameters in the place of old ones and never writes to one, so that those it does not replace
                  need no copy before it runs
     """
@@ -80,6 +81,7 @@ class Pass:
     needs: ClassVar[tuple[str, ...]] = ()
     promise: ClassVar[Promise] = EXACT
     costly: ClassVar[bool] = False
+    on_device: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
 
     def run(self, module: fx.GraphModule, context: Context) -> None:

@@ -54,7 +54,7 @@ class CompressionPipeline:
         **options: Any,
     ) -> fx.GraphModule:
         """The compressed model. ``options`` are those of :meth:`PassManager.run` (``validation``, ``keep``, ``resume``) and
-        of :class:`PassManager` (``verify``, ``seed``, ``progress``, …)."""
+        of :class:`PassManager` (``verify``, ``seed``, ``progress``, ``device``, …)."""
         target = model if model is not None else self.model
         if target is None:
             raise ConfigError("there is no model to compress: give run(model), or name one in the configuration.")

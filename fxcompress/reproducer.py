@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress import artifact
-from fxcompress.errors import ArtifactError, FxCompressError
+from fxcompress.errors import ArtifactError, FxCompressError, brief
+from fxcompress.files import read_text
 from fxcompress.graph import trace
 from fxcompress.graph.inputs import Arguments
 from fxcompress.plan import Plan
@@ -53,8 +54,11 @@ def read(folder: str | os.PathLike[str]) -> tuple[nn.Module, Plan, Arguments | N
     model = artifact.load(place / _MODEL)
     call: Any = None
     if (place / _SPEC).is_file():
-        stored = json.loads((place / _SPEC).read_text(encoding="utf-8"))
-        tensors = load_file(place / _INPUTS)
-        leaves = [tensors.get(str(i), value) for i, value in enumerate(stored["plain"])]
-        call = Arguments(*pytree.tree_unflatten(leaves, pytree.treespec_loads(stored["spec"])))
+        try:
+            stored = json.loads(read_text(place / _SPEC))
+            tensors = load_file(place / _INPUTS)
+            leaves = [tensors.get(str(i), value) for i, value in enumerate(stored["plain"])]
+            call = Arguments(*pytree.tree_unflatten(leaves, pytree.treespec_loads(stored["spec"])))
+        except Exception as error:  # whatever a damaged file breaks means the same
+            raise ArtifactError(f"the inputs in {str(place)!r} are damaged: {brief(error)}.") from error
     return model, Plan.parse(place / _PLAN), call

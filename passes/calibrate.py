@@ -37,6 +37,7 @@ class Calibrate(Pass):
     needs: ClassVar[tuple[str, ...]] = ("data",)
     promise: ClassVar[Promise] = EXACT
     costly: ClassVar[bool] = True
+    on_device: ClassVar[bool] = True
 
     num_batches: Annotated[int, Field(ge=1)] = 100
 

@@ -37,6 +37,7 @@ class Distill(Pass, Recipe):
     needs: ClassVar[tuple[str, ...]] = ("data", "labels")
     promise: ClassVar[Promise] = APPROXIMATE
     costly: ClassVar[bool] = True
+    on_device: ClassVar[bool] = True
 
     type: str = "LogitDistiller"
     options: dict[str, Any] = field(default_factory=dict)

@@ -37,6 +37,7 @@ class Train(Pass, Recipe):
     needs: ClassVar[tuple[str, ...]] = ("data", "labels")
     promise: ClassVar[Promise] = APPROXIMATE
     costly: ClassVar[bool] = True
+    on_device: ClassVar[bool] = True
 
     loss: str = "cross_entropy"
     loss_options: dict[str, Any] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from fxcompress.pruning.sensitivity_page import sensitivity_page
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Recommendation", "Summary", "plot", "scores", "write"]
+__all__ = ["ENDINGS", "Recommendation", "Summary", "plot", "scores", "write"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ _FORMS: dict[str, Callable[[Summary], str]] = {
     ".markdown": _markdown,
     ".html": sensitivity_page,
 }
+ENDINGS = tuple(_FORMS)
+"""How files end that a report can be written to."""
 
 _NAMED = 10
 """Curves that the legend names; the others are grey."""

@@ -58,14 +58,17 @@ class Calibrator:
         self._ranges = _Ranges()
 
     def collect(self, tensor: Tensor) -> None:
-        """Take note of a tensor of any shape, layout and floating dtype. Raises DataError for NaN or infinite values."""
+        """Take note of a tensor of any shape, layout and floating dtype. Raises DataError for NaN or infinite values.
+
+        What is counted and kept is on the CPU, wherever the tensor is.
+        """
         if not isinstance(tensor, Tensor):
             raise DataError(f"a calibrator was shown a {type(tensor).__name__}; it collects tensors.")
         if tensor.numel() == 0:
             return
         values = tensor.detach()
-        if values.dtype != torch.float32:
-            values = values.to(torch.float32)
+        if values.dtype != torch.float32 or values.device.type != "cpu":
+            values = values.to("cpu", torch.float32)
         low, high = self._extremes(values)
         bounds = (float(low), float(high)) if low.dim() == 0 else (float(low.sum()), float(high.sum()))
         if not math.isfinite(bounds[0] + bounds[1]) and not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):

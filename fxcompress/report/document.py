@@ -13,7 +13,6 @@ from xml.etree.ElementTree import Element
 import torch
 from torch import nn
 
-from fxcompress.errors import ConfigError
 from fxcompress.graph.inputs import Arguments
 from fxcompress.html import bars, page, table, tag, write
 from fxcompress.html.markup import Child
@@ -26,19 +25,7 @@ from fxcompress.report.sections import case_sections
 from fxcompress.timing import Timing, interleaved
 from fxcompress.training import evaluate
 
-__all__ = ["bench_page", "report_path", "write_report"]
-
-
-def report_path(text: str | None) -> Path | None:
-    """Where a page goes, as the command's ``--report`` names it; ConfigError before any work where it cannot go there."""
-    if text is None:
-        return None
-    target = Path(text)
-    if target.suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"the report is an HTML page, and {text!r} does not end in .html.")
-    if target.is_dir() or not target.resolve().parent.is_dir():
-        raise ConfigError(f"the report {text!r} cannot be written: that is a folder, or its folder does not exist.")
-    return target
+__all__ = ["bench_page", "write_report"]
 
 
 def write_report(
