@@ -64,6 +64,7 @@ class Calibrate(Pass):
         seen = sum(gather(seen))
         if not seen:
             raise DataError("the dataloader is empty: there is nothing to calibrate with.")
+        model.meta["calibrated"] = seen
         if seen < self.num_batches:
             reason = f"{self.num_batches} batches were asked for and the data has {seen}"
             context.note("", reason)

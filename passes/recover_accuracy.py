@@ -13,22 +13,25 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from fxcompress import backends
-from fxcompress.data import split_batch
 from fxcompress.graph import edit, ops
 from fxcompress.graph.cost import macs
 from fxcompress.graph.module import shared_copy
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise, hidden
 from fxcompress.passes.adaround import AdaRound
-from fxcompress.passes.correct_bias import CorrectBias, walkable
+from fxcompress.passes.correct_bias import CorrectBias, in_one_graph
 from fxcompress.passes.equalize_layers import EqualizeLayers
 from fxcompress.passes.fold_quantization import quantized_copy
 from fxcompress.passes.lower import become
+from fxcompress.quantization.evidence import Evidence
 from fxcompress.quantization.fake_quant import fake_quantizers
 from fxcompress.quantization.lockstep import evaluating
-from fxcompress.quantization.placement import operands
-from fxcompress.quantization.sensitivity import Judge, Metric, SweepFile, fingerprint, sweep
+from fxcompress.quantization.placement import leave_stranded
+from fxcompress.quantization.sensitivity import Judge, Metric, SweepFile, Verdict, fingerprint, sweep
 
 __all__ = ["RecoverAccuracy"]
+
+_ENOUGH = 4
+"""Samples that tell in which order layers cost most."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,16 @@ class RecoverAccuracy(Pass):
     most, and last of all float for as few layers as will do, those first that give most for their multiplications. What a
     layer costs is measured once: the noise of the model with this layer alone quantized.
 
+    It is judged on samples that nothing was fitted to: batches that follow the calibrated ones where the data has more, else
+    a quarter of the batches, kept apart from what it is mended with. What counts is what the model loses on other samples of
+    the kind at most, with ``confidence``, so that few samples are not trusted too far; 0.5 takes their word for it.
+
     Options: ``max_drop``, in points of ``metric``: ``accuracy`` (batches hold targets), ``agreement`` of the largest output
     with the float model's, ``fidelity`` (100 less the noise's share of the output power, in percent), or ``auto``;
-    ``time_budget`` in seconds, after which nothing more is begun; ``num_batches`` of the data to judge and mend with;
-    ``cache``, a file that keeps the sweep, so that an interrupted one resumes; ``adaround_layers``, how many of the worst
-    to round adaptively (0: none), and ``adaround_iterations``; ``allow_float``, whether layers may go back to float.
+    ``time_budget`` in seconds, after which nothing more is begun; ``num_batches`` of the data to mend with, and as many to
+    judge on; ``cache``, a file that keeps the sweep, so that an interrupted one resumes; ``adaround_layers``, how many of
+    the worst to round adaptively (0: none), and ``adaround_iterations``; ``allow_float``, whether layers may go back to
+    float.
     """
 
     name: ClassVar[str] = "recover-accuracy"
@@ -56,33 +64,34 @@ class RecoverAccuracy(Pass):
     metric: Metric = "auto"
     time_budget: Annotated[float, Field(gt=0.0)] | None = None
     num_batches: Annotated[int, Field(ge=1)] = 8
+    confidence: Annotated[float, Field(ge=0.5, lt=1.0)] = 0.95
     cache: str | None = None
     adaround_layers: Annotated[int, Field(ge=0)] = 4
     adaround_iterations: Annotated[int, Field(ge=1)] = 500
     allow_float: bool = True
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
-        calls = walkable(self.name, model, context, self.num_batches)
-        if calls:
-            pairs = zip(calls, context.require_data(self.name), strict=False)
-            targets = [split_batch(batch)[1] for _, batch in pairs]
+        if in_one_graph(model, context):
+            evidence = Evidence.of(context.require_data(self.name), model, self.num_batches)
             with evaluating(model):
-                _Recovery(self, model, context, Judge(calls, targets, self.metric)).run()
+                _Recovery(self, model, context, evidence).run()
 
 
 class _Recovery:
     """One run: the model as it stands, how far it is from float, and how long that took."""
 
-    def __init__(self, options: RecoverAccuracy, model: fx.GraphModule, context: Context, judge: Judge) -> None:
-        self.options, self.model, self.context, self.judge = options, model, context, judge
+    def __init__(self, options: RecoverAccuracy, model: fx.GraphModule, context: Context, evidence: Evidence) -> None:
+        self.options, self.model, self.context, self.evidence = options, model, context, evidence
+        self.judge = Judge(evidence.judging, evidence.targets, options.metric, options.confidence)
         self.started = time.monotonic()
         self.weights: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor | None] = {}
 
     def run(self) -> None:
         self.judge.listen(self.model)
-        self.drop, self.noise = self.judge.drop(quantized_copy(self.model))
-        self.context.note("", f"quantization costs {self._points(self.drop)}; {self.options.max_drop:g} may be lost")
+        self.verdict = self.judge.drop(quantized_copy(self.model))
+        on = f"on {self.judge.samples} samples {self.evidence.where}"
+        self.context.note("", f"quantization costs {self._points(on)}; {self.options.max_drop:g} may be lost")
         if self._goes_on("equalize-layers"):
             self._try("equalize-layers", self._equalize)
         replacing = "equalize-layers, ReLU6 replaced"
@@ -98,18 +107,23 @@ class _Recovery:
             self._try("adaround", lambda trial: self._round(trial, chosen))
         if self.options.allow_float and self._goes_on("float"):
             self._back_to_float(costs)
-        left = "" if self.drop <= self.options.max_drop else f", more than the {self.options.max_drop:g} asked for"
-        self.context.note("", f"quantization now costs {self._points(self.drop)}{left}")
+        left = "" if self._kept(self.verdict) else f", more than the {self.options.max_drop:g} asked for"
+        self.context.note("", f"quantization now costs {self._points('there')}{left}")
 
-    def _points(self, drop: float) -> str:
-        return f"{drop:.3g} points of {self.judge.metric}"
+    def _points(self, on: str) -> str:
+        found, confidence = self.verdict, self.options.confidence
+        on_others = f"at most {found.at_most:.3g} on others with {100 * confidence:g} % confidence"
+        return f"{found.drop:.3g} points of {self.judge.metric} {on}, {on_others}"
+
+    def _kept(self, verdict: Verdict) -> bool:
+        return verdict.at_most <= self.options.max_drop
 
     def _out_of_time(self) -> bool:
         budget = self.options.time_budget
         return budget is not None and time.monotonic() - self.started > budget
 
     def _goes_on(self, what: str) -> bool:
-        if self.drop <= self.options.max_drop:
+        if self._kept(self.verdict):
             return False
         if self._out_of_time():
             self.context.note("", f"the time budget of {self.options.time_budget:g} s is spent: {what} was not tried")
@@ -118,32 +132,33 @@ class _Recovery:
 
     def _try(self, name: str, remedy: Callable[[fx.GraphModule], str | None]) -> bool:
         """Apply a remedy to a copy, and keep it where there is less noise; returns whether it was kept."""
-        trial, before = shared_copy(self.model), (self.weights, self.biases)
+        trial, saved = shared_copy(self.model), (self.weights, self.biases)
         reason = remedy(trial)
         if reason is not None:
             self.context.note("", f"{name} was not tried: {reason}")
             return False
         edit.finish(trial)
-        drop, noise = self.judge.drop(quantized_copy(trial))
-        kept = noise < self.noise
-        verdict = "" if kept else ", no better: undone"
-        self.context.note("", f"{name}: {self._points(self.drop)} became {drop:.3g}{verdict}")
+        found = self.judge.drop(quantized_copy(trial))
+        kept = found.noise < self.verdict.noise
+        undone = "" if kept else ", no better: undone"
+        before, after = f"{self.verdict.at_most:.3g} points of {self.judge.metric}", f"{found.at_most:.3g}"
+        self.context.note("", f"{name}: at most {before} became at most {after}{undone}")
         if kept:
-            self.drop, self.noise = drop, noise
+            self.verdict = found
             become(self.model, trial)
         else:
-            self.weights, self.biases = before
+            self.weights, self.biases = saved
         return kept
 
     def _equalize(self, trial: fx.GraphModule, relu6: Literal["bound", "replace"] = "bound") -> str | None:
         if fake_quantizers(trial):
             return "its scales were trained"
-        EqualizeLayers(relu6=relu6, num_batches=self.options.num_batches).run(trial, self._quiet())
+        EqualizeLayers(relu6=relu6, num_batches=len(self.evidence.mending)).run(trial, self._quiet())
         return None
 
     def _correct_bias(self, trial: fx.GraphModule) -> str | None:
         before = {name: _tensor(trial, call["bias"]) for name, call in self._layers(trial).items()}
-        CorrectBias(num_batches=self.options.num_batches).run_model(trial, self._quiet())
+        CorrectBias(num_batches=len(self.evidence.mending)).run_model(trial, self._quiet())
         self.biases = before
         return None
 
@@ -154,7 +169,7 @@ class _Recovery:
             return "the costliest layers have no names"
         self.weights = {name: edit.get_tensor(trial, layers[name]["weight"].name) for name in chosen}
         rounding = AdaRound(
-            iterations=self.options.adaround_iterations, num_batches=self.options.num_batches, include_layers=known
+            iterations=self.options.adaround_iterations, num_batches=len(self.evidence.mending), include_layers=known
         )
         rounding.run_model(trial, self._quiet(self.context.progress))
         return None
@@ -162,7 +177,7 @@ class _Recovery:
     def _quiet(self, progress: bool | None = False) -> Context:
         """A context whose remarks nobody reads: what a remedy leaves alone is not what this pass left alone."""
         context = self.context
-        return Context(inputs=context.inputs, data=context.data, seed=context.seed, progress=progress)
+        return Context(inputs=context.inputs, data=self.evidence.mending, seed=context.seed, progress=progress)
 
     def _costs(self) -> dict[str, float]:
         """The noise of the model where one layer alone is quantized, by layer."""
@@ -173,7 +188,7 @@ class _Recovery:
         bar = tqdm(layers, "sensitivity", disable=hidden(self.context.progress), leave=False, unit="layer")
 
         def noise_of(name: str) -> float:
-            return self.judge.drop(quantized_copy(module, lambda trial: self._isolate(trial, name)))[1]
+            return self.judge.noise(quantized_copy(module, lambda trial: self._isolate(trial, name)), _ENOUGH)
 
         costs = sweep(bar, noise_of, file, self._out_of_time)
         if len(costs) < len(layers):
@@ -186,19 +201,19 @@ class _Recovery:
         """Put back as few layers as will do; where time runs out first, what left the least noise."""
         weighed = {node.name: macs(node) for node in self.model.graph.nodes if node.name in costs}
         ranked = sorted(weighed, key=lambda name: -costs[name] / max(weighed[name], 1))
-        tried: dict[int, tuple[float, float]] = {0: (self.drop, self.noise)}
+        tried = {0: self.verdict}
         bar = tqdm(desc="float", disable=hidden(self.context.progress), leave=False, unit="trial")
 
         def suffices(count: int) -> bool:
             trial = quantized_copy(self.model, lambda trial: self._put_back(trial, ranked[:count]))
             tried[count] = self.judge.drop(trial)
             bar.update()
-            return tried[count][0] <= self.options.max_drop
+            return self._kept(tried[count])
 
         found = _fewest(len(ranked), suffices, lambda: self._goes_on("another number of layers in float"))
         bar.close()
-        chosen = found or min(tried, key=lambda count: tried[count][1])
-        self.drop, self.noise = tried[chosen]
+        chosen = found or min(tried, key=lambda count: tried[count].noise)
+        self.verdict = tried[chosen]
         place = {name: number for number, name in enumerate(ranked)}
         nodes = self._put_back(self.model, ranked[:chosen])
         for node in sorted(nodes, key=lambda node: place.get(node.name, len(ranked))):
@@ -224,7 +239,7 @@ class _Recovery:
             call.node.meta |= {"integer": False, "float": "quantizing it costs too much"}
             if call.node.name in self.weights:
                 edit.set_tensor(module, call["weight"].name, self.weights[call.node.name])
-        _follow(module)
+        leave_stranded(module, backends.find(module.meta["quantization"]["backend"]))
         return [call.node for call in found]
 
     def _put_back(self, module: fx.GraphModule, names: Sequence[str]) -> list[fx.Node]:
@@ -232,7 +247,7 @@ class _Recovery:
         nodes = self._demote(module, names)
         if self.biases and names:
             self._restore_biases(module)
-            CorrectBias(num_batches=self.options.num_batches).run_model(module, self._quiet())
+            CorrectBias(num_batches=len(self.evidence.mending)).run_model(module, self._quiet())
         return nodes
 
     def _isolate(self, module: fx.GraphModule, name: str) -> None:
@@ -251,33 +266,6 @@ class _Recovery:
             if call is not None and now is not None:
                 before = self.biases[node.name]
                 edit.set_tensor(module, call["bias"].name, torch.zeros_like(now) if before is None else before)
-
-
-def _follow(module: fx.GraphModule) -> None:
-    """Leave in float what would run in integers between float operators, as placement does.
-
-    What hands its input's range on to integer operators, as pooling does, stays: nothing else observes what these read.
-    """
-    rules = backends.find(module.meta["quantization"]["backend"]).rules
-
-    def keeps_range(node: fx.Node) -> bool:
-        return rules[ops.kind(node)].output == "input"
-
-    def hands_on(node: fx.Node) -> bool:
-        """Whether an integer operator reads the range that ``node`` has of its input."""
-        readers = [user for user in node.users if user.meta.get("integer")] if keeps_range(node) else []
-        return any(not keeps_range(reader) or hands_on(reader) for reader in readers)
-
-    for node in module.graph.nodes:
-        call = ops.read(node) if node.meta.get("integer") else None
-        if call is None or rules[call.kind].weighted:
-            continue
-        observed = {s for s in operands(call, rules[call.kind]) if s.meta.get("observer")}
-        needed = [s for s in operands(call, rules[call.kind]) if s not in observed]
-        needed += [] if hands_on(node) else [s.all_input_nodes[0] for s in observed]
-        alone = [s for s in needed if not s.meta.get("integer") and s.op != "placeholder"]
-        if alone:
-            node.meta |= {"integer": False, "float": f"its input {alone[0].name!r} is in float"}
 
 
 def _tensor(module: fx.GraphModule, value: ops.Attr | None) -> Tensor | None:

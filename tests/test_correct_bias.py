@@ -12,6 +12,7 @@ from fxcompress import PassManager
 from fxcompress.errors import DataError, PlanError
 from fxcompress.graph import qdq
 from fxcompress.observe import output_snr
+from fxcompress.quantization.lockstep import vouched_mean
 from tests.imbalanced import imbalanced, mobile
 
 OBSERVE: list[Any] = [
@@ -33,9 +34,9 @@ def data() -> list[Tensor]:
 
 
 def test_one_layer_is_the_formula_written_out() -> None:
-    """b + E[W·x] − E[Ŵ·x̂], in float64 over every batch."""
+    """b + m·t²/(t² + c²), m = E[W·x] − E[Ŵ·x̂], c² its variance by chance, t² = E[m² − c²], in float64 over every batch."""
     torch.manual_seed(0)
-    model, batches = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), data()
+    model, batches = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), [x + 1 for x in data()]
     plain, corrected = quantized(model, batches), quantized(model, batches, "correct-bias")
     quantize = next(n for n in plain.graph.nodes if n.target is qdq.quantize)
     scale, zero = quantize.args[1:3]
@@ -43,8 +44,22 @@ def test_one_layer_is_the_formula_written_out() -> None:
     rounded = ((x / scale).round() + zero).clamp(0, 255).sub(zero) * scale
     weight = plain.get_buffer("0.weight").double() * plain.get_buffer("0.weight_scale").double()
     exact = model[0].weight.detach().double()  # type: ignore[operator]
-    shift = torch.conv2d(x, exact).mean((0, 2, 3)) - torch.conv2d(rounded, weight).mean((0, 2, 3))
+    shifts = (torch.conv2d(x, exact) - torch.conv2d(rounded, weight)).mean((2, 3))
+    mean, chance = shifts.mean(0), shifts.square().sum(0).sub(32 * shifts.mean(0) ** 2) / 31 / 32
+    true = float((mean**2 - chance).mean())
+    assert true > 0
+    shift = mean * true / (true + chance)
     assert torch.allclose(corrected.get_parameter("0.bias").double(), model[0].bias.detach().double() + shift, atol=1e-6)  # type: ignore[operator]
+
+
+def test_what_may_be_chance_is_not_corrected() -> None:
+    """Means of pure noise are taken for nearly nothing; means far beyond it nearly whole; and a lone sample as it is."""
+    torch.manual_seed(0)
+    noise = torch.randn(16, 400, dtype=torch.float64)
+    assert vouched_mean(noise).square().mean() < 0.1 * noise.mean(0).square().mean()
+    assert torch.allclose(vouched_mean(noise + 100 * noise[0]), noise.mean(0) + 100 * noise[0], rtol=1e-3)
+    assert torch.equal(vouched_mean(noise[:1]), noise[0])
+    assert not vouched_mean(torch.zeros(3, 5)).any()
 
 
 def test_the_mean_of_the_result_is_that_of_the_float_network() -> None:

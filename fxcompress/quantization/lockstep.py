@@ -18,7 +18,7 @@ from fxcompress.graph import edit, fused, ops
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.shapes import Recorder, placeholder_values
 
-__all__ = ["Lockstep", "Step", "Twins", "channel_mean", "evaluating"]
+__all__ = ["Lockstep", "Step", "Twins", "evaluating", "sample_means", "vouched_mean"]
 
 
 class Lockstep:
@@ -141,9 +141,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = name in training
 
 
-def channel_mean(parts: Sequence[Tensor], kind: str) -> Tensor:
-    """The mean over everything but the output channels, in float64."""
+def sample_means(parts: Sequence[Tensor], kind: str) -> Tensor:
+    """The mean over all positions of a layer's results, ``[samples, output channels]``, in float64."""
     axis = -1 if kind == "linear" else 1
-    rows = torch.cat([part.movedim(axis, 0).flatten(1).to(torch.float64).mean(1, keepdim=True) for part in parts], 1)
-    counts = torch.tensor([part.numel() for part in parts], dtype=torch.float64, device=rows.device)
-    return (rows * counts).sum(1) / counts.sum()
+    return torch.cat([part.movedim(axis, 1).to(torch.float64).unsqueeze(-1).flatten(2).mean(2) for part in parts])
+
+
+def vouched_mean(samples: Tensor) -> Tensor:
+    """The mean of ``[samples, channels]``, of each channel as much as its samples vouch for.
+
+    The mean of few samples is partly chance. What chance gives a channel is told from how its samples differ, ``c²``, and
+    what is true from how far the means of all channels exceed that, ``t² = max(0, E[mean² − c²])``; the mean is scaled by
+    ``t²/(t² + c²)`` (empirical Bayes; Efron & Morris 1973). A single sample tells nothing about chance: its value is taken.
+    """
+    mean = samples.mean(0)
+    if len(samples) < 2:
+        return mean
+    chance = samples.var(0) / len(samples)
+    true = (mean.square() - chance).mean().clamp(min=0.0)
+    return (mean * true / (true + chance)).nan_to_num()

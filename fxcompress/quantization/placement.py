@@ -20,6 +20,7 @@ __all__ = [
     "activation_grid",
     "computed",
     "layer_name",
+    "leave_stranded",
     "operands",
     "overwritten_input",
     "place",
@@ -137,6 +138,33 @@ def _obstacle(node: fx.Node, call: ops.Call | None, placed: Placement, backend: 
         return "its inputs are in float"
     lonely = [s for s in sources if s not in placed.integers and s.op != "placeholder"]
     return f"its input {lonely[0].name!r} is in float" if lonely else None
+
+
+def leave_stranded(module: fx.GraphModule, backend: Backend) -> None:
+    """Leave in float what would run in integers between float operators, now that layers went back to float.
+
+    What hands its input's range on to integer operators, as pooling does, stays: nothing else observes what these read.
+    """
+    rules = backend.rules
+
+    def keeps_range(node: fx.Node) -> bool:
+        return rules[ops.kind(node)].output == "input"
+
+    def hands_on(node: fx.Node) -> bool:
+        """Whether an integer operator reads the range that ``node`` has of its input."""
+        readers = [user for user in node.users if user.meta.get("integer")] if keeps_range(node) else []
+        return any(not keeps_range(reader) or hands_on(reader) for reader in readers)
+
+    for node in module.graph.nodes:
+        call = ops.read(node) if node.meta.get("integer") else None
+        if call is None or rules[call.kind].weighted:
+            continue
+        observed = {s for s in operands(call, rules[call.kind]) if s.meta.get("observer")}
+        needed = [s for s in operands(call, rules[call.kind]) if s not in observed]
+        needed += [] if hands_on(node) else [s.all_input_nodes[0] for s in observed]
+        alone = [s for s in needed if not s.meta.get("integer") and s.op != "placeholder"]
+        if alone:
+            node.meta |= {"integer": False, "float": f"its input {alone[0].name!r} is in float"}
 
 
 def overwritten_input(node: fx.Node, written: set[fx.Node]) -> str | None:

@@ -15,10 +15,21 @@ from fxcompress.errors import ConfigError
 from fxcompress.files import write_text
 from fxcompress.graph.digest import digest, state_of
 from fxcompress.graph.inputs import Arguments, tensors_in
+from fxcompress.quantization.confidence import share, share_at_most
 
-__all__ = ["Judge", "Metric", "SweepFile", "fingerprint", "sweep"]
+__all__ = ["Judge", "Metric", "SweepFile", "Verdict", "fingerprint", "sweep"]
 
 Metric = Literal["auto", "accuracy", "agreement", "fidelity"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a model loses against the float model: ``drop`` in points on the samples at hand, ``at_most`` on others of their
+    kind with the confidence asked for, and ``noise``, the noise power over the signal power."""
+
+    drop: float
+    at_most: float
+    noise: float
 
 
 @dataclass
@@ -29,13 +40,15 @@ class Judge:
     ``agreement``  samples whose largest output is where the float model has it
     ``fidelity``   100·(1 − noise power / signal power) of all outputs against the float model: 99 is 20 dB, 99.9 is 30 dB
     ``auto``       accuracy where every batch has integer targets and the output is one row per sample, fidelity elsewhere
+
+    ``confidence``  of what it says about samples it has not seen
     """
 
     calls: Sequence[Arguments]
     targets: Sequence[Any]
     metric: Metric = "auto"
+    confidence: float = 0.95
     expected: list[Any] = field(default_factory=list)
-    whole: float = 100.0
 
     def listen(self, model: nn.Module) -> None:
         """Take ``model`` as the float model everything is compared with."""
@@ -49,28 +62,54 @@ class Judge:
             raise ConfigError(f"metric {self.metric!r} needs a model whose output is one row per sample; use 'fidelity'.")
         if self.metric == "accuracy" and not labels:
             raise ConfigError("metric 'accuracy' needs batches (input, integer target); use 'agreement' or 'fidelity'.")
-        self.whole = self._score(self.expected)
 
-    def drop(self, model: nn.Module) -> tuple[float, float]:
-        """Points lost against the float model, and the noise power over the signal power."""
+    @property
+    def samples(self) -> int:
+        return sum(len(_powers([expected])) for expected in self.expected)
+
+    def drop(self, model: nn.Module) -> Verdict:
+        """What ``model`` loses."""
         with torch.no_grad():
             results = [call(model) for call in self.calls]
-        return self.whole - self._score(results), self._noise(results)
+        lost, of, noise = [], [], []
+        for number, (expected, found) in enumerate(zip(self.expected, results, strict=True)):
+            signal = _powers([expected])
+            noise += _powers([expected, found])
+            of += signal
+            if self.metric != "fidelity":
+                lost += self._lost(number, expected, found)
+        parts, wholes = (noise, of) if self.metric == "fidelity" else (lost, [1.0] * len(lost))
+        return Verdict(100 * share(parts, wholes), 100 * share_at_most(parts, wholes, self.confidence), share(noise, of))
 
-    def _score(self, results: Sequence[Any]) -> float:
-        if self.metric == "fidelity":
-            return 100.0 * (1.0 - self._noise(results))
-        wanted = self.targets if self.metric == "accuracy" else [e.argmax(1) for e in self.expected]
-        right = sum(int((r.argmax(1) == t.to(r.device)).sum()) for r, t in zip(results, wanted, strict=True))
-        return 100.0 * right / sum(len(t) for t in wanted)
+    def noise(self, model: nn.Module, enough: int) -> float:
+        """The noise on the first batches that hold ``enough`` samples."""
+        noise: list[float] = []
+        signal: list[float] = []
+        for call, expected in zip(self.calls, self.expected, strict=True):
+            if len(signal) < enough:
+                with torch.no_grad():
+                    noise += _powers([expected, call(model)])
+                signal += _powers([expected])
+        return share(noise, signal)
 
-    def _noise(self, results: Sequence[Any]) -> float:
-        signal = noise = 0.0
-        for expected, found in zip(tensors_in(self.expected), tensors_in(list(results)), strict=True):
-            exact = expected.to(torch.float64)
-            signal += float(exact.square().sum())
-            noise += float((exact - found.to(torch.float64)).square().sum())
-        return noise / signal if signal else float(noise > 0)
+    def _lost(self, number: int, expected: Tensor, found: Tensor) -> list[float]:
+        """Sample by sample, 1 where the float model is right and the other is not, −1 where it is the other way round."""
+        wanted = self.targets[number] if self.metric == "accuracy" else expected.argmax(1)
+        right, now = (result.argmax(1) == wanted.to(result.device) for result in (expected, found))
+        return (right.to(torch.float64) - now.to(torch.float64)).tolist()
+
+
+def _powers(results: Sequence[Any]) -> list[float]:
+    """The power of a result, or of the difference of two, by sample; in one where its tensors are not of as many samples."""
+    pairs = list(zip(*(tensors_in(result) for result in results), strict=True))
+    sizes = {first.shape[0] if first.dim() else 0 for first, *_ in pairs}
+    samples = sizes.pop() if len(sizes) == 1 and 0 not in sizes else 1
+    total = torch.zeros(samples, dtype=torch.float64)
+    for first, *others in pairs:
+        value = first.to(torch.float64)
+        value = value - others[0].to(torch.float64) if others else value
+        total += value.square().reshape(samples, -1).sum(1).cpu()
+    return total.tolist()
 
 
 def sweep(
