@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompress.backends import tensorrt
+from fxcompress.backends.agreement import least_agreement
 from fxcompress.backends.engine import Session
-from fxcompress.backends.onnx_graph import Flat, flatten, in_half, least_agreement, missing, to_onnx
+from fxcompress.backends.onnx_graph import Flat, flatten, in_half, missing, to_onnx
 from fxcompress.backends.onnxruntime import onnxruntime
 from fxcompress.errors import BackendError, ConfigError, VerificationError
 from fxcompress.files import whole
 from fxcompress.graph import trace
-from fxcompress.graph.inputs import arguments, tensors_in
+from fxcompress.graph.inputs import Arguments, arguments, tensors_in
 from fxcompress.graph.island import TOP
 from fxcompress.graph.qdq import dequantize, quantize
 from fxcompress.graph.shapes import propagate
@@ -162,7 +163,8 @@ def _check(flat: Flat, session: Session, half: bool) -> None:
         expected: tuple[Tensor, ...] = flat.module(*flat.examples)
     found = session([example.contiguous() for example in flat.examples])
     rounds = any(node.target in (quantize, dequantize) for node in flat.module.graph.nodes)
-    least = least_agreement(flat, expected) if rounds else _HALF_WORST if half else _FLOAT_WORST
+    moved = least_agreement(flat.module, Arguments(flat.examples, {}), expected) if rounds else None
+    least = moved if moved is not None else _HALF_WORST if half else _FLOAT_WORST
     agreement = output_snr(expected, tuple(found))
     if not agreement >= least:
         raise VerificationError(

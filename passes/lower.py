@@ -9,9 +9,12 @@ from typing import ClassVar
 from torch import fx, nn
 
 from fxcompress import backends
+from fxcompress.backends.agreement import Agreement, compare
 from fxcompress.backends.base import Backend
 from fxcompress.backends.onnx_graph import examples
 from fxcompress.errors import BackendError
+from fxcompress.graph import edit
+from fxcompress.graph.inputs import Arguments, frozen_state
 from fxcompress.graph.island import regions
 from fxcompress.graph.module import shared_copy
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
@@ -63,7 +66,7 @@ class Lower(Pass):
             return
         _check_device(module, backend)
         _bound(module, backend, context)
-        backend.lower(module, context.skip)
+        become(module, _lowered(module, backend, context))
 
     def _lower_to_fastest(self, module: fx.GraphModule, context: Context) -> None:
         _check_device(module, backends.AUTO)
@@ -74,10 +77,7 @@ class Lower(Pass):
             reason = backends.find(name).unavailable()
             if reason is None and (known in (None, name) or backends.find(known).unavailable()):
                 try:
-                    trial = shared_copy(module)
-                    backends.find(name).lower(trial, context.skip)
-                    trial.recompile()
-                    trials[name] = trial
+                    trials[name] = _lowered(module, backends.find(name), context)
                 except BackendError as error:
                     reason = str(error)
             if reason:
@@ -88,6 +88,43 @@ class Lower(Pass):
         for graph in (module, module.meta["portable"]):
             graph.meta["quantization"] = {**module.meta["quantization"], "fastest": fastest}
         become(module, trials[fastest])
+
+
+def _lowered(module: fx.GraphModule, backend: Backend, context: Context) -> fx.GraphModule:
+    """The kernels of ``backend``, held against the graph; an operator whose kernel computes something else runs in float."""
+    refused: dict[str, str] = {}
+    while True:
+        trial = shared_copy(module)
+        for node in trial.graph.nodes:
+            if node.name in refused:
+                node.meta |= {"integer": False, "float": refused[node.name]}
+        backend.lower(trial, context.skip)
+        edit.finish(trial)
+        found = _agreement(module, trial, backend, context)
+        if found is None or not (wrong := found.wrong.keys() - refused.keys()):
+            break
+        refused |= {name: found.wrong[name] for name in wrong}
+    for name, reason in refused.items():
+        context.skip(name, f"{reason}: it runs in float")
+    context.note("", f"{backend.name}: {found or 'not held against the graph, whose inputs are not known'}")
+    return trial
+
+
+def _agreement(module: fx.GraphModule, lowered: fx.GraphModule, backend: Backend, context: Context) -> Agreement | None:
+    """The lowered graph held against the graph, on the example inputs or on made-up ones; None where nobody knows any."""
+    call = context.example() or _made_up(module)
+    return None if call is None else compare(module, lowered, call, runtime=backend.name if backend.whole else "")
+
+
+def _made_up(module: fx.GraphModule) -> Arguments | None:
+    """A call of made-up values; None where their shapes are not known or the graph takes no such values."""
+    try:
+        call = examples(module)
+        with frozen_state(module):
+            call(module)
+    except Exception:  # any operator may refuse the values
+        return None
+    return call
 
 
 def _fastest(trials: dict[str, fx.GraphModule], module: fx.GraphModule, context: Context) -> str:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.backends.onnx_graph import Flat, flatten, in_half, least_agreement, to_onnx
+from fxcompress.backends.onnx_graph import Flat, flatten, in_half, to_onnx
 from fxcompress.errors import BackendError
 from fxcompress.graph.cost import macs
 from fxcompress.graph.shapes import tensor_meta
-from fxcompress.graph.verify import output_snr
 
 __all__ = ["Engine", "Runtime", "lower_to"]
 
@@ -62,15 +61,10 @@ def lower_to(
 
     def lower(module: fx.GraphModule, remark: Callable[[fx.Node, str], None]) -> None:
         flat = flatten(module)
-        expected = _made_up_call(runtime, flat)
+        _made_up_call(runtime, flat)
         exported = in_half(flat) if half else flat
         engine = Engine(runtime, to_onnx(exported).SerializeToString(), len(flat.outputs)).to(device)
-        found = _first_call(engine, [example.to(device) for example in flat.examples])
-        agreement = output_snr(expected, found if isinstance(found, tuple) else (found,))
-        if not agreement > 20.0 and not agreement > least_agreement(flat, expected):
-            raise BackendError(
-                f"{runtime.__name__} computes something else than the graph: its results agree to {agreement:.1f} dB only."
-            )
+        _first_call(engine, [example.to(device) for example in flat.examples])
         _install(module, flat, engine)
 
     return lower

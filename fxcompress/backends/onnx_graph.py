@@ -24,9 +24,8 @@ from fxcompress.errors import BackendError
 from fxcompress.graph import ops, qdq
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.shapes import tensor_meta
-from fxcompress.graph.verify import output_snr
 
-__all__ = ["OPSET", "Flat", "examples", "flatten", "in_half", "least_agreement", "missing", "to_onnx"]
+__all__ = ["OPSET", "Flat", "examples", "flatten", "in_half", "missing", "to_onnx"]
 
 OPSET = 21
 _NEEDED = ("onnx", "onnxscript")
@@ -97,22 +96,6 @@ def examples(module: fx.GraphModule) -> Arguments:
         return Arguments(tuple(args), kwargs)
     names = [str(node.target).lstrip("*") for node in module.graph.nodes if node.op == "placeholder"]
     return Arguments((), {name: value for name, value in zip(names, values, strict=True) if value is not None})
-
-
-def least_agreement(flat: Flat, expected: Any) -> float:
-    """dB that another runtime's results must reach for rounding to explain the difference: 10, or less for a graph that is
-    so sensitive that inputs moved by a thousandth change its results more (10 dB below what such inputs reach then).
-    """
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        moved = flat.module(*(_moved(example, generator) for example in flat.examples))
-    return min(10.0, output_snr(expected, moved) - 10.0)
-
-
-def _moved(example: Tensor, generator: torch.Generator) -> Tensor:
-    if not example.is_floating_point():
-        return example
-    return example + 1e-3 * example.abs().mean() * torch.randn(example.shape, generator=generator).to(example.dtype)
 
 
 def _example(node: fx.Node) -> Tensor | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 
+from fxcompress.backends.agreement import GRID, OPERATOR, REFERENCE
 from fxcompress.backends.dynamic import DynamicLinear, DynamicRecurrent
 from fxcompress.backends.kernels import FLOAT_RESULT, LAYERS, QuantizedLayer, quantize_input
 from fxcompress.graph import edit, ops, qdq
@@ -37,6 +38,7 @@ def lower_to(engine: Callable[[], str]) -> Lower:
         for node in module.graph.nodes:
             lowering.visit(node)
         lowering.drop_unread()
+        lowering.refer()
         lowering.graph.set_codegen(module.graph._codegen)
         for name, layer in lowering.layers.items():
             _install(module, name, layer)
@@ -83,6 +85,15 @@ class _Lowering:
         for node in reversed(self.graph.nodes):
             if node.target is quantize_input and not node.users:
                 self.graph.erase_node(node)
+
+    def refer(self) -> None:
+        """Note for every new node which old one has its value, and whose kernel it is."""
+        for old, new in [*self.floats.items(), *self.integers.items()]:
+            source = old.args[0] if old.target is _QUANTIZE else old
+            assert isinstance(source, fx.Node)
+            new.meta |= {REFERENCE: old.name} | ({OPERATOR: source.name} if _is_integer(source) else {})
+            if old.target is _QUANTIZE:
+                new.meta[GRID] = old.args[1:3]
 
     def _copy(self, node: fx.Node) -> fx.Node:
         asks = ops.kind(node) == "shape" or (ops.kind(node) == "getattr" and node.args[1] in ("shape", "ndim"))
