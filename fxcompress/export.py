@@ -153,8 +153,10 @@ def _portable(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
 def _with_examples(flat: Flat, example_inputs: Any) -> Flat:
     """The caller's tensors in place of made-up ones, where they were given one by one in order."""
     given = tensors_in(tuple(arguments(example_inputs))) if example_inputs is not None else []
-    fits = [t.shape for t in given] == [t.shape for t in flat.examples]
-    return Flat(flat.module, flat.inputs, flat.outputs, tuple(t.cpu() for t in given)) if fits else flat
+    if [t.shape for t in given] != [t.shape for t in flat.examples]:
+        return flat
+    taken = tuple(t.cpu().to(example.dtype) for t, example in zip(given, flat.examples, strict=True))
+    return Flat(flat.module, flat.inputs, flat.outputs, taken)
 
 
 def _check(flat: Flat, session: Session, half: bool) -> None:

@@ -8,6 +8,7 @@ from fxcompress.passes.adaround import AdaRound
 from fxcompress.passes.bake_masks import BakeMasks
 from fxcompress.passes.calibrate import Calibrate
 from fxcompress.passes.cast_half import CastHalf
+from fxcompress.passes.cast_single import CastSingle
 from fxcompress.passes.correct_bias import CorrectBias
 from fxcompress.passes.distill import Distill
 from fxcompress.passes.equalize_layers import EqualizeLayers
@@ -36,6 +37,7 @@ from fxcompress.passes.train import Train
 
 PASSES = (
     RemoveDead,
+    CastSingle,
     SettleWeights,
     FoldBatchNorm,
     FuseActivations,

@@ -101,18 +101,6 @@ def test_computed_weights_are_settled_and_the_ledger_says_so() -> None:
         assert {r.reason for r in quantizer.ledger.remarks("settle-weights") if r.node.startswith("0")}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("quantize", [ptq, dynamic])
-def test_a_model_in_half_precision_passes_and_says_why_it_stays(dtype: torch.dtype, quantize: Callable[..., Any]) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).to(dtype).eval()
-    x = torch.randn(2, 3, 8, 8).to(dtype)
-    quantized = quantize(model, x)
-    assert quantized(x).dtype == dtype
-    assert snr(model, quantized, x) > 30
-    assert any(str(dtype) in row.reason for row in coverage(quantized).floats)
-
-
 def test_weights_that_are_no_numbers_are_named() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
     with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.backends.onnx_graph import Flat, flatten, in_half, to_onnx
+from fxcompress.backends.onnx_graph import Flat, casts_edge, flatten, in_half, to_onnx
 from fxcompress.errors import BackendError
 from fxcompress.graph.cost import macs
 from fxcompress.graph.shapes import tensor_meta
@@ -104,8 +104,8 @@ def _install(module: fx.GraphModule, flat: Flat, engine: Engine) -> None:
     values: dict[fx.Node, Any] = {}
     nodes = list(module.graph.nodes)
     for node in nodes:
-        if node.op == "placeholder":
-            values[node] = graph.node_copy(node)
+        if node.op == "placeholder" or (casts_edge(node) and node.args[0] in values):
+            values[node] = graph.node_copy(node, values.__getitem__)
     inputs = tuple(value for value in values.values() if value.name in flat.inputs)
     module.add_module("engine", engine.train(module.training))
     call = graph.call_module("engine", inputs)
@@ -117,6 +117,9 @@ def _install(module: fx.GraphModule, flat: Flat, engine: Engine) -> None:
     if len(flat.outputs) > 1:
         call.meta["tensor_meta"] = tuple(tensor_meta(source) for source in flat.outputs)
     output = next(node for node in nodes if node.op == "output")
+    for result in output.all_input_nodes:
+        if result not in values:
+            values[result] = graph.node_copy(result, values.__getitem__)
     graph.output(fx.node.map_arg(output.args[0], lambda node: values[node]))
     graph.set_codegen(module.graph._codegen)
     module.graph = graph

@@ -23,9 +23,9 @@ from fxcompress.backends.embedding_bags import is_bag, open_bag
 from fxcompress.errors import BackendError
 from fxcompress.graph import ops, qdq
 from fxcompress.graph.inputs import Arguments
-from fxcompress.graph.shapes import tensor_meta
+from fxcompress.graph.shapes import dtype_of, tensor_meta
 
-__all__ = ["OPSET", "Flat", "examples", "flatten", "in_half", "missing", "to_onnx"]
+__all__ = ["OPSET", "Flat", "casts_edge", "examples", "flatten", "in_half", "missing", "to_onnx"]
 
 OPSET = 21
 _NEEDED = ("onnx", "onnxscript")
@@ -56,14 +56,17 @@ class Flat:
 def flatten(module: fx.GraphModule) -> Flat:
     """``module`` with its containers opened; arguments that are not tensors are fixed to their defaults.
 
-    Example tensors are made up from the shapes in the metadata. Raises BackendError where these are not known.
+    Example tensors are made up from the shapes in the metadata. Raises BackendError where these are not known. Casts of
+    inputs to float32 and of outputs from it are left to the caller, since runtimes take float32.
     """
     graph = fx.Graph()
     values: dict[fx.Node, Any] = {}
     names: list[str] = []
     examples: list[Tensor] = []
     for node in module.graph.nodes:
-        if node.op == "placeholder":
+        if node.op == "placeholder" and any(casts_edge(user) for user in node.users):
+            continue
+        if node.op == "placeholder" or (casts_edge(node) and node.args[0] not in values):
             example = _example(node)
             if example is None:
                 values[node] = node.args[0] if node.args else None
@@ -73,7 +76,7 @@ def flatten(module: fx.GraphModule) -> Flat:
             values[node] = graph.placeholder(node.name)
             values[node].meta["tensor_meta"] = node.meta["tensor_meta"]
         elif node.op == "output":
-            outputs = _results(node)
+            outputs = [result.all_input_nodes[0] if casts_edge(result) else result for result in _results(node)]
             graph.output(tuple(values[result] for result in outputs))
         elif is_bag(node):
             values[node] = open_bag(graph, node, values)
@@ -111,6 +114,20 @@ def _example(node: fx.Node) -> Tensor | None:
     if meta.dtype.is_floating_point:
         return torch.randn(meta.shape, generator=generator).to(meta.dtype)
     return torch.zeros(meta.shape, dtype=meta.dtype)
+
+
+_OTHERS = (torch.float16, torch.bfloat16, torch.float64)
+
+
+def casts_edge(node: fx.Node) -> bool:
+    """Whether a node does nothing but make an input of another type float32, or of a result an output of another type."""
+    if node.op != "call_method" or node.target != "to" or len(node.args) != 2:
+        return False
+    source, dtype = node.args
+    assert isinstance(source, fx.Node)
+    if source.op == "placeholder":
+        return dtype is torch.float32 and dtype_of(source) in _OTHERS and len(source.users) == 1
+    return dtype in _OTHERS and dtype_of(source) == torch.float32 and all(user.op == "output" for user in node.users)
 
 
 def _results(output: fx.Node) -> list[fx.Node]:

@@ -121,7 +121,7 @@ def autocast_refused() -> Iterator[None]:
         return self
 
     torch.autocast.__enter__ = refuse  # type: ignore[method-assign]
-    torch.autocast.__exit__ = lambda self, *raised: None  # type: ignore[method-assign, assign, misc]
+    torch.autocast.__exit__ = lambda self, *raised: None  # type: ignore[method-assign]
     try:
         yield
     finally:

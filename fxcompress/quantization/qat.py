@@ -30,7 +30,7 @@ class _TrainingQuantizer(Quantizer):
         self.freeze_bn_epochs = freeze_bn_epochs
         convert = ["freeze-scales", {"remove-dead": {"dropout": True}}, "fold-batchnorm", "fuse-activations"]
         super().__init__(
-            Plan.parse([{"settle-weights": {"trains": True}}, "remove-dead", {"insert-fake-quant": insert}]),
+            Plan.parse(["cast-single", {"settle-weights": {"trains": True}}, "remove-dead", {"insert-fake-quant": insert}]),
             Plan.parse([*convert, "fold-quantization", "lower"]),
             verify=verify,
             progress=progress,
