@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.channel_cases import Hostile, c3, net
@@ -29,7 +29,49 @@ def divided_by_the_spread_of_groups(self: Any, x: Tensor) -> Tensor:
     return self.o(y * torch.sigmoid(y * self.v) / spread.expand(grouped.shape).reshape(n, c, h, w))
 
 
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is normalised filter by filter, by batch normalisation (normaliser-free networks)."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, **options: Any) -> None:
+        super().__init__(inputs, outputs, kernel, padding=kernel // 2, **options)
+        self.gain, self.scale = nn.Parameter(torch.ones(outputs, 1, 1, 1)), 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, gain = self.weight.reshape(1, self.out_channels, -1), (self.gain * self.scale).view(-1)
+        weight = F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def normalised_by_instance_across_channels(self: Any, x: Tensor) -> Tensor:
+    """Statistics run over what loses channels."""
+    y = F.relu(self.a(x)).transpose(1, 2)
+    return self.o(F.batch_norm(y, None, None, training=True).transpose(1, 2))
+
+
 MODELS = {
+    "weights normalised filter by filter": Hostile(
+        lambda: nn.Sequential(
+            Standardised(3, 8, 3),
+            nn.ReLU(),
+            Standardised(8, 6, 3),
+            nn.ReLU(),
+            Standardised(6, 6, 3, groups=6),
+            Standardised(6, 6, 3, groups=3),
+            nn.ReLU(),
+            Standardised(6, 4, 1),
+        ),
+        statistics=True,
+    ),
+    "rows of an image normalised over its channels": Hostile(
+        lambda: net(normalised_by_instance_across_channels, a=c3(3, 8), o=c3(8, 3)), statistics=True
+    ),
+    "flattened and folded back": Hostile(
+        lambda: net(
+            lambda self, x: self.o(F.relu(self.a(x)).flatten(1).view(x.shape[0], -1, x.shape[2], x.shape[3]) + 1),
+            a=c3(3, 8),
+            o=c3(8, 3),
+        )
+    ),
     "spread of groups": Hostile(
         lambda: net(divided_by_the_spread_of_groups, a=c3(3, 16), o=c3(16, 3), v=torch.randn(1, 16, 1, 1)), statistics=True
     ),

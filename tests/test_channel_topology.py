@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxcompress import PassManager, trace
-from fxcompress.errors import PassError
 from fxcompress.graph.channels import analyse
 from tests.channel_cases import Case, check, image, lived_in, net, prune, tokens
 
@@ -420,10 +419,17 @@ def test_tied_tensors_stay_one_tensor() -> None:
     assert small.get_parameter("emb.weight") is small.get_parameter("head.weight")
 
 
-def test_an_outer_product_that_is_flattened_keeps_its_channels_and_says_so() -> None:
-    model = lived_in(net(outer, a=linear(6, 4), b=linear(6, 4), head=linear(16, 3)))
-    with pytest.raises(PassError, match="two dimensions are merged"):
-        prune(model, (tokens()[:, 0],))
+def test_of_an_outer_product_that_is_flattened_one_factor_loses_channels_and_the_other_says_why_not() -> None:
+    whole = {"a.weight": (2, 6), "b.weight": (4, 6), "head.weight": (3, 8)}
+    check(
+        Case(
+            lambda: net(outer, a=linear(6, 4), b=linear(6, 4), head=linear(16, 3)),
+            whole,
+            (tokens()[:, 0],),
+            [(tokens(batch=5)[:, 0],)],
+            {"b": "two dimensions are merged"},
+        )
+    )
 
 
 def test_slices_in_another_order_do_not_alarm_the_proof() -> None:

@@ -26,6 +26,7 @@ class Atoms:
         self._edges: list[tuple[Ints, Ints]] = []
         self._frozen: list[tuple[Ints, str]] = []
         self.inexact: list[tuple[Ints, str]] = []
+        self._copies: list[tuple[int, Ints]] = []
 
     def new(self, *shape: int) -> Ints:
         """Fresh atoms in an array of this shape."""
@@ -61,11 +62,20 @@ class Atoms:
         live = line[line > 0]
         if len(np.unique(live)) == len(live):
             return line
-        fresh = np.empty_like(line)
-        fresh[np.argsort(line, kind="stable")] = self.new(len(line))
+        fresh, order = np.empty_like(line), np.argsort(line, kind="stable")
+        self._copies.append((self.count, line[order]))
+        fresh[order] = self.new(len(line))
         made = np.where(line > 0, fresh, 0)
         self.merge(made, line, where)
         return made
+
+    def origins(self, atoms: Ints) -> Ints:
+        """The atoms that these were told apart from; others are their own."""
+        found = atoms.copy()
+        for start, copied in reversed(self._copies):
+            own = (found >= start) & (found < start + len(copied))
+            found[own] = copied[found[own] - start]
+        return found
 
     def freeze(self, atoms: Ints, reason: str) -> None:
         """These atoms stay."""

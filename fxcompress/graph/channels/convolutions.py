@@ -82,6 +82,8 @@ def _grouped(
         whole = walk.sites.choose(site, 2, weight.labels[0].array if inputs is None else inputs) == 1
         sites |= {site}
     made = _whole_groups(walk, call, weight, inputs, groups, per_output, transposed) if whole else None
+    if made is None and 1 not in weight.labels:
+        return walk.give_up(call.node, "its groups are of a fixed size")  # type: ignore[no-any-return]
     if made is None:
         rows, made = _group_weights(walk, weight, groups, per_input, per_output, transposed)
         if inputs is not None:
@@ -108,10 +110,16 @@ def _line(walk: Walk, label: Label, channel: int) -> Label:
 def _group_weights(
     walk: Walk, weight: Value, groups: int, per_input: int, per_output: int, transposed: bool
 ) -> tuple[Ints, Ints]:
-    """The weight's inputs [groups, inputs per group] and outputs [groups, outputs per group], of its own for every group."""
+    """The weight's inputs [groups, inputs per group] and outputs [groups, outputs per group].
+
+    Every group of a parameter has inputs of its own; those of a weight that is computed are the same in all.
+    """
     size = per_output if transposed else per_input
     if weight.labels[1].array.shape[0] == 1:
-        rows = np.repeat(walk.atoms.new(groups, size), weight.shape[0] // groups, axis=0)
+        rows = walk.atoms.new(groups, size) if any(weight is v for v in walk.tensors.values()) else None
+        if rows is None:
+            rows = np.broadcast_to(weight.labels[1].array.reshape(1, size), (groups, size))
+        rows = np.repeat(rows, weight.shape[0] // groups, axis=0)
         weight.labels[1] = Label(rows.reshape(weight.shape[0], size, *(1,) * (len(weight.shape) - 2)))
     inner = weight.labels[1].array.reshape(groups, -1, size)[:, 0]
     outer = weight.labels[0].array.reshape(groups, -1)

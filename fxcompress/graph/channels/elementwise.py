@@ -103,11 +103,14 @@ def _bind(walk: Walk, call: ops.Call, result: Value, channel: int, names: tuple[
 
 @rule("batch_norm", "instance_norm")
 def batch_norm(walk: Walk, call: ops.Call) -> Value:
+    """An index of another dimension may go from under kept statistics; from under its own it takes a part of them."""
     value = walk.operand(call["input"])
     result = Value(value.shape, dict(value.labels))
     for dim, label in value.labels.items():
         if dim != 1:
-            walk.freeze(label, f"statistics run over it at {place(call.node)}")
+            result.labels[dim] = Label(label.array, False, label.sites)
+            if call["running_mean"] is None:
+                walk.atoms.doubt(label.array, f"changes the statistics of {place(call.node)}")
     names = ("weight", "bias", "running_mean", "running_var")
     _bind(walk, call, result, 1, names)
     if 1 in value.labels:

@@ -62,22 +62,15 @@ def move(atoms: Atoms, sites: Sites, value: Value, run: Run, where: str) -> Any:
         leaves, spec = pytree.tree_flatten(run(torch.empty(value.shape, device="meta")))
         cache[-1] = leaves
     results = [Value(tuple(leaf.shape)) for leaf in next(iter(cache.values()))]
-    for dim, label in value.labels.items():
-        for index, (result, leaf) in enumerate(zip(results, cache[dim], strict=True)):
-            place = _Place(atoms, sites, where if len(results) == 1 else f"{where}[{index}]")
-            found = place.label(label, dim, leaf)
+    for index, result in enumerate(results):
+        place = _Place(atoms, sites, where if len(results) == 1 else f"{where}[{index}]")
+        carried: dict[int, list[Label]] = {}
+        for dim in sorted(value.labels):
+            found = place.label(value.labels[dim], dim, cache[dim][index])
             if found is not None:
-                _put(atoms, result, *found, where)
+                carried.setdefault(found[0], []).append(found[1])
+        result.labels = {dim: place.one_of(labels) for dim, labels in carried.items()}
     return pytree.tree_unflatten(results, spec)
-
-
-def _put(atoms: Atoms, result: Value, dim: int, label: Label, where: str) -> None:
-    """Two dimensions that end in one cannot both lose indices."""
-    if dim in result.labels:
-        atoms.freeze(result.labels.pop(dim).array, f"two dimensions are merged at {where}")
-        atoms.freeze(label.array, f"two dimensions are merged at {where}")
-    else:
-        result.labels[dim] = label
 
 
 def read_codes(moved: torch.Tensor) -> Ints:
@@ -112,7 +105,9 @@ class _Place:
             return None
         varying.sort(key=lambda d: -_stride(own, d))
         chosen, arranged, sites = varying[-1], table[found], label.sites
-        if len(varying) > 1:
+        if len(varying) > 1 and (apart := self._copies_apart(arranged, varying)) is not None:
+            chosen, arranged = apart
+        elif len(varying) > 1:
             site = f"{self.where}:{dim}"
             offset = self.sites.choose(site, len(varying), array)
             chosen, sites = varying[-1 - offset], sites | {site}
@@ -123,6 +118,22 @@ class _Place:
             arranged = self._keep_order(array, dim, found, arranged, chosen)
         arranged = self._fill_holes(found, arranged, chosen)
         return chosen, Label(self._tell_apart(arranged, chosen), label.zero, sites)
+
+    def _copies_apart(self, arranged: Ints, varying: list[int]) -> tuple[int, Ints] | None:
+        """Where a split only sets the copies of every index apart: the part that tells indices, by itself."""
+        origins = self.atoms.origins(arranged)
+        telling = [d for d in varying if _varies(origins, d)]
+        if len(telling) != 1:
+            return None
+        for other in varying:
+            arranged = self.atoms.tie(arranged, other) if other != telling[0] else arranged
+        return telling[0], arranged
+
+    def one_of(self, labels: list[Label]) -> Label:
+        """Of dimensions that end in one, only one can lose indices: the outermost."""
+        for label in labels[1:]:
+            self.atoms.freeze(label.array, f"two dimensions are merged at {self.where}")
+        return labels[0]
 
     def _tell_apart(self, arranged: Ints, chosen: int) -> Ints:
         """Atoms of its own for each copy of an index that stands in several places, so that what comes of each is known."""

@@ -274,6 +274,15 @@ def _statistics(run: Silent, call: ops.Call) -> Any:
     return scattered(result, tuple(x.shape), masks)
 
 
+def _per_channel(run: Silent, call: ops.Call) -> Any:
+    """Normalisation channel by channel, over what is left of each."""
+    source = call["input"]
+    masks = {dim: mask for dim, mask in run.masks(source).items() if dim != 1}
+    whole = run.tensor(source)
+    result = run.again(call, **dict.fromkeys(operand_names(call.node, source), select(whole, masks)))
+    return scattered(result, tuple(whole.shape), masks) if masks else result
+
+
 def _normalised(call: ops.Call) -> int:
     shape = call["normalized_shape"]
     return len(shape) if isinstance(shape, (tuple, list)) else 1
@@ -327,6 +336,8 @@ _SILENT: dict[str, Callable[[Silent, ops.Call], Any]] = {
     "cosine_similarity": _sum,
     "cdist": _sum,
     "recurrent": _recurrent,
+    "batch_norm": _per_channel,
+    "instance_norm": _per_channel,
     "layer_norm": _statistics,
     "rms_norm": _statistics,
     "group_norm": _statistics,
