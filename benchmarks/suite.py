@@ -53,7 +53,7 @@ BENCHMARKS = tuple(
             15,
             _QUANTIZERS,
         ),
-        ("quantization-batch8", "quantization:batch8", "the same at batch 8", "≥ the fastest peer", 30, _QUANTIZERS),
+        ("quantization-batch8", "quantization:batch8", "the same at batch 8", "≥ the fastest peer", 20, _QUANTIZERS),
         (
             "quantization-threads2",
             "quantization:threads2",

@@ -153,6 +153,25 @@ def test_auto_keeps_the_fastest_of_those_installed_and_remembers_it(tmp_path: Pa
     assert torch.equal(again(**call(2))["scores"], result(**call(2))["scores"])
 
 
+@pytest.mark.parametrize(("slower", "chosen"), [(1.01, "onnxruntime"), (1.03, "openvino")])
+def test_auto_takes_the_simplest_of_those_as_fast_as_the_fastest(
+    slower: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fxcompress.passes import lower
+
+    pytest.importorskip("openvino")
+    medians = {"fbgemm": 2.0, "onnxruntime": slower, "openvino": 1.0}
+    monkeypatch.setattr(lower, "interleaved", lambda candidates, **_: {n: Timing(medians[n], 0, 0, 1) for n in candidates})
+    torch.manual_seed(0)
+    quantizer = PTQQuantizer(backend="auto", num_calibration_batches=2, progress=False)
+    result = quantizer.quantize(Residual().eval(), [call(2), call(3)])
+    assert chosen in str(result.engine)
+    said = any(
+        "auto takes onnxruntime, the simplest of those within 2%" in r.reason for r in quantizer.ledger.rows[-1].remarks
+    )
+    assert said == (chosen == "onnxruntime")
+
+
 def test_auto_goes_on_without_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in RUNTIMES:
         monkeypatch.setitem(backends.BACKENDS, name, replace(backends.find(name), unavailable=lambda: "it is not here"))

@@ -13,7 +13,7 @@ from fxcompress.errors import BackendError, did_you_mean
 __all__ = ["AUTO", "BACKENDS", "CANDIDATES", "Backend", "Rule", "find"]
 
 CANDIDATES = ("fbgemm", "onnxruntime", "openvino")
-"""The backends among which ``auto`` chooses: one and the same quantize/dequantize graph fits them all."""
+"""The backends among which ``auto`` chooses, simplest first: one and the same quantize/dequantize graph fits them all."""
 
 
 def _undecided(module: fx.GraphModule, remark: Callable[[fx.Node, str], None]) -> None:
