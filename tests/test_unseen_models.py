@@ -297,3 +297,42 @@ def test_parts_of_a_projection_quantize_each_in_its_way(backend: str) -> None:
     quantized = ptq(model, x, backend=backend)
     assert snr(model, quantized, x) > 25
     assert snr(model, quantized, torch.cat((x, x[:1]))) > 25
+
+
+@pytest.mark.parametrize("backend", ["fbgemm", "qnnpack", "onnxruntime"])
+@pytest.mark.parametrize(
+    "options",
+    [{"mode": "bicubic"}, {"mode": "bilinear", "antialias": True}, {"mode": "bilinear", "align_corners": True}, {}],
+    ids=str,
+)
+def test_images_are_resampled_in_integers_or_left_in_float(options: dict[str, Any], backend: str) -> None:
+    if reason := backends.find(backend).unavailable():
+        pytest.skip(reason)
+
+    class Enlarged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.interpolate(self.first(x).relu(), scale_factor=2, **options))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x = Enlarged().eval(), torch.randn(2, 3, 9, 9)
+    try:
+        quantized = ptq(model, x, backend=backend)
+    except BackendError:
+        assert backend == "onnxruntime" and options.get("antialias")
+        return
+    assert snr(model, quantized, x) > 30
+    assert coverage(quantized).mac_share == 1.0
+
+
+@pytest.mark.parametrize("backend", ["fbgemm", "qnnpack"])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4])
+def test_transposed_convolutions_of_any_kernel_are_right(kernel: int, backend: str) -> None:
+    if reason := backends.find(backend).unavailable():
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.ConvTranspose2d(32, 16, kernel, 2)).eval(), torch.randn(2, 32, 8, 8)
+    assert snr(model, ptq(model, x, backend=backend), x) > 30

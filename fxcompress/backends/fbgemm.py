@@ -74,6 +74,17 @@ def _image(call: Call) -> str | None:
     return None if shape is None or len(shape) == 4 else "its input is not a batch of images"
 
 
+_RESAMPLED = ("nearest", "nearest-exact", "bilinear", "area")
+
+
+def _resampled(call: Call) -> str | None:
+    name = str(call.node.target)
+    mode = "bicubic" if "bicubic" in name else call["mode"] or "nearest"
+    if mode not in _RESAMPLED:
+        return f"it interpolates by {mode!r}"
+    return "it is antialiased" if call.node.kwargs.get("antialias") or "_aa" in name else _image(call)
+
+
 def _max_pool(call: Call) -> str | None:
     return "it returns indices" if call["return_indices"] else _image(call)
 
@@ -150,7 +161,7 @@ RULES: dict[str, Rule] = {
     "adaptive_avg_pool2d": _POOL,
     "avg_pool3d": _KEEPS,
     "adaptive_avg_pool3d": _KEEPS,
-    "interpolate": _POOL,
+    "interpolate": Rule(output="input", refuse=_resampled),
     "mean": Rule(output="input", refuse=_mean),
     "getitem": Rule(output="input", refuse=_plain_index),
     **dict.fromkeys(_PARTS, Rule(output="input", refuse=_taken_apart)),

@@ -11,6 +11,7 @@ import logging
 import operator
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fxcompress.errors import TraceError
 from fxcompress.graph import ops
 from fxcompress.graph.inputs import Arguments, autocast_refused, bind, frozen_state, preserved_attributes
 
-__all__ = ["capture", "inline", "ordered"]
+__all__ = ["capture", "inline", "mapping", "open_mappings", "ordered"]
 
 
 def capture(
@@ -52,8 +53,26 @@ def capture(
             continue
         if program.graph_signature.buffers_to_mutate:
             raise TraceError("it updates buffers while running")
-        return program, fixed
+        return _without_transforms(program), fixed
     raise TraceError(f"torch.export refused it: {_first_line(failure)}") from failure
+
+
+def _without_transforms(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """``program`` with what ``torch.vmap`` and its relatives do written out; TraceError where that cannot be."""
+    if not any(_transforms(node) for node in program.graph.nodes):
+        return program
+    try:
+        with _quiet():
+            plain: torch.export.ExportedProgram = program.run_decompositions({})
+    except Exception as error:  # whatever torch raises means the same: this rung does not hold
+        raise TraceError("its code transforms functions (torch.func), which a graph does not hold") from error
+    if any(_transforms(node) for node in plain.graph.nodes):
+        raise TraceError("its code transforms functions (torch.func), which a graph does not hold")
+    return plain
+
+
+def _transforms(node: fx.Node) -> bool:
+    return "_functorch" in str(getattr(node.target, "__module__", ""))
 
 
 def _all_dimensions(leaf: Any) -> Any:
@@ -129,11 +148,34 @@ def ordered(graph: fx.Graph, items: dict[str, Any]) -> fx.Node:
     return graph.call_function(OrderedDict, (list(items.items()),))
 
 
+def mapping(graph: fx.Graph, like: dict[Any, Any], items: dict[Any, Any]) -> fx.Node:
+    """A node that makes a mapping of the class of ``like``: as dataclasses are made, or from a dict."""
+    if type(like) is OrderedDict:
+        return ordered(graph, items)
+    return graph.call_function(type(like), *(((), items) if is_dataclass(like) else ((items,), {})))
+
+
+def open_mappings(graph: fx.Graph) -> None:
+    """Let what reads an item of a mapping that the graph makes read the item; a mapping nobody reads as a whole goes."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, type) or not issubclass(node.target, dict):
+            continue
+        items: dict[Any, Any] = dict(node.args[0]) if node.args else dict(node.kwargs)
+        for user in list(node.users):
+            reads = user.target in (getattr, operator.getitem) and user.args[0] is node
+            value = items.get(user.args[1]) if reads else None
+            if isinstance(value, fx.Node):
+                user.replace_all_uses_with(value)
+                graph.erase_node(user)
+        if not node.users:
+            graph.erase_node(node)
+
+
 def _containers(graph: fx.Graph, value: Any) -> Any:
     """``value`` with nodes for the containers that a graph cannot hold as an argument."""
     if isinstance(value, dict):
         items = {key: _containers(graph, item) for key, item in value.items()}
-        return ordered(graph, items) if type(value) is OrderedDict else items
+        return items if type(value) is dict else mapping(graph, value, items)
     if ops.is_named_tuple(type(value)):
         return graph.call_function(type(value), tuple(_containers(graph, item) for item in value))
     if type(value) in (list, tuple):

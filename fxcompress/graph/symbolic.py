@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
 from fxcompress.graph import ops
-from fxcompress.graph.capture import ordered
+from fxcompress.graph.capture import mapping
 from fxcompress.graph.hooks import around, has_hooks, with_own_hooks
 from fxcompress.graph.inputs import Arguments, autocast_refused, bind, preserved_attributes
 from fxcompress.graph.transformers import PLAIN, plain_transformers
@@ -67,17 +65,10 @@ class LadderTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, dict) and type(a) is not dict:
-            return self._mapping(a)
+            return mapping(self.graph, a, {key: self.create_arg(value) for key, value in a.items()})
         if ops.is_named_tuple(type(a)):
             return self.graph.call_function(type(a), tuple(self.create_arg(value) for value in a))
         return super().create_arg(a)
-
-    def _mapping(self, a: dict[Any, Any]) -> Any:
-        """A mapping of a class of its own, made as dataclasses are, or from a dict."""
-        items = {key: self.create_arg(value) for key, value in a.items()}
-        if type(a) is OrderedDict:
-            return ordered(self.graph, items)
-        return self.graph.call_function(type(a), *(((), items) if is_dataclass(a) else ((items,), {})))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (

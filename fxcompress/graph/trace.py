@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fxcompress.errors import TraceError
 from fxcompress.graph import edit, inplace
-from fxcompress.graph.capture import capture, inline
+from fxcompress.graph.capture import capture, inline, open_mappings
 from fxcompress.graph.collector import collector_paused
 from fxcompress.graph.copying import copied_model
 from fxcompress.graph.functions import inline_call, open_functions
@@ -181,11 +181,29 @@ def _finish(module: fx.GraphModule, model: nn.Module, rungs: list[Rung]) -> fx.G
         rungs.append(
             Rung("", "note", f"its code overwrites the input {name!r}; the graph computes the same and leaves it as it is")
         )
+    open_mappings(module.graph)
     module.graph.eliminate_dead_code(is_impure_node=inplace.is_impure)
     edit.finish(module)
+    _forget_code(module)
     module.graph.lint()
     module.meta.update(rungs=tuple(rungs), stage="float")
     return module
+
+
+def _forget_code(module: fx.GraphModule) -> None:
+    """Leave of modules whose code is operators of the graph now (exported ones) what they hold, under their names."""
+    called = {f"{node.target}." for node in module.graph.nodes if node.op == "call_module"}
+    plain: dict[int, nn.Module] = {}
+    for name, part in list(module.named_modules(remove_duplicate=False)):
+        runs = any(f"{name}.".startswith(prefix) for prefix in called)
+        if not name or runs or type(part).__module__.startswith("torch.") or isinstance(part, fx.GraphModule):
+            continue
+        if id(part) not in plain:
+            made = plain[id(part)] = nn.Module().train(part.training)
+            for kept in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+                setattr(made, kept, getattr(part, kept))
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner)._modules[leaf] = plain[id(part)]
 
 
 def _from_export(model: nn.Module, call: Arguments, program: torch.export.ExportedProgram) -> fx.GraphModule:
@@ -311,7 +329,8 @@ def _compile_below(
             continue
         full = f"{prefix}.{inner}" if prefix else inner
         call = calls[inner][0] if inner in calls else None
-        compiled, reason = (None, CAST) if call is not None and _is_cast(child, call) else _capture_whole(child, call)
+        hindered = _hindrance(child, call) if call is not None else ""
+        compiled, reason = (None, hindered) if hindered else _capture_whole(child, call)
         if compiled is None:
             rungs.append(Rung(full, "island", reason))
             _compile_below(child, prefix, inner, calls, called_only, rungs, replaced)
@@ -322,6 +341,14 @@ def _compile_below(
 
 
 CAST = "it is called under autocast, with values of another type than its parameters"
+TRANSFORMED = "it is called inside a transform of torch.func, where nobody may look at values"
+
+
+def _hindrance(module: nn.Module, call: Arguments) -> str:
+    """Why a call inside an island cannot be compiled, or an empty string."""
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(value) for value in tensors_in(tuple(call))):
+        return TRANSFORMED
+    return CAST if _is_cast(module, call) else ""
 
 
 def _is_cast(module: nn.Module, call: Arguments) -> bool:
