@@ -156,3 +156,13 @@ def test_affine_weights_run_in_integers_as_the_reference_graph_says(per_channel:
         options["overrides"] = {"*": {"weight_bits": 4}}
         four = {s: PTQQuantizer(symmetric=s, **options).quantize(model, batches) for s in (True, False)}
         assert output_snr(model(x), four[False](x)) > output_snr(model(x), four[True](x)) + 2
+
+
+def test_a_model_quantized_in_steps_is_counted_like_one_quantized_at_once() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    batches = [torch.randn(2, 3, 8, 8) for _ in range(2)]
+    quantizer = PTQQuantizer(num_calibration_batches=2)
+    stepwise = quantizer.convert(quantizer.calibrate(quantizer.prepare(model), batches))
+    counted = coverage(stepwise)
+    assert counted.total_macs == 2 * (8 * 36 * 27 + 8 * 36 * 4) and counted.mac_share == 1.0
+    assert coverage(quantizer.quantize(model, batches)) == counted

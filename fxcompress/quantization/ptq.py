@@ -8,8 +8,11 @@ from typing import Any, ClassVar
 from torch import fx, nn
 
 from fxcompress import backends
+from fxcompress.data import fed
 from fxcompress.errors import ConfigError
 from fxcompress.graph.select import Layer
+from fxcompress.graph.trace import trace
+from fxcompress.manager import example_call
 from fxcompress.pass_base import Context
 from fxcompress.plan import Plan
 from fxcompress.quantization.quantizer import (
@@ -112,9 +115,13 @@ class PTQQuantizer(Quantizer):
         """
         check_stage(model, self.converts, "prepare(model)")
         assert isinstance(model, fx.GraphModule)
+        dataloader = fed(dataloader) if self._calibrate else dataloader
         context = Context(data=dataloader, progress=self._progress)
         for step in self._calibrate:
             step.run_model(model, context)
+        call = example_call(None, dataloader) if self._calibrate else None
+        if call is not None:  # shapes, for what counts multiply-accumulates
+            trace(model, call, copied=True)
         return model
 
     def quantize(self, model: nn.Module, dataloader: Iterable[Any], example_inputs: Any = None) -> fx.GraphModule:
