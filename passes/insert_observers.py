@@ -85,6 +85,8 @@ class InsertObservers(Pass):
         asked = {node: overrides[layer_name(node, context.region)] for node in placed.integers}
         for node, rule in placed.integers.items():
             node.meta["integer"] = True
+            if rule.weighted and self.per_channel and backend.per_channel and ops.kind(node).startswith("conv_transpose"):
+                context.note(node, "kernels of transposed convolutions take one scale per weight, and it has one")
             if rule.weighted and (grid := weight_grid_of(asked[node])):
                 node.meta["weight_grid"] = grid
         for node in placed.observed:

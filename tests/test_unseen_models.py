@@ -202,6 +202,13 @@ def test_convolutions_of_volumes_without_a_bias_are_exported(backend: str) -> No
     assert snr(model, ptq(model, x, backend=backend), x) > 30
 
 
+def test_a_transposed_convolution_says_that_it_has_one_scale() -> None:
+    quantizer = PTQQuantizer(num_calibration_batches=1, progress=False)
+    quantized = quantizer.quantize(nn.Sequential(nn.ConvTranspose2d(4, 6, 3)).eval(), [torch.randn(2, 4, 5, 5)])
+    assert any("one scale per weight" in remark.reason for remark in quantizer.ledger.remarks("insert-observers"))
+    assert quantized.meta["portable"].get_buffer("0.weight_scale").shape == (1,)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_bags_of_embeddings_are_exported_as_lookups(mode: str) -> None:
     """The exporter's own form of them crashes ONNX Runtime."""
