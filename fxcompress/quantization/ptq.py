@@ -39,7 +39,7 @@ class PTQQuantizer(Quantizer):
     ``symmetric``                symmetric weights; False: affine ones, where the backend has them (activations are as the
                                  backend wants them)
     ``calibration_method``       a calibrator's name; ``calibrator_options`` are its parameters
-    ``num_calibration_batches``  a ceiling; fewer batches than asked is said in the ledger
+    ``num_calibration_batches``  a ceiling; fewer batches than asked is a warning, logged and in the ledger
     ``include_layers``, ``exclude_layers``  by name, glob, ``re:`` or ``type:``, with everything below
     ``overrides``                ``{layers: {bits, weight_bits, activation_bits, calibrator, calibrator_options,
                                  per_channel, symmetric, float}}``, layer by layer
