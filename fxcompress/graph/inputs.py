@@ -130,12 +130,16 @@ def autocast_refused() -> Iterator[None]:
 
 @contextmanager
 def preserved_attributes(model: nn.Module) -> Iterator[None]:
-    """Undo what code leaves on modules while it is traced (a cache filled with proxies); fx's own constants stay."""
-    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    """Undo what code leaves on modules while it is traced (a cache filled with proxies, hooks); fx's own constants stay."""
+    before = [(module, dict(module.__dict__), [dict(held) for held in _hooks(module)]) for module in model.modules()]
     try:
         yield
     finally:
-        for module, attributes in before:
+        for module, attributes, hooks in before:
+            for held, kept in zip(_hooks(module), hooks, strict=True):
+                if len(held) != len(kept):
+                    held.clear()
+                    held.update(kept)
             now = module.__dict__
             changed = [key for key, value in now.items() if attributes.get(key, before) is not value]
             for key in changed:
@@ -143,6 +147,10 @@ def preserved_attributes(model: nn.Module) -> Iterator[None]:
                     now[key] = attributes[key]
                 elif not key.startswith("_tensor_constant"):
                     del now[key]
+
+
+def _hooks(module: nn.Module) -> tuple[dict[Any, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks
 
 
 def record_calls(model: nn.Module, call: Arguments, names: set[str]) -> dict[str, tuple[Arguments, Any]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ __all__ = [
     "LadderTracer",
     "concrete_arguments",
     "first_line",
+    "is_decorated",
     "name_placeholders",
     "nested_arguments",
     "placeholder_target",
@@ -39,11 +42,17 @@ _SEQUENCES = (rnn.pack_padded_sequence, rnn.pad_packed_sequence)
 PADDED = "padded positions hold values that torch's fused kernel for inference would replace by zeros"
 
 
+DECIDED = "argument {!r} keeps the type and the number of dimensions that it has in the examples: the code decides by them"
+
+_COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_)
+
+
 class LadderTracer(fx.Tracer):
     """fx's tracer, with leaves from the op table, rollback of a module that defeats it, and indexed attribute lookup."""
 
-    def __init__(self) -> None:
+    def __init__(self, examples: Mapping[str, Any] | None = None) -> None:
         super().__init__(autowrap_functions=_SEQUENCES)
+        self.examples = {name: value for name, value in (examples or {}).items() if isinstance(value, torch.Tensor)}
         self._autowrap_search.append(rnn)  # for those who call nn.utils.rnn.pack_padded_sequence
         self.defeated: dict[str, str] = {}
         self.notes: list[tuple[str, str]] = []
@@ -62,6 +71,35 @@ class LadderTracer(fx.Tracer):
             elif node.target in _SEQUENCES:
                 node.meta.pop("is_wrapped", None)  # generated code would wrap it by a dotted name, and no trace go on after
         return graph
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Which way code goes that asks for the type or the number of dimensions of an argument or a parameter."""
+        asked: set[str] = set()
+        try:
+            decided = bool(self._fact(obj.node, asked))
+        except LookupError:
+            return super().to_bool(obj)
+        self.notes += [("", DECIDED.format(name)) for name in sorted(asked) if ("", DECIDED.format(name)) not in self.notes]
+        return decided
+
+    def _fact(self, value: Any, asked: set[str]) -> Any:
+        """What ``value`` is for every call like the example; LookupError where that depends on more."""
+        if not isinstance(value, fx.Node):
+            return value
+        is_attribute = value.target is getattr and value.args[1] in ("dtype", "ndim")
+        if is_attribute or (value.op == "call_method" and value.target in ("dim", "ndimension")):
+            return getattr(self._example(value.args[0], asked), str(value.args[1]) if is_attribute else "ndim")
+        if value.op == "call_function" and value.target in _COMPARISONS:
+            return value.target(*(self._fact(arg, asked) for arg in value.args))
+        raise LookupError(value)
+
+    def _example(self, node: Any, asked: set[str]) -> torch.Tensor:
+        if node.op == "placeholder":
+            asked.add(str(node.target))
+            return self.examples[str(node.target)]
+        if node.op == "get_attr":
+            return next(tensor for name, tensor, _ in tensors(self.root) if name == node.target)
+        raise LookupError(node)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, dict) and type(a) is not dict:
@@ -145,7 +183,9 @@ def placeholder_target(parameter: inspect.Parameter) -> str:
 def name_placeholders(graph: fx.Graph, model: nn.Module) -> None:
     """Give arguments that were fixed their own names back, which fx numbers; flattened containers are named elsewhere."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    if is_decorated(model):
+        parameters = [parameter for parameter in parameters if parameter.kind not in STARS]
     if len(placeholders) != len(parameters):
         return
     for node, parameter in zip(placeholders, parameters, strict=True):
@@ -154,10 +194,47 @@ def name_placeholders(graph: fx.Graph, model: nn.Module) -> None:
 
 def symbolic(tracer: LadderTracer, model: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph | None, str]:
     try:
-        with preserved_attributes(model), plain_transformers(), with_own_hooks(model), autocast_refused():
+        with (
+            preserved_attributes(model),
+            plain_transformers(),
+            with_own_hooks(model),
+            _undecorated(model),
+            autocast_refused(),
+        ):
             return tracer.trace(model, concrete or None), ""
     except Exception as error:  # user code may raise anything on a proxy
         return None, first_line(error)
+
+
+def is_decorated(model: nn.Module) -> bool:
+    """Whether the code of ``forward`` is wrapped in a function with another signature."""
+    return hasattr(type(model).forward, "__wrapped__")
+
+
+@contextmanager
+def _undecorated(model: nn.Module) -> Iterator[None]:
+    """Give a decorated ``forward`` a function around it with the parameters that it says it has, but those with stars.
+
+    fx reads the parameters off the code object, and gives a decorator's ``*args, **kwargs`` no values.
+    """
+    cls = type(model)
+    if not is_decorated(model):
+        yield
+        return
+    parameters = [p.replace(annotation=p.empty) for p in inspect.signature(model.forward).parameters.values()]
+    kept = [p for p in parameters if p.kind not in STARS]
+    passed = ", ".join(p.name if p.kind is p.POSITIONAL_ONLY else f"{p.name}={p.name}" for p in kept)
+    names = ", ".join(["self", *(p.name for p in kept)])
+    space = {"call": cls.forward}
+    exec(f"def forward({names}):\n    return call(self, {passed})", space)
+    forward: Any = space["forward"]
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = inspect.Signature([own, *kept])
+    model.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    try:
+        yield
+    finally:
+        model.__class__ = cls
 
 
 def concrete_arguments(model: nn.Module, call: Arguments | None) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from fxcompress.graph.symbolic import (
     LadderTracer,
     concrete_arguments,
     first_line,
+    is_decorated,
     name_placeholders,
     nested_arguments,
     placeholder_target,
@@ -113,8 +114,7 @@ def _trace(model: nn.Module, call: Arguments | None) -> fx.GraphModule:
     stars = _stars(model)
     if call is not None and any(bind(model, call).arguments.get(parameter.name) for parameter in stars):
         raise TraceError(f"{type(model).__name__}.forward was given {stars[0]}; an island needs named arguments.")
-    notes = [Rung("", "note", f"{parameter} is not taken any more") for parameter in stars]
-    return around_island(model, [Rung("", "island", reason), *notes, *_compile_children(model, call)])
+    return around_island(model, [Rung("", "island", reason), *_not_taken(stars), *_compile_children(model, call)])
 
 
 def _stars(model: nn.Module) -> list[inspect.Parameter]:
@@ -123,25 +123,31 @@ def _stars(model: nn.Module) -> list[inspect.Parameter]:
     return [parameter for parameter in parameters if parameter.kind in STARS]
 
 
+def _not_taken(stars: list[inspect.Parameter]) -> list[Rung]:
+    return [Rung("", "note", f"{placeholder_target(parameter)} is not taken any more") for parameter in stars]
+
+
 def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphModule | None, str]:
     """``model`` as one graph, by the first two rungs; or None, and why both refuse its own forward."""
     if call is not None and any(isinstance(value, PackedSequence) for value in [*call.args, *call.kwargs.values()]):
         return None, "it takes a packed sequence, whose shape depends on its data"
     hooked = [name for name, part in parts(model).items() if has_hooks(part)]
     concrete = bound = concrete_arguments(model, call)
-    tracer = LadderTracer()
+    examples = bind(model, call).arguments if call is not None else {}
+    tracer = LadderTracer(examples)
     with noted_mode() as mode:
         graph, failure = symbolic(tracer, model, bound)
         if graph is None and call is not None and (nested := nested_arguments(model, call)):
-            tracer, bound = LadderTracer(), {**concrete, **nested}
+            tracer, bound = LadderTracer(examples), {**concrete, **nested}
             graph, failure = symbolic(tracer, model, bound)
     rungs = [Rung("", "note", f"argument {name!r} is fixed to {value!r}") for name, value in concrete.items()]
     module: fx.GraphModule
     if graph is not None:
         name_placeholders(graph, model)
         module = TracedModule(tracer.root, graph, type(model).__name__)
+        rungs += _not_taken(_stars(model) if is_decorated(model) else [])
         rungs += [Rung(name, "note", note) for name, note in tracer.notes]
-        rungs += _other_mode(module, model, bound) if mode.asked else []
+        rungs += _other_mode(module, model, LadderTracer(examples), bound) if mode.asked else []
         rungs += _resolve(module, model, tracer.defeated, call)
         rungs += open_functions(module, call)
         for node in module.graph.nodes:
@@ -159,10 +165,10 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
     return _finish(module, model, rungs), ""
 
 
-def _other_mode(module: fx.GraphModule, model: nn.Module, bound: dict[str, Any]) -> list[Rung]:
+def _other_mode(module: fx.GraphModule, model: nn.Module, tracer: LadderTracer, bound: dict[str, Any]) -> list[Rung]:
     """Give a graph the layers that switch by its mode; a note for what else the model's code does in its other mode."""
     with flipped(model):
-        other, _ = symbolic(LadderTracer(), model, bound)
+        other, _ = symbolic(tracer, model, bound)
     return switching_layers(module, model, other) if other is not None else [Rung("", "note", only(model))]
 
 
