@@ -52,6 +52,17 @@ class Stages:
         for what, mine in self._identity.items():
             if identity.get(what) != mine:
                 raise ConfigError(f"{str(self.folder)!r} holds a run of another {what}; choose another folder.")
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Delete the drafts of files that an interruption left half written."""
+        if self.folder is None or not is_main():
+            return
+        for draft in self.folder.glob(".stage*"):
+            if draft.is_dir():
+                shutil.rmtree(draft, ignore_errors=True)
+            else:
+                draft.unlink(missing_ok=True)
 
     def _write(self) -> None:
         if not is_main():

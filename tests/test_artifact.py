@@ -152,3 +152,14 @@ def test_pickle_keeps_stage_and_history() -> None:
     assert again.meta["stage"] == "lowered"
     assert again.meta["history"] == result.meta["history"]
     assert torch.equal(again(X), result(X))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_part_keeps_its_mode(tmp_path: Path, training: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).eval()
+    prepared = PassManager(["insert-fake-quant"], progress=False).run(model, torch.randn(2, 3, 8, 8)).train(training)
+    prepared.get_submodule("1").eval()
+    save(prepared, tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert {n: p.training for n, p in again.named_modules()} == {n: p.training for n, p in prepared.named_modules()}

@@ -92,3 +92,24 @@ def test_an_interruption_in_any_stage_changes_nothing(whole: tuple[Any, Any], tm
     assert torch.equal(result(X), expected(X))
     assert [row.step for row in pipeline.ledger.rows] == ["trace", *(step.name for step in pipeline.plan)]
     assert len({tuple(names) for names in seen}) > 1
+
+
+@pytest.mark.parametrize("step", ["insert-fake-quant", "freeze-scales", "fold-quantization", "lower"])
+def test_a_run_that_ends_between_steps_goes_on_to_the_same_result(
+    whole: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    pipeline, expected = whole
+    cls = type(next(found for found in pipeline.plan if found.name == step))
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cls, "run_model", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build_compression_pipeline(CONFIG).run(small(), BATCHES, X[:8], keep=tmp_path / "run")
+    for draft in (".stages.json.1.partial", ".stage-3-abc"):
+        (tmp_path / "run" / draft).write_text("half")
+    result = build_compression_pipeline(CONFIG).run(small(), BATCHES, X[:8], keep=tmp_path / "run", resume=True)
+    assert torch.equal(result(X), expected(X))
+    assert not list((tmp_path / "run").glob(".stage*"))
