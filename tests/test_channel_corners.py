@@ -27,7 +27,10 @@ CASES: dict[int, list[str]] = {
     6: ["topology: U-Net", "topology: feature pyramid"],
     7: ["topology: a feature map among the outputs stays"],
     8: ["topology: one layer called on two inputs", "topology: embedding and head are one tensor"],
-    9: ["topology: CBAM", "topology: test_an_outer_product_that_is_flattened"],
+    9: [
+        "topology: CBAM",
+        "topology: test_of_an_outer_product_that_is_flattened_one_factor_loses_channels_and_the_other_says_why_not",
+    ],
     10: ["topology: GLU by chunk", "topology: SwiGLU of one layer"],
     11: ["topology: C2f", "topology: CSP"],
     12: ["movement: a front part", "movement: roll back, of two dimensions"],
