@@ -43,7 +43,7 @@ class DigitsNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(F.relu(self.stem(x)))
-        return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))  # type: ignore[no-any-return]
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:

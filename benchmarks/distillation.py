@@ -36,7 +36,7 @@ def build(name: str) -> nn.Module:
 
     options: dict[str, Any] = {"weights_backbone": None, "num_classes": 21} if name in _SEGMENTATION else {}
     torch.manual_seed(0)
-    return torchvision.models.get_model(name, weights=None, **options)  # type: ignore[no-any-return]
+    return torchvision.models.get_model(name, weights=None, **options)
 
 
 _SEGMENTATION = ("deeplabv3_resnet50", "lraspp_mobilenet_v3_large")

@@ -148,7 +148,7 @@ class Tagger(nn.Module):
         self.head = nn.Linear(1024, 20)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.rnn(self.embed(tokens))[0])  # type: ignore[no-any-return]
+        return self.head(self.rnn(self.embed(tokens))[0])
 
 
 def dynamic(run: Run) -> Iterator[Figure]:

@@ -33,7 +33,7 @@ def torch_ao_fx(model: nn.Module, batches: list[Tensor], folder: Path) -> Call:
     prepared = prepare_fx(model, get_default_qconfig_mapping("x86"), (batches[0],))
     for batch in batches:
         prepared(batch)
-    return convert_fx(prepared)  # type: ignore[no-any-return]
+    return convert_fx(prepared)
 
 
 def torch_ao_dynamic(model: nn.Module, batches: list[Tensor], folder: Path) -> Call:
@@ -41,7 +41,7 @@ def torch_ao_dynamic(model: nn.Module, batches: list[Tensor], folder: Path) -> C
     from torch.ao.quantization import quantize_dynamic
 
     torch.backends.quantized.engine = "x86"
-    return quantize_dynamic(model, {nn.Linear})  # type: ignore[no-any-return]
+    return quantize_dynamic(model, {nn.Linear})
 
 
 def torchao_pt2e(model: nn.Module, batches: list[Tensor], folder: Path) -> Call:
@@ -185,11 +185,11 @@ class Server:
 
     @functools.cached_property
     def batches(self) -> list[Tensor]:
-        return self._read("batches")  # type: ignore[no-any-return]
+        return self._read("batches")
 
     @functools.cached_property
     def image(self) -> Tensor:
-        return self._read("image")  # type: ignore[no-any-return]
+        return self._read("image")
 
     @functools.cached_property
     def lived_in(self) -> nn.Module:
@@ -204,7 +204,7 @@ class Server:
         import torchvision
 
         options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        return torchvision.models.get_model(name, weights=None, **options).eval()  # type: ignore[no-any-return]
+        return torchvision.models.get_model(name, weights=None, **options).eval()
 
     def _read(self, word: str) -> Any:
         return torch.load(self.folder / f"{word}.pt", weights_only=True)

@@ -26,7 +26,7 @@ def _torchvision(name: str, **options: Any) -> nn.Module:
         from torchvision.models import get_model
     except ImportError as error:
         raise ConfigError(f"the model {name!r} comes from torchvision, which is not installed.") from error
-    return get_model(name, weights=None, **options)  # type: ignore[no-any-return]
+    return get_model(name, weights=None, **options)
 
 
 def resnet(depth: int = 50, num_classes: int = 1000) -> nn.Module:

@@ -159,7 +159,7 @@ class Context:
         key = (analyse, id(module))
         if key not in self._analyses:
             self._analyses[key] = analyse(module)
-        return self._analyses[key]  # type: ignore[no-any-return]
+        return self._analyses[key]
 
     def forget(self) -> None:
         """Drop remembered analyses: the graph has changed."""

@@ -20,7 +20,7 @@ class Inverted(nn.Module):
         self.first, self.second = activation(), activation()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.project(self.second(self.depthwise(self.first(self.expand(x)))))  # type: ignore[no-any-return]
+        return x + self.project(self.second(self.depthwise(self.first(self.expand(x)))))
 
 
 def mobile(activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:

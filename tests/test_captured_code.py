@@ -31,18 +31,18 @@ class Net(nn.Module):
 
 class Mapped(Net):
     def forward(self, x: Tensor) -> Tensor:
-        return self.after(torch.vmap(self.inner)(self.before(x)).relu())  # type: ignore[no-any-return]
+        return self.after(torch.vmap(self.inner)(self.before(x)).relu())
 
 
 class Ensemble(Net):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.before(x).relu()
-        return self.after(torch.vmap(lambda weight: F.linear(hidden, weight))(self.members).mean(0))  # type: ignore[no-any-return]
+        return self.after(torch.vmap(lambda weight: F.linear(hidden, weight))(self.members).mean(0))
 
 
 class Differentiated(Net):
     def forward(self, x: Tensor) -> Tensor:
-        return self.after(torch.vmap(torch.func.grad(lambda v: self.inner(v).tanh().sum()))(self.before(x)))  # type: ignore[no-any-return]
+        return self.after(torch.vmap(torch.func.grad(lambda v: self.inner(v).tanh().sum()))(self.before(x)))
 
 
 WAYS: dict[str, Callable[[nn.Module], Any]] = {
@@ -114,7 +114,7 @@ class Wrapper(nn.Module):
         self.body, self.head = Body(), nn.Linear(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x).pooled)  # type: ignore[no-any-return]
+        return self.head(self.body(x).pooled)
 
 
 def test_an_exported_part_keeps_the_class_of_its_result_and_is_saved_without_its_code(tmp_path: Path) -> None:

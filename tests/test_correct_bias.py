@@ -102,7 +102,7 @@ def test_layers_that_share_a_weight_are_left_alone_and_named() -> None:
             self.conv = nn.Conv2d(3, 3, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.conv(self.conv(x))  # type: ignore[no-any-return]
+            return self.conv(self.conv(x))
 
     manager = PassManager([*OBSERVE, "correct-bias"], reproducer=False, progress=False)
     manager.run(Twice().eval(), data=data())

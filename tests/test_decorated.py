@@ -42,7 +42,7 @@ class Decorated(nn.Module):
         if not flat:
             values = values.mean(1)
         values = self.first(values) * scale
-        return self.second(values if mask is None else values * mask)  # type: ignore[no-any-return]
+        return self.second(values if mask is None else values * mask)
 
 
 def lower_rungs(model: Any) -> list[str]:
@@ -123,7 +123,7 @@ def test_a_result_of_an_exported_part_keeps_its_class() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             found = self.body(x)
-            return self.head(found.pooled) + found["hidden"].mean()  # type: ignore[no-any-return]
+            return self.head(found.pooled) + found["hidden"].mean()
 
     torch.manual_seed(0)
     model, x = Reading().eval(), torch.randn(3, 5, 8)
@@ -145,7 +145,7 @@ def test_hooks_that_a_model_gives_itself_when_it_is_called_come_once() -> None:
             if not self.watched:
                 self.layers[0].register_forward_hook(lambda module, args, result: self.seen.append(result))
                 self.watched = True
-            return self.layers(x).hidden + torch.stack(self.seen).sum(0)  # type: ignore[no-any-return]
+            return self.layers(x).hidden + torch.stack(self.seen).sum(0)
 
     torch.manual_seed(0)
     model, x = Watching().eval(), torch.randn(3, 5, 8)

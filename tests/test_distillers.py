@@ -71,7 +71,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage2(self.stage1(x))
         x = self.relu(self.bn(self.conv(x)) + x)
-        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+        return self.fc(x.mean((2, 3)))
 
 
 LAYERS = ["stage1", "stage2"]
@@ -385,7 +385,7 @@ def test_keywords_and_dicts_reach_both_models() -> None:
             self.layer = nn.Linear(3, 4)
 
         def forward(self, a: Tensor, *, b: Tensor) -> Tensor:
-            return self.layer(a + b)  # type: ignore[no-any-return]
+            return self.layer(a + b)
 
     distiller = LogitDistiller(Two(), Two())
     a, b = torch.randn(5, 3), torch.randn(5, 3)
@@ -537,7 +537,7 @@ def test_a_layer_inside_code_that_was_not_traced_is_refused() -> None:
             self.inner = nn.Linear(3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) if float(x.sum()) < 1e9 else x  # type: ignore[no-any-return]
+            return self.inner(x) if float(x.sum()) < 1e9 else x
 
     model = nn.Sequential(OrderedDict(island=Stubborn(), fc=nn.Linear(3, 2)))
     with pytest.raises(TraceError, match=r"teacher_layers: 'island.inner' cannot be tapped"):
@@ -564,7 +564,7 @@ class Counting(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         CALLS.append(len(x))
-        return self.net(x)  # type: ignore[no-any-return]
+        return self.net(x)
 
 
 CALLS: list[int] = []
@@ -708,7 +708,7 @@ def test_pyramids_of_a_detector_backbone_are_distilled() -> None:
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
     def backbone(name: str) -> nn.Module:
-        return resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=5)  # type: ignore[no-any-return]
+        return resnet_fpn_backbone(backbone_name=name, weights=None, trainable_layers=5)
 
     layers = ["fpn.layer_blocks.*"]
     teacher, student = backbone("resnet34"), backbone("resnet18")

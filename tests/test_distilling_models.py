@@ -42,7 +42,7 @@ class Plain(nn.Module):
         self.fc = nn.Linear(2 * width, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.stage2(self.stage1(x)).flatten(2).mean(2))  # type: ignore[no-any-return]
+        return self.fc(self.stage2(self.stage1(x)).flatten(2).mean(2))
 
 
 class Mixer(nn.Module):
@@ -57,7 +57,7 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
         x = x + self.block1(x)
-        return self.fc((x + self.block2(x)).mean(1))  # type: ignore[no-any-return]
+        return self.fc((x + self.block2(x)).mean(1))
 
 
 STAGES = ["stage1", "stage2"]
@@ -159,7 +159,7 @@ def test_channels_last_maps_are_seen_as_such() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.conv(x).permute(0, 2, 3, 1)
-            return self.fc((x + self.mlp(self.norm(x))).mean((1, 2)))  # type: ignore[no-any-return]
+            return self.fc((x + self.mlp(self.norm(x))).mean((1, 2)))
 
     x = torch.randn(4, 3, 8, 12)
     distiller = FeatureDistiller(Last(8), Last(5), ["conv", "mlp", "norm"], example_inputs=x)
@@ -237,7 +237,7 @@ def test_gradient_checkpoints_recompute_and_give_the_same_gradients() -> None:
         def forward(self, x: Tensor) -> Tensor:
             x = checkpoint(self.stage1, x, use_reentrant=False)
             x = checkpoint(self.stage2, x, use_reentrant=False)
-            return self.fc(x.flatten(2).mean(2))  # type: ignore[no-any-return]
+            return self.fc(x.flatten(2).mean(2))
 
     teacher, student = pair()
     thrifty = Thrifty(4)

@@ -41,7 +41,7 @@ class Net(nn.Module):
         x = torch.cat([x, F.avg_pool2d(x, 1)], 1)[:, :16]
         tokens = x.flatten(2).transpose(1, 2)
         tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
-        return self.head(self.norm(tokens))  # type: ignore[no-any-return]
+        return self.head(self.norm(tokens))
 
 
 def images(batch: int = 2) -> Tensor:
@@ -60,7 +60,7 @@ def run(path: Path, x: Tensor, optimize: bool = True) -> np.ndarray:
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]  # type: ignore[no-any-return]
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
 
 
 @pytest.fixture(scope="module")

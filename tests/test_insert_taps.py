@@ -53,7 +53,7 @@ def hooked(model: nn.Module, call: tuple[Tensor, ...], names: list[str]) -> dict
 
 
 def _call(model: nn.Module, name: str, x: Tensor) -> Tensor:
-    return model.get_submodule(name)(x)  # type: ignore[no-any-return]
+    return model.get_submodule(name)(x)
 
 
 class Residual(nn.Module):
@@ -67,7 +67,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + y)  # type: ignore[no-any-return]
+        return self.relu(self.bn2(self.conv2(y)) + y)
 
 
 class Net(nn.Module):
@@ -77,7 +77,7 @@ class Net(nn.Module):
         self.head = nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))  # type: ignore[no-any-return]
+        return self.head(self.body(x))
 
 
 def net() -> Net:
@@ -170,7 +170,7 @@ def test_several_values_are_named_one_by_one() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             a, b = self.pair(x, x * 2)
-            return a + b  # type: ignore[no-any-return]
+            return a + b
 
     model, x = Two().eval(), torch.randn(2, 3)
     with pytest.raises(ConfigError, match=r"'pair' returns several values: tap them one by one, as 'pair\.a', 'pair\.b'"):
@@ -299,7 +299,7 @@ class Stubborn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if float(x.sum()) > 1e9:
             return x
-        return self.inner(x)  # type: ignore[no-any-return]
+        return self.inner(x)
 
 
 def test_values_inside_code_that_was_not_traced_are_an_error_that_says_why() -> None:
@@ -324,7 +324,7 @@ class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2] > 4:
             x = x * 2
-        return self.act(self.conv(x))  # type: ignore[no-any-return]
+        return self.act(self.conv(x))
 
 
 def test_modules_that_were_captured_by_export_are_tapped_by_name() -> None:
@@ -380,7 +380,7 @@ def test_the_view_overwrites_only_what_nothing_else_reads() -> None:
             self.a, self.b, self.relu = nn.Linear(3, 3), nn.Linear(3, 3), nn.ReLU()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.relu(self.b(self.relu(self.a(x))))  # type: ignore[no-any-return]
+            return self.relu(self.b(self.relu(self.a(x))))
 
     x = torch.randn(2, 3)
     view = features(tapped(Chain().eval(), x, "a"))
@@ -406,7 +406,7 @@ class Sums(nn.Module):
         tapped = self.b(wider) + wider
         twice = self.c(tapped)
         double = self.d(twice + tapped * twice) + x.double()
-        return self.relu(self.e(x) + torch.add(double, self.e(x), alpha=2.0))  # type: ignore[no-any-return]
+        return self.relu(self.e(x) + torch.add(double, self.e(x), alpha=2.0))
 
 
 def test_the_view_adds_only_into_what_nothing_else_reads_and_what_the_sum_fits() -> None:

@@ -361,7 +361,7 @@ def _contrast(make: Callable[[], torch.nn.Module]) -> Loss:
         rows = [t.double() if t.dtype == torch.float64 else t.float() for t in (student, teacher)]
         with torch.autocast("cpu", enabled=False):
             pair = [unit(r.flatten(2).mean(2) if r.dim() == 4 else r) for r in rows]
-            return make().to(pair[0].dtype)(*pair, torch.arange(len(student)), None)  # type: ignore[no-any-return]
+            return make().to(pair[0].dtype)(*pair, torch.arange(len(student)), None)
 
     return loss
 

@@ -104,7 +104,7 @@ class Pooled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.max_pool2d(torch.relu(self.first(x)), 2)
-        return self.head(torch.relu(self.second(y)).flatten(1))  # type: ignore[no-any-return]
+        return self.head(torch.relu(self.second(y)).flatten(1))
 
 
 def pooled(**options: Any) -> tuple[nn.Module, PTQQuantizer, Any]:

@@ -63,7 +63,7 @@ def badly_scaled(model: nn.Sequential, octaves: float = 8.0) -> nn.Sequential:
             conv.bias.mul_(shrink)
             following.weight.div_(shrink[:, None, None, None] if following.groups > 1 else shrink[None, :, None, None])
             value = value * shrink[:, None, None]
-    return folded  # type: ignore[no-any-return]
+    return folded
 
 
 def accuracy(model: nn.Module) -> float:

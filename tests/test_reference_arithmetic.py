@@ -64,7 +64,7 @@ def normalised(part: nn.Module, a: Array) -> Array:
     mean, variance, weight, bias = (
         t.detach().double().numpy()[:, None, None] for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
     )
-    return (a - mean) / np.sqrt(variance + norm.eps) * weight + bias  # type: ignore[no-any-return]
+    return (a - mean) / np.sqrt(variance + norm.eps) * weight + bias
 
 
 class Norm(nn.Module):
@@ -79,7 +79,7 @@ class Norm(nn.Module):
             self.norm.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x.transpose(2, 3))  # type: ignore[no-any-return]
+        return self.norm(x.transpose(2, 3))
 
 
 torch.manual_seed(0)
@@ -238,7 +238,7 @@ def quantized(backend: str) -> Quantized:
 
 
 def result_of(graph: Any, name: str) -> torch.fx.Node:
-    return next(node for node in graph.graph.nodes if node.op == "output").args[0][name]  # type: ignore[no-any-return]
+    return next(node for node in graph.graph.nodes if node.op == "output").args[0][name]
 
 
 def operator_of(result: torch.fx.Node) -> torch.fx.Node:
@@ -265,12 +265,12 @@ def real(node: torch.fx.Node, values: dict[str, Any]) -> Array:
     assert isinstance(levels, torch.fx.Node)
     integers = values[levels.name].numpy().astype(np.float64)
     if node.target is qdq.dequantize:
-        return (integers - third) * float(scale)  # type: ignore[no-any-return, arg-type]
+        return (integers - third) * float(scale)  # type: ignore[arg-type]
     assert isinstance(scale, torch.fx.Node)
     along = [-1 if axis == third else 1 for axis in range(integers.ndim)]
     fourth = node.args[3] if len(node.args) > 3 else None
     zeros = values[fourth.name].double().numpy().reshape(along) if isinstance(fourth, torch.fx.Node) else 0.0
-    return (integers - zeros) * values[scale.name].double().numpy().reshape(along)  # type: ignore[no-any-return]
+    return (integers - zeros) * values[scale.name].double().numpy().reshape(along)
 
 
 def operands(node: torch.fx.Node, values: dict[str, Any]) -> list[Array]:

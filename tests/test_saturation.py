@@ -89,7 +89,7 @@ class _Wide(nn.Module):
             nn.init.ones_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.depthwise(self.conv(x)).mean((2, 3)))  # type: ignore[no-any-return]
+        return self.linear(self.depthwise(self.conv(x)).mean((2, 3)))
 
 
 @pytest.mark.parametrize("saturates", [True, False])
@@ -144,7 +144,7 @@ class _Tagger(nn.Module):
         self.rnn, self.head = nn.LSTM(8, 8), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x)[0])  # type: ignore[no-any-return]
+        return self.head(self.rnn(x)[0])
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -63,7 +63,7 @@ class Block(nn.Module):
         x = F.relu(self.stem(x))
         branch, short = self.two(F.relu(self.one(x))), self.short(x)
         total = short + branch if self.first else branch + short
-        return self.tail(F.relu(total))  # type: ignore[no-any-return]
+        return self.tail(F.relu(total))
 
 
 class Parts(nn.Module):
@@ -81,7 +81,7 @@ class Parts(nn.Module):
         joined = self.join(torch.cat([F.relu(self.left(x)), F.relu(self.right(x))], 1))
         pooled = self.up(F.max_pool2d(F.relu(joined), 2))
         pooled = self.last(F.avg_pool2d(F.relu(self.after(pooled)), 2))
-        return self.head(F.adaptive_avg_pool2d(pooled, 1).flatten(1))  # type: ignore[no-any-return]
+        return self.head(F.adaptive_avg_pool2d(pooled, 1).flatten(1))
 
 
 IMAGE = (4, 3, 8, 8)
@@ -165,7 +165,7 @@ def test_adding_an_input_or_a_constant_is_left_alone() -> None:
             self.one, self.two = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.two(self.one(x) + x) + 1.0  # type: ignore[no-any-return]
+            return self.two(self.one(x) + x) + 1.0
 
     model = quantized(Adds(), torch.randn(2, 16, 8, 8))
     reasons = [row.reason for row in coverage(model).floats if row.kind == "add"]

@@ -38,7 +38,7 @@ class AroundLooping(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.loop([self.stem(x), x])
-        return self.tail(first + second)  # type: ignore[no-any-return]
+        return self.tail(first + second)
 
 
 class DataDependent(nn.Module):
@@ -53,7 +53,7 @@ class DataDependent(nn.Module):
         y = self.features(x)
         if y.mean() > 1000:
             return y
-        return self.head(y[:, :, y.argmax() % y.shape[2]].mean(-1))  # type: ignore[no-any-return]
+        return self.head(y[:, :, y.argmax() % y.shape[2]].mean(-1))
 
 
 class AroundDataDependent(nn.Module):
@@ -62,7 +62,7 @@ class AroundDataDependent(nn.Module):
         self.stem, self.inner = nn.Conv2d(3, 3, 1), DataDependent()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(self.stem(x)).softmax(-1)  # type: ignore[no-any-return]
+        return self.inner(self.stem(x)).softmax(-1)
 
 
 def assert_same(model: nn.Module, traced: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -160,7 +160,7 @@ class Shared(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.conv(x)) + self.alias(x)
         y = x.mean((2, 3))
-        return self.tied(self.relu(self.head(y)) + y)  # type: ignore[no-any-return]
+        return self.tied(self.relu(self.head(y)) + y)
 
 
 def test_shared_modules_and_tied_weights_stay_shared() -> None:

@@ -222,7 +222,7 @@ class Keywords(nn.Module):
         self.inner = small()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.inner(images)  # type: ignore[no-any-return]
+        return self.inner(images)
 
 
 def test_a_dict_is_passed_by_keyword_and_what_forward_does_not_take_is_the_target() -> None:

@@ -21,7 +21,7 @@ def result(folder: Path, processes: int) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads((folder / f"result-{processes}.json").read_text())  # type: ignore[no-any-return]
+    return json.loads((folder / f"result-{processes}.json").read_text())
 
 
 @pytest.fixture(scope="module")

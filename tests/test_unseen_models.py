@@ -154,7 +154,7 @@ class Overwriting(nn.Module):
         before = self.first(x)
         x.mul_(2)
         x += 1
-        return self.second(before + x)  # type: ignore[no-any-return]
+        return self.second(before + x)
 
 
 @pytest.mark.parametrize("quantize", [ptq, dynamic])
@@ -230,7 +230,7 @@ def test_bags_that_runtimes_do_not_take_are_refused() -> None:
             self.bag, self.head = nn.EmbeddingBag(50, 16), nn.Linear(16, 8)
 
         def forward(self, tokens: Tensor, offsets: Tensor) -> Tensor:
-            return self.head(self.bag(tokens, offsets))  # type: ignore[no-any-return]
+            return self.head(self.bag(tokens, offsets))
 
     batch = {"tokens": torch.randint(0, 50, (9,)), "offsets": torch.tensor([0, 4])}
     with pytest.raises(BackendError, match="embedding bag with offsets"):
@@ -249,7 +249,7 @@ def test_a_graph_that_only_some_values_run_through_is_refused_by_engines() -> No
 
         def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
             packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-            return self.head(nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])  # type: ignore[no-any-return]
+            return self.head(nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])
 
     batch = {"x": torch.randn(3, 7, 12), "lengths": torch.tensor([7, 5, 2])}
     with pytest.raises(BackendError, match=r"takes? any values of their inputs' shapes.*lengths"):
@@ -275,7 +275,7 @@ def test_a_table_that_is_indexed_like_attention_biases_is_left_alone() -> None:
             self.index = nn.Buffer(torch.tensor([1, 0, 3, 2, 1, 0, 3, 2]))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) + self.table[:, self.index]  # type: ignore[no-any-return]
+            return self.inner(x) + self.table[:, self.index]
 
     torch.manual_seed(0)
     model, x = Biased().eval(), torch.randn(4, 8)
@@ -322,7 +322,7 @@ def test_images_are_resampled_in_integers_or_left_in_float(options: dict[str, An
             self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(F.interpolate(self.first(x).relu(), scale_factor=2, **options))  # type: ignore[no-any-return]
+            return self.last(F.interpolate(self.first(x).relu(), scale_factor=2, **options))
 
     torch.manual_seed(0)
     model, x = Enlarged().eval(), torch.randn(2, 3, 9, 9)

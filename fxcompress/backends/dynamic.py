@@ -54,7 +54,7 @@ class DynamicRecurrent(nn.Module):
         return _q.make_quantized_cell_params_dynamic(*packed, *biases, layer.quant_max < 255)
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
-        return self.layer(input, hx, self._run)  # type: ignore[no-any-return]
+        return self.layer(input, hx, self._run)
 
     def _run(self, values: Tensor, sizes: Tensor | None, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         layer = self.layer

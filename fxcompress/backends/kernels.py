@@ -116,10 +116,10 @@ class QuantizedLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.scale is not None:
-            return self.kernel(input, self.packed, self.scale, self.zero_point)  # type: ignore[no-any-return]
+            return self.kernel(input, self.packed, self.scale, self.zero_point)
         if self.taken is not None:
-            return self.kernel(input, *self.taken, self.packed)  # type: ignore[no-any-return]
-        return self.kernel(input.dequantize(), input.q_scale(), input.q_zero_point(), self.packed)  # type: ignore[no-any-return]
+            return self.kernel(input, *self.taken, self.packed)
+        return self.kernel(input.dequantize(), input.q_scale(), input.q_zero_point(), self.packed)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("packed", "kernel")}

@@ -360,7 +360,7 @@ class QuantizedBatchNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         kernel = _q.batch_norm2d if self.dims == 2 else _q.batch_norm3d
         statistics = (self.weight, self.bias, self.running_mean, self.running_var)
-        return kernel(input, *statistics, self.eps, self.scale, self.zero_point)  # type: ignore[no-any-return]
+        return kernel(input, *statistics, self.eps, self.scale, self.zero_point)
 
 
 _KERNELS: dict[str, Callable[[_Lowering, ops.Call, Any, Any], fx.Node]] = {

@@ -270,7 +270,7 @@ class BaseDistiller(Assignable):
 
     def _run(self, which: int, model: nn.Module, call: Arguments) -> tuple[Any, dict[str, Tensor]]:
         if self._views:
-            return self._views[which](*call.args, **call.kwargs)  # type: ignore[no-any-return]
+            return self._views[which](*call.args, **call.kwargs)
         return call(model), {}
 
     def _answer(self, call: Arguments, index: Tensor | None) -> tuple[Any, dict[str, Tensor]]:
@@ -284,7 +284,7 @@ class BaseDistiller(Assignable):
             with torch.no_grad():
                 known = self._run(0, self.teacher, in_dtype(call, self._teacher_dtype))
             self._cache.keep(index, tuple(call), known)
-        return known  # type: ignore[no-any-return]
+        return known
 
     def _task(self, output: Any, targets: Any) -> Tensor:
         if self.task_loss is not None:

@@ -25,7 +25,7 @@ class _OnAxis(nn.Module):
         self.layer, self.axis = layer, axis
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.movedim(1, self.axis)).movedim(self.axis, 1)  # type: ignore[no-any-return]
+        return self.layer(x.movedim(1, self.axis)).movedim(self.axis, 1)
 
 
 _CONVS: tuple[Any, ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -35,7 +35,7 @@ _NORMS: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Ba
 def _conv(inputs: int, outputs: int, dims: int, kernel_size: int = 1, bias: bool = False) -> nn.Module:
     if dims == 0:
         return nn.Linear(inputs, outputs, bias=bias)
-    return _CONVS[dims](inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias)  # type: ignore[no-any-return]
+    return _CONVS[dims](inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias)
 
 
 def _conv_bn(inputs: int, outputs: int, dims: int, kernel_size: int = 1) -> nn.Module:
@@ -87,7 +87,7 @@ def build_projector(config: Config, student: Layer, teacher: Layer, default: str
     if not isinstance(name, str):
         raise ConfigError(f"projector is {config!r}; it is a name, a mapping with a type, or a module.")
     try:
-        return PROJECTORS[name](inputs, outputs, len(student.shape) - 2, **options)  # type: ignore[no-any-return]
+        return PROJECTORS[name](inputs, outputs, len(student.shape) - 2, **options)
     except TypeError as error:
         raise ConfigError(f"projector {name!r}: {error}.") from error
 

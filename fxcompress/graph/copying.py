@@ -42,7 +42,7 @@ _PLAIN = frozenset(
 
 def _copy(part: nn.Module, memo: dict[int, Any], clones: set[int]) -> nn.Module:
     if id(part) in memo:
-        return memo[id(part)]  # type: ignore[no-any-return]
+        return memo[id(part)]
     if not _copies_plainly(type(part)):
         return _deep_copy(part, memo)
     attributes = _plain_copy(part.__dict__)

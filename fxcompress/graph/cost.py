@@ -154,7 +154,7 @@ def tensor_shape(call: ops.Call, value: Any) -> torch.Size:
         owner = call.node.graph.owning_module
         assert owner is not None
         prefix, _, name = value.name.rpartition(".")
-        return getattr(submodule(owner, prefix), name).shape  # type: ignore[no-any-return]
+        return getattr(submodule(owner, prefix), name).shape
     shape = shape_of(value)
     if shape is None:
         raise TypeError(f"the shape of {value} is not known")

@@ -283,7 +283,7 @@ class Features(nn.Module):
         view = self.__dict__.get("_view")
         if view is None:
             view = self.__dict__["_view"] = _view(self.model)
-        return view(*args, **kwargs)  # type: ignore[no-any-return]
+        return view(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_view"}

@@ -24,13 +24,13 @@ def _encoder_layer(
     self: Any, src: Tensor, src_mask: Mask = None, src_key_padding_mask: Mask = None, is_causal: bool = False
 ) -> Tensor:
     def attended(x: Tensor) -> Tensor:
-        return self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal)  # type: ignore[no-any-return]
+        return self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal)
 
     if self.norm_first:
         x = src + attended(self.norm1(src))
-        return x + self._ff_block(self.norm2(x))  # type: ignore[no-any-return]
+        return x + self._ff_block(self.norm2(x))
     x = self.norm1(src + attended(src))
-    return self.norm2(x + self._ff_block(x))  # type: ignore[no-any-return]
+    return self.norm2(x + self._ff_block(x))
 
 
 def _encoder(
@@ -83,7 +83,7 @@ def _transformer(
     memory_is_causal: bool = False,
 ) -> Tensor:
     memory = self.encoder(src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal)
-    return self.decoder(  # type: ignore[no-any-return]
+    return self.decoder(
         tgt,
         memory,
         tgt_mask=tgt_mask,

@@ -124,7 +124,7 @@ class _Scoring:
             rows = _rows(gradient, shape) if gradient is not None else None
             return criteria.taylor(_rows(tensor, shape), rows, name)
         function: Any = getattr(criteria, criterion)
-        return function(_rows(tensor, shape), name)  # type: ignore[no-any-return]
+        return function(_rows(tensor, shape), name)
 
 
 def _rows(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

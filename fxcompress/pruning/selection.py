@@ -161,7 +161,7 @@ class _Ladder:
         free = [order[~kept[order]] for order, kept in zip(self.order.numpy(), stays, strict=True)]
         number = min(number, *map(len, free))
         chosen = np.concatenate([units[:number] + block * self.size for block, units in enumerate(free)])
-        return np.sort(chosen).tolist()  # type: ignore[no-any-return]
+        return np.sort(chosen).tolist()
 
 
 def _globally(ladders: list[_Ladder], budget: Budget) -> list[int]:

@@ -235,7 +235,7 @@ def _held(module: nn.Module, leaf: str) -> Tensor | nn.Module | None:
     """What makes a weight itself: its Parameter, below masks, or the parametrization that computes it from several."""
     if parametrize.is_parametrized(module, leaf):
         held = _list(module, leaf)
-        return held.original if held.is_tensor else held  # type: ignore[no-any-return]
+        return held.original if held.is_tensor else held
     return module._parameters.get(leaf)
 
 

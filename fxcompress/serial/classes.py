@@ -43,7 +43,7 @@ def resolve_class(name: str) -> type[nn.Module]:
         return known_classes()[name]
     if name in ops.known_class_names():
         package, _, cls = name.rpartition(".")
-        return getattr(importlib.import_module(package), cls)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(package), cls)
     raise ArtifactError(f"the saved model has a layer of class {name!r}, which is not in the allow-list.")
 
 

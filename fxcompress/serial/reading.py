@@ -57,7 +57,7 @@ def _instantiate(data: dict[str, Any], tensors: Tensors) -> nn.Module:
     cls = resolve_class(data["class"])
     if "saved_state" in data:
         state = {key: _decode_state(value, tensors) for key, value in data["saved_state"].items()}
-        return cls.from_saved_state(state)  # type: ignore[attr-defined, no-any-return]
+        return cls.from_saved_state(state)  # type: ignore[attr-defined]
     attributes = {key: decode(value) for key, value in data["attributes"].items()}
     if cls in CONSTRUCTED:
         return cls(**attributes)

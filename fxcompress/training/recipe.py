@@ -176,7 +176,7 @@ def build_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> Optim
         raise ConfigError("the model has no parameter that requires a gradient; there is nothing to train.")
     options = {"lr": recipe.lr, **recipe.optimizer_options}
     what = f"{'optimizer_options: ' if recipe.optimizer_options else ''}optimizer {recipe.optimizer!r}"
-    return _called(OPTIMIZERS[recipe.optimizer], (found,), options, what)  # type: ignore[no-any-return]
+    return _called(OPTIMIZERS[recipe.optimizer], (found,), options, what)
 
 
 def build_schedule(recipe: Recipe, optimizer: Optimizer, horizon: Horizon) -> lr_scheduler.LRScheduler:

@@ -181,7 +181,7 @@ def einsum(walk: Walk, call: ops.Call) -> Value:
     equation, operands = call["equation"], call["operands"]
     values = [walk.value(operand) for operand in operands]
     if not isinstance(equation, str) or any(value is None for value in values):
-        return walk.give_up(call.node, "einsum in the form of lists has no rule")  # type: ignore[no-any-return]
+        return walk.give_up(call.node, "einsum in the form of lists has no rule")
     shape, where = walk.shape(call.node), place(call.node)
     inputs, output = _letters(equation, [len(v.shape) for v in values if v is not None], len(shape))
     rank = len(letters := sorted({letter for term in inputs for letter in term}))
@@ -190,7 +190,7 @@ def einsum(walk: Walk, call: ops.Call) -> Value:
     for value, term in zip(values, inputs, strict=True):
         assert value is not None
         if len(set(term)) < len(term):
-            return walk.give_up(call.node, "einsum with a repeated index has no rule")  # type: ignore[no-any-return]
+            return walk.give_up(call.node, "einsum with a repeated index has no rule")
         dims = {d: place_of[letter] for d, letter in enumerate(term)}
         full = [1] * rank
         for d, size in enumerate(value.shape):

@@ -36,9 +36,9 @@ def _convolved(walk: Walk, call: ops.Call, transposed: bool) -> Value:
     walk.role(call["weight"], read, "in")
     groups = walk.plain(call["groups"])
     if not isinstance(groups, int) or (groups > 1 and 0 not in weight.labels):
-        return walk.give_up(call.node, "its groups are not known")  # type: ignore[no-any-return]
+        return walk.give_up(call.node, "its groups are not known")
     if not isinstance(call["groups"], int) and groups not in (value.shape[channel], result.shape[channel]):
-        return walk.give_up(call.node, "its groups are computed")  # type: ignore[no-any-return]
+        return walk.give_up(call.node, "its groups are computed")
     if groups != 1:
         return _grouped(walk, call, value, weight, channel, result, transposed)
     column, found = lying(walk, weight, read, channel, len(value.shape)), lying(walk, weight, made, 0, 1)
@@ -83,7 +83,7 @@ def _grouped(
         sites |= {site}
     made = _whole_groups(walk, call, weight, inputs, groups, per_output, transposed) if whole else None
     if made is None and 1 not in weight.labels:
-        return walk.give_up(call.node, "its groups are of a fixed size")  # type: ignore[no-any-return]
+        return walk.give_up(call.node, "its groups are of a fixed size")
     if made is None:
         rows, made = _group_weights(walk, weight, groups, per_input, per_output, transposed)
         if inputs is not None:

@@ -169,7 +169,7 @@ def _positions(move: Move, dim: int) -> list[int] | None:
     picked = found.movedim(dim, 0).reshape(found.shape[dim], -1)[:, 0].to(torch.int64).numpy()
     kept = move.line(dim)
     rank = np.cumsum(kept) - 1
-    return rank[picked[kept[picked]]].tolist()  # type: ignore[no-any-return]
+    return rank[picked[kept[picked]]].tolist()
 
 
 def _picked(move: Move, dim: int, positions: list[int]) -> Iterator[Spelling]:

@@ -67,7 +67,7 @@ def expand_as(walk: Walk, call: ops.Call) -> Value:
     if other is None and isinstance(shape, Value):
         other = shape
     if value is None or other is None:
-        return walk.give_up(call.node, "expands to a shape that is not known")  # type: ignore[no-any-return]
+        return walk.give_up(call.node, "expands to a shape that is not known")
     return Value(other.shape, broadcast(walk.atoms, [value, other], other.shape, place(call.node)))
 
 
