@@ -7,6 +7,7 @@ same share, criterion and rounding, in a process of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -33,6 +34,12 @@ FASTER = {"resnet50": 1.5, "mobilenet_v2": 1.5, "vit_b_16": 1.5, "inception_v3":
 OPTIONS = {"sparsity": 0.5, "round_to": 8, "criterion": "l1_norm"}
 
 
+@torch.no_grad()
+def forward(model: nn.Module, call: tuple[Any, ...]) -> None:
+    """A plain forward pass."""
+    model(*call)
+
+
 def ours(model: nn.Module, call: tuple[Any, ...], prove: bool = False) -> nn.Module:
     """From the eager model to the smaller one."""
     plan = ["open-attention", {"prune-channels": {**OPTIONS, "prove": prove}}]
@@ -45,14 +52,10 @@ def speed(run: Run) -> Iterator[Figure]:
         for name in run.chosen(MODELS, ("mobilenet_v2", "shufflenet_v2_x1_0")):
             model, call = models.build(name), tuple(t[:1] for t in models.example_inputs(name)[:1])
 
-            @torch.no_grad()
-            def forward(model: nn.Module = model, call: tuple[Any, ...] = call) -> None:
-                model(*call)
-
             candidates: dict[str, Callable[[], float]] = {
-                "forward": stopwatch(forward),
-                "ours": stopwatch(lambda model=model, call=call: ours(model, call)),  # type: ignore[misc]
-                "proved": stopwatch(lambda model=model, call=call: ours(model, call, prove=True)),  # type: ignore[misc]
+                "forward": stopwatch(partial(forward, model, call)),
+                "ours": stopwatch(partial(ours, model, call)),
+                "proved": stopwatch(partial(ours, model, call, prove=True)),
             }
             missing = "cannot prune it" if name in PEERLESS else ""
             if not missing:

@@ -13,10 +13,11 @@ from tqdm import tqdm
 from fxcompress import backends
 from fxcompress.graph import edit, fused, ops
 from fxcompress.graph.select import Layer, Selection
+from fxcompress.graph.tree import evaluating
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise, hidden
 from fxcompress.passes.correct_bias import twins_of, walkable
 from fxcompress.quantization.fake_quant import FakeQuantize
-from fxcompress.quantization.lockstep import Step, Twins, evaluating
+from fxcompress.quantization.lockstep import Step, Twins
 from fxcompress.quantization.placement import weight_axis, weight_options
 from fxcompress.quantization.rounding import Rounding, adaptive_levels
 from fxcompress.quantization.weights import weight_grid
@@ -56,7 +57,7 @@ class AdaRound(Pass):
         calls = walkable(self.name, model, context, self.num_batches)
         if not calls:
             return
-        with evaluating(model):
+        with evaluating(model), torch.no_grad():
             twins = twins_of(model, calls)
             generator = context.generator()
             layers = twins.layers(context.skip)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fxcompress.data import batches
 from fxcompress.distributed import gather, is_main, merge, rank, world
 from fxcompress.errors import DataError
+from fxcompress.graph.tree import evaluating
 from fxcompress.pass_base import EXACT, Context, Pass, Promise, hidden
 from fxcompress.quantization.observer import observers
 
@@ -43,13 +44,11 @@ class Calibrate(Pass):
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
         watching = observers(model)
-        training = {m for m in model.modules() if m.training}
-        model.eval()
         for observer in watching.values():
             observer.enabled = True
         seen = 0
         try:
-            with torch.no_grad():
+            with evaluating(model), torch.no_grad():
                 every = batches(context.require_data("'calibrate'"), model, self.num_batches)
                 feed = itertools.islice(every, rank(), None, world())
                 for call in tqdm(feed, "calibrate", disable=hidden(context.progress), leave=False, unit="batch"):
@@ -58,8 +57,6 @@ class Calibrate(Pass):
         finally:
             for observer in watching.values():
                 observer.enabled = False
-            for module in training:
-                module.training = True
         merge([observer.calibrator for observer in watching.values()])
         seen = sum(gather(seen))
         if not seen:

@@ -43,7 +43,7 @@ class CastSingle(Pass):
             context.skip("", f"the model is {names} and stays so: {reason}")
             return
         results = {leaf: meta.dtype for leaf in _results(module) if (meta := tensor_meta(leaf)) and meta.dtype in OTHERS}
-        module._apply(lambda tensor: tensor.to(torch.float32) if tensor.dtype in OTHERS else tensor)
+        module._apply(lambda tensor: tensor.to(_single(tensor.dtype)))
         for node in list(module.graph.nodes):
             if node.op.startswith("call"):
                 _respell(node)
@@ -72,24 +72,29 @@ def _obstacle(module: fx.GraphModule) -> str | None:
 
 
 def _metas(value: Any) -> Iterator[TensorMetadata]:
-    leaves = pytree.tree_leaves(value, is_leaf=lambda leaf: isinstance(leaf, TensorMetadata))
-    yield from (leaf for leaf in leaves if isinstance(leaf, TensorMetadata))
+    yield from filter(_is_meta, pytree.tree_leaves(value, is_leaf=_is_meta))
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, TensorMetadata)
 
 
 def _in_single(value: Any) -> Any:
     def cast(meta: TensorMetadata) -> TensorMetadata:
-        return meta._replace(dtype=torch.float32) if meta.dtype in OTHERS else meta
+        return meta._replace(dtype=_single(meta.dtype))
 
-    is_leaf = lambda leaf: isinstance(leaf, TensorMetadata)  # noqa: E731
-    return pytree.tree_map_only(TensorMetadata, cast, value, is_leaf=is_leaf)
+    return pytree.tree_map_only(TensorMetadata, cast, value, is_leaf=_is_meta)
 
 
 def _respell(node: fx.Node) -> None:
     """Let a call that casts to another type, or makes tensors of it, do so in float32."""
     if node.op == "call_method" and node.target in _METHODS.values():
         node.target = "float"
-    single = lambda value: torch.float32 if value in OTHERS else value  # noqa: E731
-    node.args, node.kwargs = pytree.tree_map_only(torch.dtype, single, (tuple(node.args), dict(node.kwargs)))
+    node.args, node.kwargs = pytree.tree_map_only(torch.dtype, _single, (tuple(node.args), dict(node.kwargs)))
+
+
+def _single(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in OTHERS else dtype
 
 
 def _results(module: fx.GraphModule) -> list[fx.Node]:

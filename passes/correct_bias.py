@@ -16,9 +16,10 @@ from fxcompress.errors import DataError
 from fxcompress.graph import edit
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.island import regions
+from fxcompress.graph.tree import evaluating
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise, hidden
 from fxcompress.passes.fold_quantization import quantized_copy
-from fxcompress.quantization.lockstep import Step, Twins, evaluating, sample_means, vouched_mean
+from fxcompress.quantization.lockstep import Step, Twins, sample_means, vouched_mean
 
 __all__ = ["CorrectBias"]
 
@@ -45,7 +46,7 @@ class CorrectBias(Pass):
         calls = walkable(self.name, model, context, self.num_batches)
         if not calls:
             return
-        with evaluating(model):
+        with evaluating(model), torch.no_grad():
             twins = twins_of(model, calls)
             layers = twins.layers(context.skip)
             for name in tqdm(layers, self.name, disable=hidden(context.progress), leave=False, unit="layer"):

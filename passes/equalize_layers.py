@@ -15,12 +15,12 @@ from fxcompress.graph import edit, ops
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.module import shared_copy
 from fxcompress.graph.shapes import module_of
+from fxcompress.graph.tree import evaluating
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.passes.fold_quantization import quantized_copy
 from fxcompress.quantization.equalization import Bounds, Pair, chains, equalize, pairs
 from fxcompress.quantization.fake_quant import fake_quantizers
 from fxcompress.quantization.local_error import channel_maxima, errors_between
-from fxcompress.quantization.lockstep import evaluating
 from fxcompress.quantization.observer import ActivationObserver
 from fxcompress.quantization.placement import weight_axis
 
@@ -56,7 +56,7 @@ class EqualizeLayers(Pass):
         if fake_quantizers(module):
             context.note("", "its scales were trained with the ranges that its channels have")
             return
-        with evaluating(module):
+        with evaluating(module), torch.no_grad():
             calls = _calls(module, context, self.num_batches)
             chosen = self._allowed(module, calls, context)
             watched = [observer for pair in chosen for observer in _observers(pair)]

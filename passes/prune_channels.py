@@ -138,8 +138,7 @@ class PruneChannels(Pass):
         while True:
             removed = self._removed(channels, context)
             folded = compensation(channels, removed, context) if self.policy == "compensate" else {}
-            proof = Proof(channels, removed, call, self.seed) if call is not None else None
-            before = Before(channels.walk)
+            held = (Proof(channels, removed, call, self.seed), Before(channels.walk)) if call is not None else None
             try:
                 done = cut(channels, removed)
             except UnprovableError as error:
@@ -147,7 +146,7 @@ class PruneChannels(Pass):
                 context.skip(error.node, f"nothing is cut through it: {error}")
                 channels = self.analyse(module, context, refused).without(blamed)
                 continue
-            found = self._check(proof, before, context) if proof is not None else {}
+            found = self._check(*held, context) if held is not None else {}
             if not found:
                 break
             blamed |= found

@@ -18,6 +18,7 @@ from fxcompress.errors import DataError
 from fxcompress.graph import ops
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.island import regions
+from fxcompress.graph.tree import evaluating
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 
 __all__ = ["RecalibrateBatchNorm"]
@@ -83,19 +84,16 @@ def _called(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 @contextmanager
 def _estimating(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
     """Only ``norms`` in training mode, from zero, every batch counting alike; flags and momentum come back."""
-    flags = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.training, norm.momentum = True, None  # torch: no momentum is a cumulative average
-    try:
-        yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.training, norm.momentum = True, None  # torch: no momentum is a cumulative average
+        try:
+            yield
+        finally:
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
 
 
 def _run(model: nn.Module, call: Arguments, number: int) -> None:

@@ -16,6 +16,7 @@ from fxcompress import backends
 from fxcompress.graph import edit, ops
 from fxcompress.graph.cost import macs
 from fxcompress.graph.module import shared_copy
+from fxcompress.graph.tree import evaluating
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise, hidden
 from fxcompress.passes.adaround import AdaRound
 from fxcompress.passes.correct_bias import CorrectBias, in_one_graph
@@ -24,7 +25,6 @@ from fxcompress.passes.fold_quantization import quantized_copy
 from fxcompress.passes.lower import become
 from fxcompress.quantization.evidence import Evidence
 from fxcompress.quantization.fake_quant import fake_quantizers
-from fxcompress.quantization.lockstep import evaluating
 from fxcompress.quantization.placement import leave_stranded
 from fxcompress.quantization.sensitivity import Judge, Metric, SweepFile, Verdict, fingerprint, sweep
 
@@ -73,7 +73,7 @@ class RecoverAccuracy(Pass):
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
         if in_one_graph(model, context):
             evidence = Evidence.of(context.require_data(self.name), model, self.num_batches)
-            with evaluating(model):
+            with evaluating(model), torch.no_grad():
                 _Recovery(self, model, context, evidence).run()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, fx
 
@@ -14,7 +14,7 @@ from fxcompress.errors import BackendError
 from fxcompress.graph import edit
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.module import shared_copy
-from fxcompress.graph.shapes import Recorder
+from fxcompress.graph.shapes import Values
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.passes.lower import Lower
 from fxcompress.quantization.components import Component, components, extract, put_back
@@ -52,12 +52,13 @@ class RevertSlow(Pass):
         call = context.example() or examples(module)
         whole = backend is backends.AUTO or backend.whole
         parts = [_everything(module)] if whole else components(module)
-        values = _Values(module, {node for part in parts for node in part.inputs})
+        values = Values(module, {node.name for part in parts for node in part.inputs})
         values.record(call)
         floats: dict[str, Tensor] = module.meta.get("float_weights", {})
         for part in parts:
             if part.operators:
-                self._judge(module, part, call if whole else Arguments(tuple(values.of(part)), {}), floats, context)
+                inputs = tuple(values.values[node.name] for node in part.inputs)
+                self._judge(module, part, call if whole else Arguments(inputs, {}), floats, context)
 
     def _judge(
         self, module: fx.GraphModule, part: Component, call: Arguments, floats: dict[str, Tensor], context: Context
@@ -89,20 +90,3 @@ class RevertSlow(Pass):
 
 def _everything(module: fx.GraphModule) -> Component:
     return Component(tuple(node for node in module.graph.nodes if node.meta.get("integer")), (), (), whole=True)
-
-
-class _Values(Recorder):
-    """Runs the graph and keeps the values of some nodes."""
-
-    def __init__(self, module: fx.GraphModule, wanted: set[fx.Node]) -> None:
-        super().__init__(module)
-        self.wanted, self.values = wanted, {}  # type: ignore[var-annotated]
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.wanted:
-            self.values[n] = value
-        return value
-
-    def of(self, part: Component) -> list[Any]:
-        return [self.values[node] for node in part.inputs]

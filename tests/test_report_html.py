@@ -402,6 +402,7 @@ def test_the_commands_write_pages(
 def test_a_page_that_cannot_be_written_is_refused_before_any_work(
     target: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("torchvision")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.html").mkdir()
     (tmp_path / "c.yaml").write_text("compression: {type: PTQQuantizer}\nmodel: resnet18\ndata: random\n")

@@ -15,10 +15,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import BackendError
-from fxcompress.graph import verify
 from fxcompress.graph.inputs import Arguments, frozen_state, tensors_in
-from fxcompress.graph.shapes import Recorder
-from fxcompress.graph.verify import output_snr
+from fxcompress.graph.shapes import Recorder, Values
+from fxcompress.graph.verify import largest_difference, output_snr
 
 __all__ = ["GRID", "OPERATOR", "REFERENCE", "Agreement", "compare", "least_agreement"]
 
@@ -75,7 +74,7 @@ def compare(graph: fx.GraphModule, lowered: fx.GraphModule, call: Arguments, *, 
             if few is None:
                 raise
             call, expected, found, values = _run(graph, lowered, call)
-        made = Agreement(output_snr(expected, found), verify.largest_difference(expected, found), _magnitude(expected))
+        made = Agreement(output_snr(expected, found), largest_difference(expected, found), _magnitude(expected))
         if not runtime:
             _Kernels(lowered, values, made).record(call)
         elif not made.snr > _SURE and not made.snr > least_agreement(graph, call, expected):
@@ -87,8 +86,8 @@ def compare(graph: fx.GraphModule, lowered: fx.GraphModule, call: Arguments, *, 
 
 def _run(graph: fx.GraphModule, lowered: fx.GraphModule, call: Arguments) -> tuple[Arguments, Any, Any, dict[str, Any]]:
     """The call, the results of both, and the graph's values that the lowered graph refers to."""
-    values = _Values(graph, {str(node.meta[REFERENCE]) for node in lowered.graph.nodes if REFERENCE in node.meta})
-    return call, values.record(call), call.fresh()(lowered), values.kept_values
+    values = Values(graph, {str(node.meta[REFERENCE]) for node in lowered.graph.nodes if REFERENCE in node.meta})
+    return call, values.record(call), call.fresh()(lowered), values.values
 
 
 def _first_samples(call: Arguments) -> Arguments | None:
@@ -119,21 +118,6 @@ def _moved(example: Tensor, generator: torch.Generator) -> Tensor:
         return example
     noise = torch.randn(example.shape, generator=generator).to(example)
     return example + 1e-3 * example.abs().mean() * noise
-
-
-class _Values(Recorder):
-    """Runs the graph and keeps the tensors of some nodes, by name."""
-
-    def __init__(self, module: fx.GraphModule, wanted: set[str]) -> None:
-        super().__init__(module)
-        self.wanted = wanted
-        self.kept_values: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.wanted:
-            self.kept_values[n.name] = value
-        return value
 
 
 class _Kernels(Recorder):

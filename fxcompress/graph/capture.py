@@ -22,7 +22,7 @@ from fxcompress.errors import TraceError
 from fxcompress.graph import ops
 from fxcompress.graph.inputs import Arguments, autocast_refused, bind, frozen_state, preserved_attributes
 
-__all__ = ["capture", "inline", "mapping", "open_mappings", "ordered"]
+__all__ = ["capture", "inline", "mapping", "open_mappings"]
 
 
 def capture(
@@ -143,15 +143,13 @@ def inline(graph: fx.Graph, root: nn.Module, prefix: str, program: torch.export.
     raise TraceError("the exported graph has no output")
 
 
-def ordered(graph: fx.Graph, items: dict[str, Any]) -> fx.Node:
-    """A node that makes an OrderedDict, which a graph's own dict arguments would turn into a plain one."""
-    return graph.call_function(OrderedDict, (list(items.items()),))
-
-
 def mapping(graph: fx.Graph, like: dict[Any, Any], items: dict[Any, Any]) -> fx.Node:
-    """A node that makes a mapping of the class of ``like``: as dataclasses are made, or from a dict."""
+    """A node that makes a mapping of the class of ``like``, which a graph's own dict arguments would turn into a plain one.
+
+    It is made as dataclasses are, or from a dict.
+    """
     if type(like) is OrderedDict:
-        return ordered(graph, items)
+        return graph.call_function(OrderedDict, (list(items.items()),))
     return graph.call_function(type(like), *(((), items) if is_dataclass(like) else ((items,), {})))
 
 

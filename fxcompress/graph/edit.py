@@ -13,6 +13,7 @@ from fxcompress.graph.module import TracedModule
 
 __all__ = [
     "add_module",
+    "ancestors",
     "bypass",
     "copy_into",
     "ensure",
@@ -153,6 +154,17 @@ def replace(node: fx.Node, by: fx.Node) -> None:
 def bypass(node: fx.Node) -> None:
     """Take out a node that passes its first input through."""
     replace(node, node.all_input_nodes[0])
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """``node`` and everything it is computed from."""
+    seen, queue = {node}, [node]
+    while queue:
+        for source in queue.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                queue.append(source)
+    return seen
 
 
 def copy_into(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, fx.Node]) -> fx.Node:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from fxcompress.graph.tree import evaluating
+
 __all__ = ["guess_example"]
 
 _SIZES = (64, 224, 32, 28, 299, 16, 8, 128, 96, 256)
@@ -20,13 +22,8 @@ def guess_example(model: nn.Module) -> Tensor | None:
     """
     if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
         return None
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         return next((example for example in _candidates(model) if _runs(model, example)), None)
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _candidates(model: nn.Module) -> Iterator[Tensor]:

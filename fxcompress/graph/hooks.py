@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 
-__all__ = ["ONCE", "around", "computes_a_weight", "drop_hooks", "has_hooks", "with_own_hooks"]
+__all__ = ["ONCE", "around", "computes_a_weight", "drop_hooks", "forwarding", "has_hooks", "with_own_hooks"]
 
 ONCE = "its forward hooks ran once, while it was traced: what they compute of the values is in the graph, nothing else is"
 
@@ -68,6 +68,14 @@ def with_own_hooks(model: nn.Module) -> Iterator[None]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return around(self, lambda *args, **kwargs: cls.forward(self, *args, **kwargs), args, kwargs)
 
+    with forwarding(model, forward):
+        yield
+
+
+@contextmanager
+def forwarding(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let ``forward`` stand in for that of ``model``'s class, in this model alone."""
+    cls = type(model)
     model.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
     try:
         yield

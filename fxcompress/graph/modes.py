@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fxcompress.graph import edit, ops
 from fxcompress.graph.rungs import Rung
-from fxcompress.graph.tree import parts, submodule
+from fxcompress.graph.tree import kept_modes, submodule
 
 __all__ = ["flipped", "noted_mode", "only", "switching_layers"]
 
@@ -61,13 +61,9 @@ def noted_mode() -> Iterator[_Watched]:
 @contextmanager
 def flipped(model: nn.Module) -> Iterator[None]:
     """``model`` in its other mode, by its own ``train``."""
-    flags = [(part, part.training) for part in parts(model).values()]
-    model.train(not model.training)
-    try:
+    with kept_modes(model):
+        model.train(not model.training)
         yield
-    finally:
-        for part, flag in flags:
-            part.training = flag
 
 
 def switching_layers(module: fx.GraphModule, model: nn.Module, other: fx.Graph) -> list[Rung]:
@@ -76,11 +72,16 @@ def switching_layers(module: fx.GraphModule, model: nn.Module, other: fx.Graph) 
     ``model`` is what ``module`` was traced from.
     """
     there = _by_owner(other)
+    counters = {str(node.all_input_nodes[0].target): node for node in module.graph.nodes if _counts(node)}
     changed = []
     for owner, nodes in _by_owner(module.graph).items():
         others = there.pop(owner, [])
         for node, twin in _switched(nodes, others):
-            if _as_layer(module, model, owner, node):
+            name = _as_layer(module, model, owner, node)
+            if name is not None:
+                counter = counters.pop(f"{name}.{_COUNTER}", None)
+                if counter is not None:
+                    module.graph.erase_node(counter)  # the layer does it
                 nodes.remove(node)
                 others.remove(twin)
         if list(_steps(nodes)) != list(_steps(others)):
@@ -139,18 +140,14 @@ def _counts(node: fx.Node) -> bool:
 _COUNTER = "num_batches_tracked"
 
 
-def _as_layer(module: fx.GraphModule, model: nn.Module, owner: str, node: fx.Node) -> bool:
-    """Put a layer in the place of a function that takes the training flag; False where there is none for it."""
+def _as_layer(module: fx.GraphModule, model: nn.Module, owner: str, node: fx.Node) -> str | None:
+    """Put a layer in the place of a function that takes the training flag; its name, or None where there is none for it."""
     call = ops.read(node)
     assert call is not None
     name = _normalisation(module, model, call) if call.kind == "batch_norm" else _dropout(module, owner, call)
-    if name is None:
-        return False
-    for other in list(module.graph.nodes):
-        if _counts(other) and other.all_input_nodes[0].target == f"{name}.{_COUNTER}":
-            module.graph.erase_node(other)  # the layer does it
-    edit.replace(node, edit.insert_before(node, name, (call["input"],)))
-    return True
+    if name is not None:
+        edit.replace(node, edit.insert_before(node, name, (call["input"],)))
+    return name
 
 
 def _dropout(module: fx.GraphModule, owner: str, call: ops.Call) -> str | None:

@@ -107,12 +107,7 @@ def _is_function(node: fx.Node) -> bool:
 
 def _cone(value: fx.Node) -> list[fx.Node]:
     """A node and what it is computed from, in graph order."""
-    found, pending = {value}, [value]
-    while pending:
-        for source in pending.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                pending.append(source)
+    found = edit.ancestors(value)
     return [node for node in value.graph.nodes if node in found]
 
 

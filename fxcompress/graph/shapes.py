@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from fxcompress.graph.tree import submodule
 __all__ = [
     "MetaRun",
     "Recorder",
+    "Values",
     "describe",
     "dtype_of",
     "example_of",
@@ -134,6 +135,21 @@ class Recorder(_Interpreter):
                     f"the example inputs {sizes} do not run through the model: {reason} (at {where}). "
                     "Give inputs the model accepts."
                 ) from error
+
+
+class Values(Recorder):
+    """Runs the graph and keeps what the nodes named ``wanted`` give, as it is then; ``values`` by name."""
+
+    def __init__(self, module: fx.GraphModule, wanted: Iterable[str]) -> None:
+        super().__init__(module)
+        self.wanted = frozenset(wanted)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.wanted:
+            self.values[n.name] = pytree.tree_map_only(torch.Tensor, torch.clone, value)
+        return value
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.graph import ops
 from fxcompress.graph.capture import mapping
-from fxcompress.graph.hooks import around, has_hooks, with_own_hooks
+from fxcompress.graph.hooks import around, forwarding, has_hooks, with_own_hooks
 from fxcompress.graph.inputs import Arguments, autocast_refused, bind, preserved_attributes
 from fxcompress.graph.transformers import PLAIN, plain_transformers
 from fxcompress.graph.tree import tensors
@@ -98,7 +98,7 @@ class LadderTracer(fx.Tracer):
             asked.add(str(node.target))
             return self.examples[str(node.target)]
         if node.op == "get_attr":
-            return next(tensor for name, tensor, _ in tensors(self.root) if name == node.target)
+            return next(tensor for name, tensor, _ in tensors(self.root) if name == node.target)  # getattr gives proxies now
         raise LookupError(node)
 
     def create_arg(self, a: Any) -> Any:
@@ -217,7 +217,6 @@ def _undecorated(model: nn.Module) -> Iterator[None]:
 
     fx reads the parameters off the code object, and gives a decorator's ``*args, **kwargs`` no values.
     """
-    cls = type(model)
     if not is_decorated(model):
         yield
         return
@@ -225,16 +224,13 @@ def _undecorated(model: nn.Module) -> Iterator[None]:
     kept = [p for p in parameters if p.kind not in STARS]
     passed = ", ".join(p.name if p.kind is p.POSITIONAL_ONLY else f"{p.name}={p.name}" for p in kept)
     names = ", ".join(["self", *(p.name for p in kept)])
-    space = {"call": cls.forward}
+    space = {"call": type(model).forward}
     exec(f"def forward({names}):\n    return call(self, {passed})", space)
     forward: Any = space["forward"]
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     forward.__signature__ = inspect.Signature([own, *kept])
-    model.__class__ = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
-    try:
+    with forwarding(model, forward):
         yield
-    finally:
-        model.__class__ = cls
 
 
 def concrete_arguments(model: nn.Module, call: Arguments | None) -> dict[str, Any]:

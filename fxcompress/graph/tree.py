@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from fxcompress.errors import ConfigError
 
-__all__ = ["check_module", "parts", "submodule", "tensors", "unwrapped"]
+__all__ = ["check_module", "evaluating", "kept_modes", "parts", "submodule", "tensors", "unwrapped"]
 
 
 def check_module(model: object, what: str = "the model") -> None:
@@ -39,6 +40,25 @@ def _gather(module: nn.Module, prefix: str, found: dict[str, nn.Module], seen: s
             found[prefix + name] = child
             if child._modules:
                 _gather(child, f"{prefix}{name}.", found, seen)
+
+
+@contextmanager
+def kept_modes(module: nn.Module) -> Iterator[None]:
+    """Afterwards every part of ``module`` is in the mode it was in, training or not; parts are known by their names."""
+    modes = {name: part.training for name, part in parts(module).items()}
+    try:
+        yield
+    finally:
+        for name, part in parts(module).items():
+            part.training = modes.get(name, part.training)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """``module`` in eval mode; afterwards its parts are in the modes they were in."""
+    with kept_modes(module):
+        module.eval()
+        yield
 
 
 def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:

@@ -82,7 +82,7 @@ def find_blocks(module: fx.GraphModule, skip: Skip) -> list[Block]:
 
 def _residual(call: ops.Call, skip: Skip) -> Block | None:
     first, second = (_behind_identities(side) for side in call.inputs)
-    before = {node: _ancestors(node) for node in (first, second)}
+    before = {node: edit.ancestors(node) for node in (first, second)}
     if second in before[first]:
         source = second
     elif first in before[second]:
@@ -142,20 +142,9 @@ def _tail(node: fx.Node) -> fx.Node:
     return node
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """``node`` and everything it is computed from."""
-    seen, queue = {node}, [node]
-    while queue:
-        for source in queue.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                queue.append(source)
-    return seen
-
-
 def _dead_without(node: fx.Node, source: fx.Node) -> tuple[fx.Node, ...]:
     """What nobody needs once the readers of ``node`` read ``source`` instead, in graph order."""
-    dead, between = {node}, _ancestors(node) - _ancestors(source)
+    dead, between = {node}, edit.ancestors(node) - edit.ancestors(source)
     order = [n for n in node.graph.nodes if n in between]
     for candidate in reversed(order):
         if candidate is not node and not is_impure(candidate) and all(user in dead for user in candidate.users):

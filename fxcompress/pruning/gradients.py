@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from fxcompress.data import check_batch, split_batch
 from fxcompress.errors import DataError
 from fxcompress.graph.inputs import tensors_in
+from fxcompress.graph.tree import evaluating
 
 __all__ = ["Loss", "gradients"]
 
@@ -24,15 +26,10 @@ def gradients(model: nn.Module, data: Iterable[Any], loss: Loss | None = None) -
     ``loss(output, target)`` is cross entropy unless given. Raises DataError for no batch, or one without a target.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    flags = {module: module.training for module in model.modules()}
-    trainable = {name: p.requires_grad for name, p in parameters.items()}
     totals = {name: torch.zeros_like(p) for name, p in parameters.items()}
     device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
     seen = 0
-    model.eval()
-    try:
-        for p in parameters.values():
-            p.requires_grad_()
+    with evaluating(model), _learning(parameters):
         for position, batch in enumerate(data):
             call, target = split_batch(batch)
             check_batch(call, position)
@@ -42,14 +39,22 @@ def gradients(model: nn.Module, data: Iterable[Any], loss: Loss | None = None) -
                 if gradient is not None:
                     total += gradient
             seen += 1
-    finally:
-        for name, p in parameters.items():
-            p.requires_grad_(trainable[name])
-        for module, training in flags.items():
-            module.training = training
     if not seen:
         raise DataError("the dataloader is empty: there are no gradients to take.")
     return totals
+
+
+@contextmanager
+def _learning(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Every parameter asks for its gradient; afterwards those that did."""
+    asked = [(p, p.requires_grad) for p in parameters.values()]
+    try:
+        for p, _ in asked:
+            p.requires_grad_()
+        yield
+    finally:
+        for p, wants in asked:
+            p.requires_grad_(wants)
 
 
 def _loss(output: Any, target: Any, loss: Loss | None, position: int) -> Tensor:

@@ -7,18 +7,17 @@ computes there; and they change the layer before anything behind it runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxcompress.graph import edit, fused, ops
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.shapes import Recorder, placeholder_values
 
-__all__ = ["Lockstep", "Step", "Twins", "evaluating", "sample_means", "vouched_mean"]
+__all__ = ["Lockstep", "Step", "Twins", "sample_means", "vouched_mean"]
 
 
 class Lockstep:
@@ -126,19 +125,6 @@ class Twins:
         """Go on with these results of the layer, as they are before its activation."""
         for run, node, parts in zip(self.runs, self._at, (plain, quantized), strict=True):
             run.put(node, [step.activate(part) for part in parts])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards flags as before, by name."""
-    training = {name for name, module in model.named_modules() if module.training}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for name, module in model.named_modules():
-            module.training = name in training
 
 
 def sample_means(parts: Sequence[Tensor], kind: str) -> Tensor:

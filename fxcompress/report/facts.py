@@ -16,7 +16,7 @@ from fxcompress.graph.cost import Cost, cost, layer_parameters
 from fxcompress.graph.coverage import Coverage, coverage
 from fxcompress.graph.inputs import Arguments, tensors_in
 from fxcompress.graph.island import regions
-from fxcompress.graph.shapes import Recorder, example_of, tensor_meta
+from fxcompress.graph.shapes import Values, example_of, tensor_meta
 from fxcompress.graph.trace import is_traced, trace
 from fxcompress.ledger import Ledger, Row
 from fxcompress.observe import output_snr, weights_of
@@ -208,27 +208,12 @@ def _still_there(before: nn.Module, after: fx.GraphModule, call: Arguments) -> R
     shared = {name for name, users in readers[0].items() if readers[1].get(name) == users}
     values = []
     for graph in graphs:
-        kept = _Kept(graph, shared)
+        kept = Values(graph, shared)
         kept.record(call.to(_device(graph)))
-        values.append(kept.values)
+        values.append({name: value for name, value in kept.values.items() if isinstance(value, torch.Tensor)})
     names = {node.name: ops.owner_name(node) or node.name for node in graphs[1].graph.nodes if node.op.startswith("call")}
-    same = [n for n in names if n in shared and n in values[0] and values[0][n].shape == values[1][n].shape]
+    same = [n for n in names if n in values[0] and n in values[1] and values[0][n].shape == values[1][n].shape]
     return {names[name]: (None, output_snr(values[0][name], values[1][name]), None) for name in same}
-
-
-class _Kept(Recorder):
-    """Runs a graph and keeps some of its tensors."""
-
-    def __init__(self, module: fx.GraphModule, wanted: set[str]) -> None:
-        super().__init__(module)
-        self.wanted = wanted
-        self.values: dict[str, torch.Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.wanted and isinstance(value, torch.Tensor):
-            self.values[n.name] = value.clone()
-        return value
 
 
 def _layers(traced: fx.GraphModule | None, after: fx.GraphModule, compared: Rows) -> list[Layer]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fxcompress.distributed import gather, is_main, local_device, share_buffers, world
 from fxcompress.errors import ConfigError, DataError, TrainingError
-from fxcompress.graph.tree import check_module
+from fxcompress.graph.tree import check_module, evaluating, kept_modes
 from fxcompress.training import checkpoint as files
 from fxcompress.training.average import Average, Best
 from fxcompress.training.callbacks import Callback, TensorBoard
@@ -129,8 +129,7 @@ class Trainer:
 
     def run(self) -> History:
         """Train to the end."""
-        modes = _modes(self.model)
-        with preserved_randomness():
+        with kept_modes(self.model), preserved_randomness():
             if self._found and self.path is not None:
                 self._generators = files.take_up(self, files.read(self.path), self.path)
             if world() > 1:
@@ -139,7 +138,6 @@ class Trainer:
                 self._run_epoch()
         self.average.swap()
         self.best.give_back(self.model)
-        _set_modes(modes)
         return self.history
 
     def _shared(self) -> DistributedDataParallel:
@@ -251,12 +249,8 @@ class Trainer:
         """What the evaluation says of the weights as they are; rank 0's word where processes differ."""
         if self._evaluate is None:
             return {}
-        modes = _modes(self.model)
-        try:
-            with torch.no_grad():
-                found = self._evaluate(self.model.eval())
-        finally:
-            _set_modes(modes)
+        with evaluating(self.model), torch.no_grad():
+            found = self._evaluate(self.model)
         name = "metric" if self.recipe.metric == "loss" else self.recipe.metric
         named = found if isinstance(found, Mapping) else {name: found}
         return gather({name: float(value) for name, value in named.items()})[0]
@@ -277,12 +271,3 @@ def _steps(feed: Feed, accumulate: int) -> int | None:
         return -(-len(feed) // accumulate)
     except TypeError:
         return None
-
-
-def _modes(model: nn.Module) -> dict[nn.Module, bool]:
-    return {module: module.training for module in model.modules()}
-
-
-def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
-    for module, training in modes.items():
-        module.training = training

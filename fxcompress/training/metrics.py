@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fxcompress.data import check_batch, fed, fitting
 from fxcompress.distributed import gather, rank, world
 from fxcompress.errors import DataError
+from fxcompress.graph.tree import evaluating
 from fxcompress.registry import Registry
 from fxcompress.training.order import batch_size
 from fxcompress.training.terms import split_target
@@ -55,26 +56,20 @@ def evaluate(model: nn.Module, data: Iterable[Any], metrics: Sequence[str] = ("a
     """
     functions = {name: METRICS[name] for name in metrics}
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    modes = {module: module.training for module in model.modules()}
     sums, samples = dict.fromkeys(functions, 0.0), 0
-    model.eval()
-    try:
-        with torch.no_grad():
-            for position, batch in enumerate(fed(data)):
-                if position % world() != rank():
-                    continue
-                call, target = split_target(model, batch, device)
-                check_batch(call, position)
-                if target is None:
-                    raise DataError(f"batch {position} has no target to compare with.")
-                with fitting(position):
-                    output, size = call(model), batch_size(batch)
-                    for name, function in functions.items():
-                        sums[name] += float(function(output, target)) * size
-                samples += size
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        for position, batch in enumerate(fed(data)):
+            if position % world() != rank():
+                continue
+            call, target = split_target(model, batch, device)
+            check_batch(call, position)
+            if target is None:
+                raise DataError(f"batch {position} has no target to compare with.")
+            with fitting(position):
+                output, size = call(model), batch_size(batch)
+                for name, function in functions.items():
+                    sums[name] += float(function(output, target)) * size
+            samples += size
     shares = gather((samples, sums))
     total = sum(count for count, _ in shares)
     if not total:

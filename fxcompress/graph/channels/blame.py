@@ -17,10 +17,11 @@ from fxcompress.graph.channels.atoms import Ints
 from fxcompress.graph.channels.cut import UnprovableError, cut
 from fxcompress.graph.channels.kept import Kept, select
 from fxcompress.graph.channels.labels import Value
-from fxcompress.graph.channels.proof import Proof, Silent, evaluating, permuted, permuter, relative_error, tolerance
+from fxcompress.graph.channels.proof import Proof, Silent, permuted, permuter, relative_error, tolerance
 from fxcompress.graph.channels.walk import Walk, place
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.shapes import Recorder
+from fxcompress.graph.tree import evaluating
 
 __all__ = ["Before", "culprits"]
 
@@ -84,9 +85,9 @@ class _Judge:
     def where(self, group: ChannelGroup, oracle: str) -> str:
         """The first place in the graph where the two runs that an oracle compares are not the same."""
         part, removed = self._only([group])
-        walk, before = part.walk, Before(part.walk)
+        walk, module, before = part.walk, part.walk.module, Before(part.walk)
         try:
-            with evaluating(walk.module) as module:
+            with evaluating(module):
                 if oracle == "permutation":
                     dense, change = _Kept(Recorder(module), self.call), permuter(part, self.seed)
                     with permuted(part, self.seed):
@@ -101,7 +102,7 @@ class _Judge:
                     other = _Kept(Recorder(module), self.call)
         finally:
             before.restore()
-        allowed = tolerance(walk.module)
+        allowed = tolerance(module)
         for node, value in dense.values.items():
             if not node.op.startswith("call") or node not in other.values:
                 continue

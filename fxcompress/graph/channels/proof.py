@@ -29,8 +29,9 @@ from fxcompress.graph.channels.labels import Value
 from fxcompress.graph.channels.walk import Walk, operand_names
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.shapes import Recorder, module_of, tensor_meta
+from fxcompress.graph.tree import evaluating
 
-__all__ = ["Proof", "Silent", "evaluating", "permuted", "permuter", "relative_error", "silenced", "tolerance"]
+__all__ = ["Proof", "Silent", "permuted", "permuter", "relative_error", "silenced", "tolerance"]
 
 
 def relative_error(expected: Any, found: Any) -> float:
@@ -60,7 +61,8 @@ class Proof:
 
     def __init__(self, channels: Channels, removed: Ints, call: Arguments, seed: int = 0) -> None:
         self.channels, self.removed, self.call, self.seed, self.moved = channels, removed, call, seed, 0.0
-        with evaluating(channels.walk.module) as dense:
+        dense = channels.walk.module
+        with evaluating(dense):
             self.plain = Recorder(dense).record(call)
             if not all(_is_known(x) for x in pytree.tree_leaves(self.plain)):
                 raise DataError(
@@ -73,24 +75,14 @@ class Proof:
 
     def errors(self) -> dict[str, float]:
         """Oracle → relative error, once the graph has been cut."""
-        with evaluating(self.channels.walk.module) as small:
+        small = self.channels.walk.module
+        with evaluating(small):
             try:
                 found = Recorder(small).record(self.call)
             except DataError:  # the dense model ran: what is wrong is the cut
                 return {"permutation": self.permutation, "silence": float("inf")}
         self.moved = relative_error(self.plain, found)
         return {"permutation": self.permutation, "silence": relative_error(self.expected, found)}
-
-
-@contextmanager
-def evaluating(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    flags = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield module
-    finally:
-        for part, flag in flags:
-            part.training = flag
 
 
 @contextmanager
