@@ -11,9 +11,8 @@ from tabulate import tabulate
 from fxcompress.bench import presets
 from fxcompress.bench.measure import COLUMNS, measure, shown
 from fxcompress.commands.command import Command
-from fxcompress.commands.given import print_json, reported
+from fxcompress.commands.given import page_of, print_json, reported
 from fxcompress.commands.values import positive, seconds, seed, text, whole
-from fxcompress.files import target_file
 from fxcompress.html import write
 from fxcompress.report import bench_page
 
@@ -43,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     Works offline: weights are drawn from a seed (or downloaded with --weights), inputs are seeded noise, batch normalisation
     has lived on it. Latencies are taken in turns with eager fp32, the speed-up is the ratio of medians.
     """
-    report = None if options.report is None else target_file(options.report, "--report", (".html", ".htm"))
+    report = page_of(options)
     torch.set_num_threads(options.threads)
     plans = {name: presets.find(name) for name in options.plans}
     found = [measure(name, plans, options) for name in options.models]

@@ -10,11 +10,11 @@ from torch import fx, nn
 
 from fxcompress import artifact
 from fxcompress.commands.command import Command
-from fxcompress.commands.given import configured, data_of, example, pipeline_of, print_json, reported
+from fxcompress.commands.given import configured, data_of, example, page_of, pipeline_of, print_json, reported
 from fxcompress.commands.values import device, seed, text
 from fxcompress.distributed import is_main
 from fxcompress.errors import ConfigError
-from fxcompress.files import target_file, target_folder
+from fxcompress.files import target_folder
 from fxcompress.graph.cost import cost
 from fxcompress.pipeline import CompressionPipeline
 from fxcompress.pruning import read_analysis
@@ -89,7 +89,7 @@ def _targets(options: argparse.Namespace) -> tuple[Path, Path | None]:
     """Where the model and the page go; ConfigError where they cannot go there, or would be in each other's way."""
     target = target_folder(options.output, "--output")
     artifact.check_target(target)
-    report = None if options.report is None else target_file(options.report, "--report", (".html", ".htm"))
+    report = page_of(options)
     if options.resume and options.keep is None:
         raise ConfigError("--resume goes on from what --keep FOLDER holds: give --keep as well.")
     if options.keep is not None:

@@ -18,6 +18,7 @@ from fxcompress.builder import build_compression_pipeline
 from fxcompress.commands.values import positive, text
 from fxcompress.config import Config, read_config
 from fxcompress.errors import ConfigError, PlanError, brief
+from fxcompress.files import target_file
 from fxcompress.graph.inputs import Arguments
 from fxcompress.models import build_data, build_model
 from fxcompress.pipeline import CompressionPipeline
@@ -31,6 +32,7 @@ __all__ = [
     "inline",
     "model_of",
     "modelled",
+    "page_of",
     "pipeline_of",
     "print_json",
     "reported",
@@ -69,6 +71,11 @@ def saved(parser: argparse.ArgumentParser) -> None:
 
 
 # what they name
+
+
+def page_of(options: argparse.Namespace) -> Path | None:
+    """Where the page of ``--report`` goes, if one was asked for; ConfigError where it cannot go there."""
+    return None if options.report is None else target_file(options.report, "--report", (".html", ".htm"))
 
 
 def pipeline_of(options: argparse.Namespace, needs_model: bool = True) -> tuple[Config, CompressionPipeline]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from fxcompress.commands.command import Command
-from fxcompress.commands.given import print_json, reported, saved, saved_model
-from fxcompress.files import target_file
+from fxcompress.commands.given import page_of, print_json, reported, saved, saved_model
 from fxcompress.graph.cost import cost, node_costs
 from fxcompress.graph.coverage import coverage
 from fxcompress.report import write_report
@@ -24,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Show a saved model."""
-    report = None if options.report is None else target_file(options.report, "--report", (".html", ".htm"))
+    report = page_of(options)
     model = saved_model(options)
     if report is not None:
         write_report(report, model, title=Path(options.model).name)
