@@ -129,11 +129,14 @@ class LeaveOutTheSilent(TorchFunctionMode):
         return rule(func, *args, **kwargs) if rule is not None else func(*args, **kwargs)
 
 
-def _heard(x: Tensor, dims: Iterable[int]) -> Tensor:
-    """1 where an index along ``dims`` is not silent, in a shape that broadcasts with ``x``."""
+def _heard(x: Tensor, dims: Iterable[int], apart: Iterable[int] = ()) -> Tensor:
+    """1 where an index along ``dims`` is not silent, in a shape that broadcasts with ``x``.
+
+    Every index of the dimensions ``apart`` (heads, groups) is asked by itself: each may have lost other channels.
+    """
     heard = torch.ones((), dtype=x.dtype)
     for dim in dims:
-        rest = [d for d in range(x.dim()) if d != dim % x.dim()]
+        rest = [d for d in range(x.dim()) if d not in (dim % x.dim(), *apart)]
         heard = heard * (x != 0).sum(rest, keepdim=True).ne(0).to(x.dtype)
     return heard
 
@@ -169,8 +172,23 @@ def _group_norm(func: Any, x: Tensor, groups: int, weight: Any = None, bias: Any
 
 
 def _softmax(func: Any, x: Tensor, dim: int, *args: Any, **kwargs: Any) -> Tensor:
-    powers = x.exp() * _heard(x, [dim])
-    return powers / powers.sum(dim, keepdim=True)
+    heads = range(1, x.dim() - 2) if dim % x.dim() == x.dim() - 1 else ()
+    powers = x.exp() * _heard(x, [dim], heads)
+    return powers / powers.sum(dim, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def _var(func: Any, x: Tensor, dim: Any, unbiased: bool = True, keepdim: bool = False) -> Tensor:
+    """The variance over channels, the first of ``dim``, group by group."""
+    dims = [d % x.dim() for d in ([dim] if isinstance(dim, int) else dim)]
+    heard = _heard(x, dims[:1], range(1, dims[0])).expand_as(x)
+    count = heard.sum(dims, keepdim=True).clamp(min=1)
+    mean = (x * heard).sum(dims, keepdim=True) / count
+    squares = ((x - mean).square() * heard).sum(dims, keepdim=keepdim)
+    return squares / (count.reshape(squares.shape) - int(unbiased))
+
+
+def _std(func: Any, x: Tensor, dim: Any, unbiased: bool = True, keepdim: bool = False) -> Tensor:
+    return _var(func, x, dim, unbiased, keepdim).sqrt()
 
 
 def _mean(func: Any, x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
@@ -196,6 +214,8 @@ LEAVING_OUT: dict[Any, Callable[..., Any]] = {
     Tensor.mean: _mean,
     Tensor.amax: _amax,
     Tensor.softmax: _softmax,
+    Tensor.var: _var,
+    Tensor.std: _std,
 }
 
 

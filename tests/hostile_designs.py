@@ -73,7 +73,7 @@ MODELS = {
         )
     ),
     "spread of groups": Hostile(
-        lambda: net(divided_by_the_spread_of_groups, a=c3(3, 16), o=c3(16, 3), v=torch.randn(1, 16, 1, 1)), statistics=True
+        lambda: net(divided_by_the_spread_of_groups, a=c3(3, 16), o=c3(16, 3), v=torch.randn(1, 16, 1, 1))
     ),
     "a size asked of other channels": Hostile(
         lambda: net(shaped_like_what_was_read, a=c3(3, 8), b=c3(8, 8), o=c3(8, 3)),

@@ -241,7 +241,7 @@ MODELS = {
         )
     ),
     "std over channels": Hostile(
-        lambda: net(lambda self, x: self.b(self.a(x).std(1, keepdim=True)), a=c3(3, 8), b=c3(1, 3)), statistics=True
+        lambda: net(lambda self, x: self.b(self.a(x).std(1, keepdim=True)), a=c3(3, 8), b=c3(1, 3))
     ),
     "median": Hostile(
         lambda: net(lambda self, x: self.b(self.a(x).flatten(2).median(2).values), a=c3(3, 8), b=linear(8, 3))

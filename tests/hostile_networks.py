@@ -295,7 +295,6 @@ MODELS = {
             o=linear(8, 3),
         ),
         *TOKENS,
-        statistics=True,
     ),
     "linear attention elu": Hostile(
         lambda: net(
