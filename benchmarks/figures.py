@@ -19,7 +19,7 @@ from benchmarks.turns import in_turns, stopwatch
 from fxcompress import DynamicQuantizer, PassManager, PTQQuantizer, coverage
 from fxcompress.bench import models
 from fxcompress.graph.cost import stored_bytes
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 from fxcompress.quantization import CALIBRATORS
 
 PLAN: list[Any] = [

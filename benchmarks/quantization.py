@@ -26,7 +26,7 @@ from benchmarks.subjects import lived_in
 from benchmarks.turns import in_turns, stopwatch
 from fxcompress import PTQQuantizer, backends, coverage
 from fxcompress.bench import models
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 
 MODELS = ("resnet18", "resnet50", "mobilenet_v2", "vit_b_16")
 OURS = ("fbgemm", "onnxruntime", "openvino", "auto")

@@ -17,7 +17,7 @@ from benchmarks.figure import Figure
 from benchmarks.run import Run
 from fxcompress import PassManager, coverage
 from fxcompress.bench import models
-from fxcompress.graph.verify import output_snr
+from fxcompress.graph.results import output_snr
 
 MODELS = ("mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "resnet18")
 

@@ -14,7 +14,7 @@ from benchmarks.run import Run
 from fxcompress import PassManager, coverage
 from fxcompress.bench import models
 from fxcompress.graph import regions, trace
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 
 _SMALL = {"classification": (96, 96), "segmentation": (96, 96)}
 _FIXED = ("vit", "maxvit", "inception", "alexnet", "vgg", "swin")

@@ -24,7 +24,6 @@ from fxcompress.components import (
     PRUNING,
     QUANTIZERS,
     TRAINING,
-    Where,
     component_class,
     components,
     distiller,
@@ -35,7 +34,7 @@ from fxcompress.components import (
     split,
 )
 from fxcompress.config import Config, read_config
-from fxcompress.errors import ConfigError, shown
+from fxcompress.errors import ConfigError, Where, shown
 from fxcompress.models import build_model
 from fxcompress.options import fault
 from fxcompress.pipeline import CompressionPipeline, assembled, check_layers, stages_of

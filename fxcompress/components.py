@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fxcompress.distillation import DISTILLERS, make_distiller
-from fxcompress.errors import FxCompressError, PlanError, shown
+from fxcompress.errors import FxCompressError, PlanError, Where, shown
 from fxcompress.options import fault, located, no_such, only, options_of, unknown, validated
 from fxcompress.pass_base import Pass
 from fxcompress.passes.train import Train
@@ -36,7 +36,6 @@ __all__ = [
     "PRUNING",
     "QUANTIZERS",
     "TRAINING",
-    "Where",
     "component_class",
     "components",
     "distiller",
@@ -47,8 +46,6 @@ __all__ = [
     "split",
     "steps_of",
 ]
-
-Where = tuple[str | int, ...]
 
 _QUANTIZERS = (PTQQuantizer, StaticQuantizer, DynamicQuantizer, QATQuantizer, LSQQuantizer)
 QUANTIZERS = Registry("quantizer", {cls.__name__: cls for cls in _QUANTIZERS})

@@ -9,13 +9,9 @@ from typing import Any
 
 from fxcompress.errors import ConfigError, PlanError, brief, shown
 from fxcompress.files import read_text
-from fxcompress.options import fault, unknown
 from fxcompress.yaml_text import Lines, parse
 
-__all__ = ["KEYS", "Config", "read_config"]
-
-KEYS = ("compression", "model", "data", "validation")
-"""What a configuration file may hold at its top beside the sections of the training framework around it."""
+__all__ = ["Config", "read_config"]
 
 _LARGEST = 1 << 20
 
@@ -71,14 +67,3 @@ def _read(path: Path) -> str:
         return read_text(path, _LARGEST)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the configuration {shown(str(path))} cannot be read: {brief(error)}.") from error
-
-
-def section(config: Mapping[str, Any], key: str, path: tuple[str | int, ...] = ()) -> dict[str, Any]:
-    """A mapping inside a configuration."""
-    value = config.get(key)
-    if not isinstance(value, Mapping):
-        raise fault((*path, key), f"is {shown(value)}; it is a mapping.")
-    for name in value:
-        if not isinstance(name, str):
-            raise unknown(name, {}, (*path, key))
-    return dict(value)

@@ -12,6 +12,7 @@ from torch import nn
 
 from fxcompress.errors import DataError, FxCompressError
 from fxcompress.graph.inputs import Arguments, tensors_in
+from fxcompress.graph.tree import device_of
 
 __all__ = ["batches", "check_batch", "fed", "fitting", "split_batch"]
 
@@ -73,7 +74,7 @@ def fitting(position: int) -> Iterator[None]:
 
 def batches(data: Iterable[Any], model: nn.Module, limit: int | None = None) -> Iterator[Arguments]:
     """Up to ``limit`` checked batches of ``data`` as calls of ``model``, on its device."""
-    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    device = device_of(model)
     signature = inspect.signature(model.forward)
     for position, batch in enumerate(fed(data)):
         if limit is not None and position >= limit:

@@ -33,10 +33,15 @@ __all__ = [
     "TraceError",
     "TrainingError",
     "VerificationError",
+    "Where",
     "brief",
     "did_you_mean",
     "shown",
 ]
+
+
+Where = tuple[str | int, ...]
+"""The way to a value in a configuration: keys, and positions in lists."""
 
 
 class FxCompressError(Exception):
@@ -50,7 +55,7 @@ class PlanError(FxCompressError, ValueError):
 class ConfigError(FxCompressError, ValueError):
     """An argument or configuration value that cannot be meant; ``path`` leads to its key where there is one."""
 
-    path: tuple[str | int, ...] = ()
+    path: Where = ()
 
 
 class TraceError(FxCompressError, RuntimeError):

@@ -22,8 +22,8 @@ from fxcompress.graph import trace
 from fxcompress.graph.inputs import Arguments, arguments, tensors_in
 from fxcompress.graph.island import TOP
 from fxcompress.graph.qdq import dequantize, quantize
+from fxcompress.graph.results import output_snr
 from fxcompress.graph.shapes import propagate
-from fxcompress.graph.verify import output_snr
 
 __all__ = ["export_onnx", "export_tensorrt"]
 

@@ -10,14 +10,13 @@ from pydantic import Field
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from fxcompress.errors import ConfigError, FxCompressError, brief, shown
+from fxcompress.errors import ConfigError, FxCompressError, Where, brief, shown
 from fxcompress.options import Seed, fault, located, no_such, validated
 from fxcompress.registry import Registry
 from fxcompress.weights import load_weights
 
 __all__ = ["DATASETS", "MODELS", "build_data", "build_model"]
 
-Path_ = tuple[str | int, ...]
 Count = Annotated[int, Field(ge=1, lt=2**40)]
 
 
@@ -40,7 +39,7 @@ MODELS = Registry("model", {"ResNet": resnet})
 """Model builders by name; torchvision's own names (``resnet101``) are known beside them."""
 
 
-def build_model(config: Any, path: Path_ = ()) -> nn.Module:
+def build_model(config: Any, path: Where = ()) -> nn.Module:
     """The model that ``{type: name, pretrained: weights file, …}`` describes; a name alone has no options.
 
     Raises ConfigError at the key that is wrong.
@@ -73,7 +72,7 @@ def _torchvision_names() -> list[str]:
     return [name for name in list_models() if not name.startswith("quantized_")]
 
 
-def _options(config: Any, path: Path_) -> dict[str, Any]:
+def _options(config: Any, path: Where) -> dict[str, Any]:
     if isinstance(config, str):
         config = {"type": config}
     if not isinstance(config, Mapping) or not isinstance(config.get("type"), str):
@@ -81,7 +80,7 @@ def _options(config: Any, path: Path_) -> dict[str, Any]:
     return dict(config)
 
 
-def _called(function: Any, options: dict[str, Any], path: Path_, checked: bool = True) -> Any:
+def _called(function: Any, options: dict[str, Any], path: Where, checked: bool = True) -> Any:
     try:
         return function(**(validated(function, options, path) if checked else options))
     except FxCompressError as error:
@@ -127,7 +126,7 @@ DATASETS = Registry("data set", {"random": random_data, "digits": digits, "image
 """Data sets by name: a function of options that returns a map-style data set of (input, target)."""
 
 
-def build_data(config: Any, path: Path_ = ()) -> DataLoader[Any]:
+def build_data(config: Any, path: Where = ()) -> DataLoader[Any]:
     """The loader that ``{type: name, batch_size: 32, shuffle: false, …}`` describes; ConfigError at a key that is wrong."""
     options = _options(config, path)
     name = options.pop("type")

@@ -1,4 +1,4 @@
-"""What may watch a run: the verifier, the promise check, the ledger, graph diffs, the reproducer.
+"""What may watch a run: the verifier, the promise check, the ledger, graph diffs.
 
 An observer sees the run before and after every pass. The manager knows none of them by name, so it stays a loop.
 """
@@ -20,8 +20,8 @@ from fxcompress.graph import edit, ops, verify
 from fxcompress.graph.cost import cost
 from fxcompress.graph.inputs import Arguments, frozen_state, tensors_in
 from fxcompress.graph.island import regions
+from fxcompress.graph.results import largest_difference, output_snr, same_structure
 from fxcompress.graph.tree import parts, tensors
-from fxcompress.graph.verify import output_snr
 from fxcompress.ledger import Ledger, Row
 from fxcompress.pass_base import Context, Pass
 
@@ -33,7 +33,6 @@ __all__ = [
     "Run",
     "Verifier",
     "check_trace",
-    "output_snr",
     "sparsity",
     "weights_of",
 ]
@@ -128,7 +127,7 @@ class Promises(Observer):
             try:
                 self._compare(run.step, region, before, now)
             except PromiseError:
-                if region not in self.unrounded or not verify.output_snr(before, now) > _ROUNDED_WORST:
+                if region not in self.unrounded or not output_snr(before, now) > _ROUNDED_WORST:
                     raise
                 self._compare(run.step, region, self.unrounded[region], self._unrounded(run)[region])
 
@@ -152,12 +151,12 @@ class Promises(Observer):
         return found
 
     def _compare(self, step: Pass, region: str, before: Any, now: Any) -> None:
-        if not verify.same_structure(before, now):
+        if not same_structure(before, now):
             raise PromiseError(f"{step.name!r} changed the structure of the output of {region or 'the model'}.")
         promise = step.promise
         if promise.kind == "approximate":
             return
-        gap = verify.largest_difference(before, now)
+        gap = largest_difference(before, now)
         finite = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in tensors_in(before) if t.numel())
         magnitude = max((t.abs().max().item() for t in finite), default=0.0)
         allowed = promise.atol + max(promise.rtol, _rounding(before) if promise.rtol else 0.0) * magnitude
@@ -310,7 +309,7 @@ def check_trace(run: Run, model: torch.nn.Module, call: Arguments | None) -> Non
     with frozen_state(model):
         expected = call.fresh()(model)
     _check_finite(model, expected)
-    if not verify.same_structure(expected, run.outputs[""]) or output_snr(expected, run.outputs[""]) < 80:
+    if not same_structure(expected, run.outputs[""]) or output_snr(expected, run.outputs[""]) < 80:
         raise VerificationError(
             "the traced graph does not compute what the model computes on the example inputs: its code takes another "
             "path while it is traced. Give example_inputs of the shapes you will use, or make the branch a module."

@@ -14,13 +14,39 @@ from typing import Annotated, Any, get_type_hints
 
 import pydantic
 
-from fxcompress.errors import ConfigError, did_you_mean, shown
+from fxcompress.errors import ConfigError, Where, did_you_mean, shown
 
-__all__ = ["Option", "Seed", "fault", "located", "no_such", "only", "options_of", "unknown", "validated"]
+__all__ = [
+    "Count",
+    "Fraction",
+    "Option",
+    "Positive",
+    "Seed",
+    "Weight",
+    "fault",
+    "located",
+    "no_such",
+    "only",
+    "options_of",
+    "unknown",
+    "validated",
+]
 
 
 Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
 """What every random generator takes."""
+
+Count = Annotated[int, pydantic.Field(ge=1)]
+"""One or more."""
+
+Fraction = Annotated[float, pydantic.Field(ge=0.0, lt=1.0)]
+"""A share in [0, 1)."""
+
+Positive = Annotated[float, pydantic.Field(gt=0.0, allow_inf_nan=False)]
+"""A finite number above zero."""
+
+Weight = Annotated[float, pydantic.Field(ge=0.0, allow_inf_nan=False)]
+"""A finite factor, zero or more."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +99,14 @@ def _checker(hint: Any) -> pydantic.TypeAdapter[Any] | None:
     return checker
 
 
-def fault(path: tuple[str | int, ...], message: str) -> ConfigError:
+def fault(path: Where, message: str) -> ConfigError:
     """A ConfigError about the value at ``path`` of a configuration."""
     error = ConfigError(f"{dotted(path)}: {message}" if path else message)
     error.path = path
     return error
 
 
-def dotted(path: tuple[str | int, ...]) -> str:
+def dotted(path: Where) -> str:
     """``compression.pipeline[0].type``."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return text.removeprefix(".")
@@ -88,9 +114,9 @@ def dotted(path: tuple[str | int, ...]) -> str:
 
 def located(
     error: Exception,
-    path: tuple[str | int, ...],
+    path: Where,
     options: Iterable[str],
-    places: Mapping[str, tuple[str | int, ...]] | None = None,
+    places: Mapping[str, Where] | None = None,
 ) -> ConfigError:
     """``error``, raised for ``options`` at ``path``, at the option that its message names first.
 
@@ -104,7 +130,7 @@ def located(
     return fault((places or {}).get(name, (*path, name)), text)
 
 
-def validated(made: Callable[..., Any], values: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
+def validated(made: Callable[..., Any], values: Mapping[str, Any], path: Where) -> dict[str, Any]:
     """``values`` checked against the options of ``made``; ConfigError at the key that is unknown, missing or mistyped."""
     known = options_of(made)
     for key, value in values.items():
@@ -121,7 +147,7 @@ def validated(made: Callable[..., Any], values: Mapping[str, Any], path: tuple[s
     return dict(values)
 
 
-def no_such(kind: str, name: Any, known: Iterable[str], path: tuple[str | int, ...]) -> ConfigError:
+def no_such(kind: str, name: Any, known: Iterable[str], path: Where) -> ConfigError:
     """The error for a value at ``path`` that names nothing that exists."""
     names = list(known)
     hint = did_you_mean(name, names) if isinstance(name, str) else ""
@@ -129,13 +155,13 @@ def no_such(kind: str, name: Any, known: Iterable[str], path: tuple[str | int, .
     return fault(path, f"there is no {kind} {shown(name)}.{hint or f' Known: {listed or None}.'}")
 
 
-def unknown(key: Any, known: Mapping[str, Any], path: tuple[str | int, ...]) -> ConfigError:
+def unknown(key: Any, known: Mapping[str, Any], path: Where) -> ConfigError:
     """The error for a key that does not exist."""
     hint = did_you_mean(str(key), known) or f" Known: {', '.join(known)}."
     return fault((*path, key), f"there is no such key.{hint}")
 
 
-def only(section: Mapping[str, Any], known: Iterable[str], path: tuple[str | int, ...]) -> None:
+def only(section: Mapping[str, Any], known: Iterable[str], path: Where) -> None:
     """Refuse keys of ``section`` that are not ``known``."""
     for key in section:
         if key not in known:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxcompress.components import DISTILLERS, ORDER, Where, component_class, steps_of
-from fxcompress.errors import ConfigError, PlanError, shown
+from fxcompress.components import DISTILLERS, ORDER, component_class, steps_of
+from fxcompress.errors import ConfigError, PlanError, Where, shown
 from fxcompress.graph.select import Selection
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager

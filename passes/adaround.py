@@ -12,8 +12,10 @@ from tqdm import tqdm
 
 from fxcompress import backends
 from fxcompress.graph import edit, fused, ops
+from fxcompress.graph.qdq import along
 from fxcompress.graph.select import Layer, Selection
 from fxcompress.graph.tree import evaluating
+from fxcompress.options import Count, Fraction
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise, hidden
 from fxcompress.passes.correct_bias import twins_of, walkable
 from fxcompress.quantization.fake_quant import FakeQuantize
@@ -43,12 +45,12 @@ class AdaRound(Pass):
     needs: ClassVar[tuple[str, ...]] = ("data",)
     promise: ClassVar[Promise] = APPROXIMATE
 
-    iterations: Annotated[int, Field(ge=1)] = 1000
-    num_batches: Annotated[int, Field(ge=1)] = 8
-    batch_size: Annotated[int, Field(ge=1)] = 32
+    iterations: Count = 1000
+    num_batches: Count = 8
+    batch_size: Count = 32
     learning_rate: Annotated[float, Field(gt=0.0)] = 5e-2
     regularization: Annotated[float, Field(ge=0.0)] = 1.0
-    warm_start: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    warm_start: Fraction = 0.2
     include_layers: tuple[Layer, ...] | None = None
     exclude_layers: tuple[Layer, ...] = ()
 
@@ -77,15 +79,13 @@ class AdaRound(Pass):
         weight, axis = edit.get_tensor(module, call["weight"].name).detach(), weight_axis(call)
         scale, zero_point, grid = weight_grid(weight, axis, **weight_options(call, backend, settings))
         zero = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
-        shape = [1] * weight.dim()
-        shape[axis] = -1
         expected = step.expected(module)
 
         def layer(input: Tensor, rounded: Tensor) -> Tensor:
             return step.activate(step.apply(input, rounded, step.bias))
 
         options = Rounding(self.iterations, self.batch_size, self.learning_rate, self.regularization, self.warm_start)
-        spread = scale.reshape(shape), zero.reshape(shape)
+        spread = along(scale, weight.dim(), axis), along(zero, weight.dim(), axis)
         with torch.enable_grad():
             targets = [step.activate(part) for part in expected]
             levels = adaptive_levels(weight, *spread, grid, layer, step.quantized, targets, options, generator)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import fx
 from tqdm import tqdm
 
@@ -16,6 +15,7 @@ from fxcompress.data import batches
 from fxcompress.distributed import gather, is_main, merge, rank, world
 from fxcompress.errors import DataError
 from fxcompress.graph.tree import evaluating
+from fxcompress.options import Count
 from fxcompress.pass_base import EXACT, Context, Pass, Promise, hidden
 from fxcompress.quantization.observer import observers
 
@@ -40,7 +40,7 @@ class Calibrate(Pass):
     costly: ClassVar[bool] = True
     on_device: ClassVar[bool] = True
 
-    num_batches: Annotated[int, Field(ge=1)] = 100
+    num_batches: Count = 100
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
         watching = observers(model)

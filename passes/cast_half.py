@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import DataError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.select import Layer, Selection
-from fxcompress.graph.shapes import Recorder, dtype_of, module_of, propagate
+from fxcompress.graph.shapes import Recorder, dtype_of, is_meta, module_of, propagate
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.quantization.placement import layer_name
 
@@ -82,20 +82,20 @@ class CastHalf(Pass):
                 reason = "it is excluded by name"
             if reason is None:
                 half.add(node)
-            elif ops.kind(node) not in _quiet():
+            elif ops.kind(node) not in _SILENT:
                 context.skip(node, f"{reason}: it stays in fp32")
         _Casting(module, _agreed(module, half)).run()
         if example is not None:
             propagate(module, example)
 
 
-def _quiet() -> tuple[str, ...]:
-    return ("getitem", "getattr", "to")
+_SILENT = ("getitem", "getattr", "to")
+"""Kinds whose precision goes without saying."""
 
 
 def _is_float(node: fx.Node) -> bool:
     """Whether a value, or the first tensor in it, is fp32."""
-    metas = pytree.tree_leaves(node.meta.get("tensor_meta"), is_leaf=lambda m: hasattr(m, "dtype"))
+    metas = pytree.tree_leaves(node.meta.get("tensor_meta"), is_leaf=is_meta)
     return any(getattr(meta, "dtype", None) == torch.float32 for meta in metas)
 
 

@@ -12,7 +12,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
 from fxcompress.graph import ops
-from fxcompress.graph.shapes import module_of, tensor_meta
+from fxcompress.graph.shapes import is_meta, module_of, tensor_meta
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 
 __all__ = ["CastSingle"]
@@ -72,18 +72,14 @@ def _obstacle(module: fx.GraphModule) -> str | None:
 
 
 def _metas(value: Any) -> Iterator[TensorMetadata]:
-    yield from filter(_is_meta, pytree.tree_leaves(value, is_leaf=_is_meta))
-
-
-def _is_meta(value: Any) -> bool:
-    return isinstance(value, TensorMetadata)
+    yield from filter(is_meta, pytree.tree_leaves(value, is_leaf=is_meta))
 
 
 def _in_single(value: Any) -> Any:
     def cast(meta: TensorMetadata) -> TensorMetadata:
         return meta._replace(dtype=_single(meta.dtype))
 
-    return pytree.tree_map_only(TensorMetadata, cast, value, is_leaf=_is_meta)
+    return pytree.tree_map_only(TensorMetadata, cast, value, is_leaf=is_meta)
 
 
 def _respell(node: fx.Node) -> None:

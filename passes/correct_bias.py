@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import fx
 from tqdm import tqdm
 
@@ -17,6 +16,7 @@ from fxcompress.graph import edit
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.island import regions
 from fxcompress.graph.tree import evaluating
+from fxcompress.options import Count
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise, hidden
 from fxcompress.passes.fold_quantization import quantized_copy
 from fxcompress.quantization.lockstep import Step, Twins, sample_means, vouched_mean
@@ -40,7 +40,7 @@ class CorrectBias(Pass):
     needs: ClassVar[tuple[str, ...]] = ("data",)
     promise: ClassVar[Promise] = APPROXIMATE
 
-    num_batches: Annotated[int, Field(ge=1)] = 8
+    num_batches: Count = 8
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
         calls = walkable(self.name, model, context, self.num_batches)

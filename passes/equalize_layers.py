@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, fx
 
 from fxcompress.data import batches
@@ -16,6 +15,7 @@ from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.module import shared_copy
 from fxcompress.graph.shapes import module_of
 from fxcompress.graph.tree import evaluating
+from fxcompress.options import Count
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.passes.fold_quantization import quantized_copy
 from fxcompress.quantization.equalization import Bounds, Pair, chains, equalize, pairs
@@ -49,8 +49,8 @@ class EqualizeLayers(Pass):
     promise: ClassVar[Promise] = APPROXIMATE
 
     relu6: Literal["bound", "replace", "keep"] = "bound"
-    sweeps: Annotated[int, Field(ge=1)] = 20
-    num_batches: Annotated[int, Field(ge=1)] = 8
+    sweeps: Count = 20
+    num_batches: Count = 8
 
     def run(self, module: fx.GraphModule, context: Context) -> None:
         if fake_quantizers(module):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import fx
 
 from fxcompress.graph.select import Layer, Selection
-from fxcompress.options import Seed
+from fxcompress.options import Fraction, Seed
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.pruning.magnitude_pruner import mask_weights
 from fxcompress.pruning.sites import sites
@@ -31,7 +30,7 @@ class MaskWeights(Pass):
     name: ClassVar[str] = "mask-weights"
     promise: ClassVar[Promise] = APPROXIMATE
 
-    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    sparsity: Fraction = 0.5
     layers: dict[str, float] = field(default_factory=dict)
     criterion: Literal["l1", "l2", "random"] = "l1"
     n_m: tuple[int, int] | None = None

@@ -22,7 +22,7 @@ from fxcompress.graph.channels.walk import place
 from fxcompress.graph.island import regions
 from fxcompress.graph.select import Layer, Selection
 from fxcompress.graph.settling import settle
-from fxcompress.options import Seed
+from fxcompress.options import Count, Fraction, Seed
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.pruning.compensation import compensation, fold
 from fxcompress.pruning.importance import check_criterion, scores
@@ -60,7 +60,7 @@ class PruneChannels(Pass):
     costly: ClassVar[bool] = True
     replaces: ClassVar[bool] = True
 
-    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    sparsity: Fraction = 0.5
     layers: dict[str, float] = field(default_factory=dict)
     target: dict[Literal["parameters", "macs", "latency"], float] = field(default_factory=dict)
     criterion: str = "l1_norm"
@@ -68,8 +68,8 @@ class PruneChannels(Pass):
     dimension: Literal["out", "in"] = "out"
     reduction: Literal["sum", "mean", "max", "norm"] | None = None
     normalisation: Literal["mean", "max", "none"] = "mean"
-    round_to: Annotated[int, Field(ge=1)] = 8
-    min_kept: Annotated[int, Field(ge=1)] = 1
+    round_to: Count = 8
+    min_kept: Count = 1
     max_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     uniform: bool = False
     exclude_layers: tuple[Layer, ...] = ()

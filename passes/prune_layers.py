@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
 from torch import fx
 
 from fxcompress.errors import ConfigError, did_you_mean
 from fxcompress.graph.island import regions
 from fxcompress.graph.select import Layer, Selection
-from fxcompress.options import Seed
+from fxcompress.options import Fraction, Seed
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.pruning.blocks import Block, cut
 from fxcompress.pruning.depth import candidates, importance, least
@@ -35,7 +34,7 @@ class PruneLayers(Pass):
     needs: ClassVar[tuple[str, ...]] = ("inputs",)
     promise: ClassVar[Promise] = APPROXIMATE
 
-    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    sparsity: Fraction = 0.5
     criterion: Literal["l1_norm", "l2_norm", "bn_scale", "taylor", "cosine", "random"] = "l1_norm"
     units: Literal["auto", "blocks", "layers"] = "auto"
     remove: tuple[str, ...] | None = None

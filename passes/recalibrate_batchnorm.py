@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
@@ -19,6 +18,7 @@ from fxcompress.graph import ops
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.island import regions
 from fxcompress.graph.tree import evaluating
+from fxcompress.options import Count
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 
 __all__ = ["RecalibrateBatchNorm"]
@@ -38,7 +38,7 @@ class RecalibrateBatchNorm(Pass):
     needs: ClassVar[tuple[str, ...]] = ("data",)
     promise: ClassVar[Promise] = APPROXIMATE
 
-    num_batches: Annotated[int, Field(ge=1)] | None = None
+    num_batches: Count | None = None
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
         norms = _norms(model, context)

@@ -17,6 +17,7 @@ from fxcompress.graph import edit, ops
 from fxcompress.graph.cost import macs
 from fxcompress.graph.module import shared_copy
 from fxcompress.graph.tree import evaluating
+from fxcompress.options import Count
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise, hidden
 from fxcompress.passes.adaround import AdaRound
 from fxcompress.passes.correct_bias import CorrectBias, in_one_graph
@@ -63,11 +64,11 @@ class RecoverAccuracy(Pass):
     max_drop: Annotated[float, Field(ge=0.0)] = 1.0
     metric: Metric = "auto"
     time_budget: Annotated[float, Field(gt=0.0)] | None = None
-    num_batches: Annotated[int, Field(ge=1)] = 8
+    num_batches: Count = 8
     confidence: Annotated[float, Field(ge=0.5, lt=1.0)] = 0.95
     cache: str | None = None
     adaround_layers: Annotated[int, Field(ge=0)] = 4
-    adaround_iterations: Annotated[int, Field(ge=1)] = 500
+    adaround_iterations: Count = 500
     allow_float: bool = True
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:

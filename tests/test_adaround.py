@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fxcompress
 from fxcompress import PassManager, QATQuantizer
 from fxcompress.errors import ConfigError
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 from fxcompress.quantization.grid import Grid
 from fxcompress.quantization.rounding import Rounding, adaptive_levels, rectified_sigmoid, regularizer
 from tests.imbalanced import imbalanced, mobile

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxcompress import DynamicQuantizer, PTQQuantizer, backends, coverage
 from fxcompress.backends import quantized_ops
 from fxcompress.backends.dynamic import DynamicLinear
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 
 X = torch.randn(4, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 

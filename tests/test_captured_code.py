@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 import fxcompress
 from fxcompress import DynamicQuantizer, PTQQuantizer, QATQuantizer, coverage, trace
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 

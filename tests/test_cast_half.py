@@ -15,8 +15,8 @@ from fxcompress import DynamicQuantizer, PassManager, PTQQuantizer, load, save, 
 from fxcompress.errors import ConfigError, DataError
 from fxcompress.graph import ops
 from fxcompress.graph.cost import stored_bytes
+from fxcompress.graph.results import output_snr
 from fxcompress.graph.shapes import dtype_of
-from fxcompress.observe import output_snr
 from tests.strategies import Drawn, networks
 
 

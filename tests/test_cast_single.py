@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress import DynamicQuantizer, PassManager, PTQQuantizer, QATQuantizer, backends, coverage
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 
 TYPES = [torch.bfloat16, torch.float16, torch.float64]
 X = torch.randn(4, 3, 10, 10, generator=torch.Generator().manual_seed(0))

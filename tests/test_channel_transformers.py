@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fxcompress import PTQQuantizer, coverage, trace
 from fxcompress.graph import ops
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 from tests.channel_cases import Case, check, error, lived_in, net, prune, remarks, silenced, tokens
 
 linear = nn.Linear

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxcompress import PassManager
 from fxcompress.errors import DataError, PlanError
 from fxcompress.graph import qdq
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 from fxcompress.quantization.lockstep import vouched_mean
 from tests.imbalanced import imbalanced, mobile
 

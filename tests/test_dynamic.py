@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from fxcompress import DynamicQuantizer, PassManager, coverage, load, save
 from fxcompress.errors import BackendError, ConfigError
 from fxcompress.graph import qdq
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 
 
 class Classifier(nn.Module):

@@ -24,7 +24,7 @@ from fxcompress.backends.onnx_graph import flatten
 from fxcompress.errors import BackendError
 from fxcompress.graph import qdq
 from fxcompress.graph.inputs import Arguments
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 from fxcompress.timing import Timing
 
 pytest.importorskip("onnxscript")

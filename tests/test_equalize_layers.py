@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxcompress import PassManager, PTQQuantizer
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 from tests.imbalanced import imbalanced, mobile
 
 

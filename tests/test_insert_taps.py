@@ -19,8 +19,8 @@ import fxcompress
 from fxcompress import Context, Pass, PassManager, trace
 from fxcompress.errors import ConfigError, TraceError, VerificationError
 from fxcompress.graph import taps
+from fxcompress.graph.results import output_snr
 from fxcompress.graph.taps import features
-from fxcompress.observe import output_snr
 from tests.strategies import Drawn, networks
 
 INT8: list[Any] = [

@@ -15,7 +15,7 @@ from benchmarks.digits import accuracy, digits, trained
 from fxcompress import PassManager, PTQQuantizer, StaticQuantizer, coverage
 from fxcompress.errors import BackendError, ConfigError, VerificationError
 from fxcompress.graph import qdq
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 from fxcompress.quantization import CALIBRATORS
 
 PLAN: list[Any] = [

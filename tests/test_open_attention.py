@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxcompress import PassManager, PTQQuantizer, coverage
 from fxcompress.graph import ops
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 
 
 class Attention(nn.Module):

@@ -16,7 +16,7 @@ import fxcompress
 from fxcompress import PassManager, library, trace
 from fxcompress.errors import ConfigError, PassError
 from fxcompress.graph import verify
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 from tests.strategies import Drawn, networks
 
 INT8 = [

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fxcompress import PassManager, PTQQuantizer, coverage
 from fxcompress.errors import ConfigError
 from fxcompress.graph import qdq
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 from fxcompress.quantization.weights import quantize_weight
 
 OBSERVED = ["remove-dead", "fold-batchnorm", "fuse-activations"]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fxcompress import PassManager, PTQQuantizer, coverage
 from fxcompress.graph import ops, qdq
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 from fxcompress.passes import revert_slow
 from fxcompress.quantization.components import components, extract
 from fxcompress.timing import Timing

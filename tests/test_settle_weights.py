@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from fxcompress import DynamicQuantizer, PassManager, PTQQuantizer, QATQuantizer, coverage
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 from fxcompress.pruning import MagnitudePruner
 
 X = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from fxcompress import PassManager, trace
 from fxcompress.errors import DataError, TraceError
-from fxcompress.graph import kind, regions, verify
+from fxcompress.graph import kind, regions
+from fxcompress.graph.results import largest_difference, same_structure
 from fxcompress.graph.shapes import shape_of
 
 
@@ -68,8 +69,8 @@ class AroundDataDependent(nn.Module):
 def assert_same(model: nn.Module, traced: nn.Module, *args: Any, **kwargs: Any) -> None:
     with torch.no_grad():
         expected, found = model(*args, **kwargs), traced(*args, **kwargs)
-    assert verify.same_structure(expected, found)
-    assert verify.largest_difference(expected, found) == 0.0
+    assert same_structure(expected, found)
+    assert largest_difference(expected, found) == 0.0
 
 
 def test_the_smallest_defeating_module_is_exported_and_keeps_names() -> None:

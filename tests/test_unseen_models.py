@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 from fxcompress import DynamicQuantizer, PTQQuantizer, backends, coverage, trace
 from fxcompress.errors import BackendError, FxCompressError, VerificationError
-from fxcompress.observe import output_snr
+from fxcompress.graph.results import output_snr
 
 
 def ptq(model: nn.Module, x: Tensor, **options: Any) -> Any:

@@ -15,8 +15,8 @@ from fxcompress.errors import ConfigError, DataError, brief
 from fxcompress.graph.cost import cost
 from fxcompress.graph.coverage import coverage
 from fxcompress.graph.inputs import Arguments
+from fxcompress.graph.results import output_snr
 from fxcompress.manager import PassManager
-from fxcompress.observe import output_snr
 from fxcompress.pass_base import hidden
 from fxcompress.plan import Plan
 from fxcompress.report import Case, gather

@@ -15,7 +15,7 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from fxcompress.distillation.models import check_values, common_dtype, deterministic, in_dtype, traced
-from fxcompress.distillation.parameters import Assignable, Weight, check_options, distiller
+from fxcompress.distillation.parameters import Assignable, check_options, distiller
 from fxcompress.distillation.step import Row, Step, logits_of
 from fxcompress.distillation.targets import check_samples, classification, sample_numbers
 from fxcompress.distillation.teacher import TeacherCache, frozen
@@ -23,7 +23,7 @@ from fxcompress.errors import ConfigError, DataError, FxCompressError
 from fxcompress.graph import taps
 from fxcompress.graph.inputs import Arguments, arguments
 from fxcompress.graph.taps import Features, features
-from fxcompress.options import Seed, validated
+from fxcompress.options import Seed, Weight, validated
 from fxcompress.registry import Registry
 from fxcompress.weighted import Weighted
 from fxcompress.weights import load_weights

@@ -22,7 +22,7 @@ from fxcompress.distillation.losses import (
     hint_loss,
     ofd_loss,
 )
-from fxcompress.distillation.parameters import Count, distiller
+from fxcompress.distillation.parameters import distiller
 from fxcompress.distillation.preactivation import (
     batch_norm_margin,
     find_preactivations,
@@ -33,6 +33,7 @@ from fxcompress.distillation.projectors import feed
 from fxcompress.distillation.step import Row, Step
 from fxcompress.errors import ConfigError
 from fxcompress.graph.taps import Features
+from fxcompress.options import Count
 
 __all__ = [
     "ATDistiller",

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fxcompress.distillation.base_distiller import BaseDistiller
 from fxcompress.distillation.losses import dist_loss, dkd_loss, kd_loss
-from fxcompress.distillation.parameters import Positive, Weight, distiller
+from fxcompress.distillation.parameters import distiller
 from fxcompress.distillation.step import Step
 from fxcompress.errors import DataError
+from fxcompress.options import Positive, Weight
 
 __all__ = ["DISTDistiller", "DKDDistiller", "LogitDistiller", "warmed_up"]
 

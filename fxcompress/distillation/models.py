@@ -15,6 +15,7 @@ from fxcompress.errors import ConfigError
 from fxcompress.graph import propagate, trace
 from fxcompress.graph.example import guess_example
 from fxcompress.graph.inputs import Arguments, arguments
+from fxcompress.graph.tree import device_of
 
 __all__ = ["check_values", "common_dtype", "deterministic", "in_dtype", "traced"]
 
@@ -71,7 +72,7 @@ def traced(model: nn.Module, example_inputs: Any, who: str, dtype: torch.dtype |
             f"the features of {type(model).__name__} have no known shapes, and its first layer does not tell its input: "
             "give example_inputs=."
         )
-    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    device = device_of(model)
     call = in_dtype(arguments(example).to(device), dtype)
     graph = trace(model, call, copied=True)
     if any("tensor_meta" not in node.meta for node in graph.graph.nodes if node.op.startswith("call")):

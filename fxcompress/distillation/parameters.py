@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Self, TypeVar, dataclass_transform
+from typing import Any, Self, TypeVar, dataclass_transform
 
 import pydantic
-from pydantic import Field
 from torch import nn
 
 from fxcompress.errors import ConfigError
 from fxcompress.options import options_of
 
-__all__ = ["Assignable", "Count", "Fraction", "Positive", "Weight", "check_options", "distiller"]
+__all__ = ["Assignable", "check_options", "distiller"]
 
 T = TypeVar("T", bound=type)
-
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass_transform(field_specifiers=(dataclasses.field,))

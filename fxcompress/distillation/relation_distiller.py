@@ -21,12 +21,13 @@ from fxcompress.distillation.losses import (
 )
 from fxcompress.distillation.losses.precision import raised, unit
 from fxcompress.distillation.memory import InBatch, MemoryBank, MemoryQueue
-from fxcompress.distillation.parameters import Count, Fraction, Positive, Weight, distiller
+from fxcompress.distillation.parameters import distiller
 from fxcompress.distillation.projectors import feed
 from fxcompress.distillation.step import Row, Step
 from fxcompress.errors import ConfigError
 from fxcompress.graph import ops
 from fxcompress.graph.taps import Features
+from fxcompress.options import Count, Fraction, Positive, Weight
 
 __all__ = ["CCDistiller", "CRDDistiller", "PKTDistiller", "RKDDistiller", "RelationDistiller", "embedding"]
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxcompress.graph.qdq import along
+
 __all__ = ["fake_quantize"]
 
 _library = torch.library.Library("fxcompress", "FRAGMENT")
@@ -33,11 +35,7 @@ def _working(input: Tensor) -> Tensor:
 
 
 def _spread(value: Tensor, input: Tensor, axis: int | None) -> Tensor:
-    if axis is None:
-        return value.reshape(())
-    shape = [1] * input.dim()
-    shape[axis] = -1
-    return value.reshape(shape)
+    return value.reshape(()) if axis is None else along(value, input.dim(), axis)
 
 
 def _ratio(input: Tensor, step: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["dequantize", "dequantize_per_channel", "fake_quantize_dynamic", "quantize", "quantize_per_channel"]
+__all__ = ["along", "dequantize", "dequantize_per_channel", "fake_quantize_dynamic", "quantize", "quantize_per_channel"]
 
 _library = torch.library.Library("fxcompress", "DEF")
 _library.define(
@@ -27,10 +27,11 @@ _library.define(
 _library.define("fake_quantize_dynamic(Tensor input, int quant_max=255) -> Tensor")
 
 
-def _along(scale: Tensor, dims: int, axis: int) -> Tensor:
+def along(values: Tensor, dims: int, axis: int) -> Tensor:
+    """One number per index of ``axis``, in the shape that broadcasts with a tensor of ``dims`` dimensions."""
     shape = [1] * dims
     shape[axis] = -1
-    return scale.reshape(shape)
+    return values.reshape(shape)
 
 
 def _quantize(input: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: torch.dtype) -> Tensor:
@@ -41,7 +42,7 @@ def _quantize(input: Tensor, scale: float, zero_point: int, quant_min: int, quan
 def _quantize_per_channel(
     input: Tensor, scale: Tensor, axis: int, quant_min: int, quant_max: int, dtype: torch.dtype
 ) -> Tensor:
-    levels = torch.round(input.to(torch.float32) / _along(scale, input.dim(), axis))
+    levels = torch.round(input.to(torch.float32) / along(scale, input.dim(), axis))
     return levels.clamp_(quant_min, quant_max).to(dtype)
 
 
@@ -54,8 +55,8 @@ def _dequantize_per_channel(
 ) -> Tensor:
     levels = input.to(torch.float32)
     if zero_point is not None:
-        levels = levels - _along(zero_point.to(torch.float32), input.dim(), axis)
-    return (levels * _along(scale, input.dim(), axis)).to(dtype)
+        levels = levels - along(zero_point.to(torch.float32), input.dim(), axis)
+    return (levels * along(scale, input.dim(), axis)).to(dtype)
 
 
 def _fake_quantize_dynamic(input: Tensor, quant_max: int = 255) -> Tensor:

@@ -30,8 +30,9 @@ __all__ = [
     "describe",
     "dtype_of",
     "example_of",
+    "is_meta",
     "module_of",
-    "numel",
+    "placeholder_values",
     "propagate",
     "shape_of",
     "tensor_meta",
@@ -64,20 +65,21 @@ def tensor_meta(node: fx.Node) -> TensorMetadata | None:
     return meta if isinstance(meta, TensorMetadata) else None
 
 
+def is_meta(value: Any) -> bool:
+    """Whether ``value`` is the metadata of one tensor, and not of several in a container."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
 def shape_of(node: fx.Node) -> torch.Size | None:
+    """The shape of a node whose value is one tensor; None where it is unknown or something else."""
     meta = tensor_meta(node)
     return meta.shape if meta else None
 
 
 def dtype_of(node: fx.Node) -> torch.dtype | None:
+    """The dtype of a node whose value is one tensor; None where it is unknown or something else."""
     meta = tensor_meta(node)
     return meta.dtype if meta else None
-
-
-def numel(node: fx.Node) -> int:
-    """Elements of the node's tensor, 0 where unknown."""
-    shape = shape_of(node)
-    return shape.numel() if shape is not None else 0
 
 
 class _Interpreter(fx.Interpreter):

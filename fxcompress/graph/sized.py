@@ -20,7 +20,8 @@ __all__ = ["Sized", "SizedTracer", "plain"]
 Pair = tuple[Any, Any]
 """A value at two batch sizes: meta tensors, or plain values."""
 
-_SAME = {"dtype": "dtype", "layout": "layout", "is_cuda": "is_cuda", "requires_grad": "requires_grad"}
+_SAME = ("dtype", "layout", "is_cuda", "requires_grad")
+"""Attributes that do not depend on the batch."""
 
 
 class SizedTracer(fx.Tracer):

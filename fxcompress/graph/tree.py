@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from fxcompress.errors import ConfigError
 
-__all__ = ["check_module", "evaluating", "kept_modes", "parts", "submodule", "tensors", "unwrapped"]
+__all__ = ["check_module", "device_of", "evaluating", "kept_modes", "parts", "submodule", "tensors", "unwrapped"]
 
 
 def check_module(model: object, what: str = "the model") -> None:
     """Raise ConfigError unless ``model``, called ``what`` in the message, is a module."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{what} is a {type(model).__name__}; it is an nn.Module.")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is: the device of its first parameter or buffer; the CPU where it has none."""
+    return next((tensor.device for _, tensor, _ in tensors(model)), torch.device("cpu"))
 
 
 def submodule(module: nn.Module, name: str) -> nn.Module | None:

@@ -15,6 +15,7 @@ from fxcompress.errors import ConfigError, DataError, did_you_mean
 from fxcompress.graph import ops
 from fxcompress.graph.channels import ChannelGroup, Channels
 from fxcompress.graph.shapes import Recorder
+from fxcompress.graph.tree import device_of
 from fxcompress.pruning import criteria
 from fxcompress.pruning.gradients import Loss, gradients
 
@@ -144,10 +145,6 @@ def _need_gradients(module: fx.GraphModule, data: Iterable[Any] | None, loss: Lo
         module.get_parameter(name).grad = gradient
 
 
-def _device(module: fx.GraphModule) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
-
-
 def _ranks(channels: Channels, data: Iterable[Any] | None) -> dict[str, Tensor]:
     """Weight → the mean rank of the feature maps that its layer makes."""
     if data is None:
@@ -163,7 +160,7 @@ def _ranks(channels: Channels, data: Iterable[Any] | None) -> dict[str, Tensor]:
     for batch in data:
         arguments, _ = split_batch(batch)
         run = _Features(walk.module, makers)
-        run.record(arguments.to(_device(walk.module)))
+        run.record(arguments.to(device_of(walk.module)))
         for name, found in run.ranks.items():
             totals.setdefault(name, []).append(found)
     if not totals:

@@ -21,6 +21,7 @@ from fxcompress.distributed import gather, rank, spread, world
 from fxcompress.errors import ConfigError, DataError
 from fxcompress.files import write_text
 from fxcompress.graph.digest import digest, state_of
+from fxcompress.graph.tree import device_of
 from fxcompress.manager import PassManager, example_call
 from fxcompress.plan import Plan
 from fxcompress.pruning import sensitivity_report as report
@@ -296,7 +297,7 @@ def _key(shares: Mapping[str, float]) -> str:
 
 def _evaluate(model: nn.Module, data: Iterable[Any], metric: str | Callable[[nn.Module, Any], float]) -> float:
     """The metric's mean over samples, in eval mode, on this process alone."""
-    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    device = device_of(model)
     total, samples = 0.0, 0
     model.eval()
     with torch.no_grad():

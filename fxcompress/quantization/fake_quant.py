@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fxcompress.graph import ops
 from fxcompress.graph.fakequant import fake_quantize
+from fxcompress.graph.qdq import along
 from fxcompress.graph.shapes import module_of
 from fxcompress.quantization import moving
 from fxcompress.quantization.grid import Grid
@@ -120,10 +121,8 @@ class FakeQuantize(nn.Module):
     def levels(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """``weight`` as int8 levels, their scale and zero point (None where the grid is symmetric), each one-dimensional."""
         axis = self.axis if self.axis is not None else 0
-        shape = [1] * weight.dim()
-        shape[axis] = -1
         zero_point = self.zero_point.reshape(-1)
-        levels = torch.round(weight / self.scale.reshape(shape)) + zero_point.reshape(shape)
+        levels = torch.round(weight / along(self.scale, weight.dim(), axis)) + along(zero_point, weight.dim(), axis)
         stored = levels.clamp_(self.quant_min, self.quant_max).to(torch.int8)
         affine = None if self.symmetric else zero_point.expand(self.scale.numel()).to(torch.int8)
         return stored, self.scale.reshape(-1), affine
@@ -158,15 +157,13 @@ class WeightFakeQuantize(FakeQuantize):
 
     def steps(self, input: Tensor, *norm: Any) -> tuple[Tensor, Tensor]:
         assert self.axis is not None
-        shape = [1] * input.dim()
-        shape[self.axis] = -1
         channels = input.shape[self.axis]
         if not norm or self.options["per_channel"]:
             scale, zero_point, _ = weight_grid(input, self.axis, **self.options)
             zero_point = self.zero_point if zero_point is None else zero_point.expand(channels)
             return scale.expand(channels), zero_point
         factor = _factor(norm)
-        scale, zero_point, _ = weight_grid(input.detach() * factor.reshape(shape), self.axis, **self.options)
+        scale, zero_point, _ = weight_grid(input.detach() * along(factor, input.dim(), self.axis), self.axis, **self.options)
         if zero_point is None:
             return _shared(scale, factor), self.zero_point
         mirrored = self.quant_min + self.quant_max - zero_point

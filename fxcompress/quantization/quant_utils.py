@@ -15,9 +15,10 @@ from fxcompress.graph import ops
 from fxcompress.graph.cost import stored_bytes
 from fxcompress.graph.inputs import Arguments, arguments
 from fxcompress.graph.island import regions
+from fxcompress.graph.qdq import along
+from fxcompress.graph.results import output_snr
 from fxcompress.graph.trace import trace
-from fxcompress.graph.tree import check_module
-from fxcompress.graph.verify import output_snr
+from fxcompress.graph.tree import check_module, device_of
 from fxcompress.manager import PassManager
 from fxcompress.quantization import grid as grids
 from fxcompress.quantization.compare import ActivationRow, Comparison, WeightRow, compare_activations, compare_weights
@@ -189,9 +190,7 @@ def _along(tensor: Tensor, scale: float | Tensor, zp: int | Tensor, axis: int) -
             raise ConfigError(
                 f"{name} has shape {tuple(values.shape)}; axis {axis} of {tuple(tensor.shape)} does not fit it."
             )
-        shape = [1] * tensor.dim()
-        shape[axis] = -1
-        spread.append(values.reshape(shape))
+        spread.append(along(values, tensor.dim(), axis))
     return spread[0].to(tensor.device), spread[1].to(tensor.device)
 
 
@@ -249,8 +248,7 @@ def benchmark_latency(
     if runs < 1 or warmup < 0:
         raise ConfigError(f"runs is {runs} and warmup {warmup}; runs is at least 1, warmup at least 0.")
     call = arguments(example_inputs) if example_inputs is not None else Arguments(tuple(_random(input_shape)), {})
-    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    call = call.to(device)
+    call = call.to(device_of(model))
     try:
         return interleaved({"model": lambda: call(model)}, runs=runs, warmup=warmup, seconds=seconds)["model"]
     except (RuntimeError, ValueError, TypeError, IndexError) as error:

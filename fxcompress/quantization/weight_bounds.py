@@ -49,12 +49,11 @@ def _bound(module: nn.Module, name: str, axis: int, adjacent: bool) -> bool:
     if levels.dtype != torch.int8 or largest_activation(levels, axis, adjacent=adjacent) >= 255:
         return False
     zero_point = _zero_point(module, name)
-    shape = [1] * levels.dim()
-    shape[axis] = -1
     exact = levels.to(torch.float64)
-    exact = exact if zero_point is None else exact - zero_point.to(torch.float64).reshape(shape)
+    exact = exact if zero_point is None else exact - qdq.along(zero_point.to(torch.float64), levels.dim(), axis)
     options = {"per_channel": scale.numel() > 1, "symmetric": zero_point is None, "adjacent": adjacent}
-    coarser = quantize_weight(exact * scale.to(torch.float64).reshape(shape), axis, bound_pairs=True, **options)
+    exact = exact * qdq.along(scale.to(torch.float64), levels.dim(), axis)
+    coarser = quantize_weight(exact, axis, bound_pairs=True, **options)
     for suffix, tensor in zip(("", "_scale", "_zero_point"), coarser, strict=True):
         if tensor is not None:
             edit.set_tensor(module, f"{name}{suffix}", tensor, buffer=True)

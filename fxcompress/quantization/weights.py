@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.backends.saturation import largest_pair
+from fxcompress.graph.qdq import along
 from fxcompress.quantization.grid import Grid, compute_scale_zp, grid
 
 __all__ = ["quantize_weight", "weight_grid"]
@@ -56,9 +57,7 @@ def quantize_weight(weight: Tensor, axis: int = 0, **options: bool | int) -> tup
     """
     exact = weight.detach().to(torch.float64)
     scale, zero_point, target = weight_grid(exact, axis, **options)  # type: ignore[arg-type]
-    shape = [1] * weight.dim()
-    shape[axis] = -1
-    levels = torch.round(exact / scale.to(torch.float64).reshape(shape))
+    levels = torch.round(exact / along(scale.to(torch.float64), weight.dim(), axis))
     if zero_point is not None:
-        levels, zero_point = levels + zero_point.reshape(shape), zero_point.to(torch.int8)
+        levels, zero_point = levels + along(zero_point, weight.dim(), axis), zero_point.to(torch.int8)
     return levels.clamp_(target.quant_min, target.quant_max).to(torch.int8), scale, zero_point

@@ -16,10 +16,12 @@ from fxcompress.graph.cost import Cost, cost, layer_parameters
 from fxcompress.graph.coverage import Coverage, coverage
 from fxcompress.graph.inputs import Arguments, tensors_in
 from fxcompress.graph.island import regions
+from fxcompress.graph.results import output_snr
 from fxcompress.graph.shapes import Values, example_of, tensor_meta
 from fxcompress.graph.trace import is_traced, trace
+from fxcompress.graph.tree import device_of
 from fxcompress.ledger import Ledger, Row
-from fxcompress.observe import output_snr, weights_of
+from fxcompress.observe import weights_of
 from fxcompress.pruning.sensitivity_report import Summary
 from fxcompress.quantization.compare import compare_activations, compare_weights
 from fxcompress.quantization.quantizer import in_eval_mode
@@ -162,11 +164,7 @@ def _agreement(before: nn.Module | None, after: nn.Module, call: Arguments | Non
 
 
 def _run(model: nn.Module, call: Arguments) -> Any:
-    return call.to(_device(model))(model)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    return call.to(device_of(model))(model)
 
 
 Rows = Mapping[str, tuple[float | None, float | None, float | None]]
@@ -209,7 +207,7 @@ def _still_there(before: nn.Module, after: fx.GraphModule, call: Arguments) -> R
     values = []
     for graph in graphs:
         kept = Values(graph, shared)
-        kept.record(call.to(_device(graph)))
+        kept.record(call.to(device_of(graph)))
         values.append({name: value for name, value in kept.values.items() if isinstance(value, torch.Tensor)})
     names = {node.name: ops.owner_name(node) or node.name for node in graphs[1].graph.nodes if node.op.startswith("call")}
     same = [n for n in names if n in values[0] and n in values[1] and values[0][n].shape == values[1][n].shape]

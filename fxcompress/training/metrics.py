@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxcompress.data import check_batch, fed, fitting
 from fxcompress.distributed import gather, rank, world
 from fxcompress.errors import DataError
-from fxcompress.graph.tree import evaluating
+from fxcompress.graph.tree import device_of, evaluating
 from fxcompress.registry import Registry
 from fxcompress.training.order import batch_size
 from fxcompress.training.terms import split_target
@@ -55,7 +55,7 @@ def evaluate(model: nn.Module, data: Iterable[Any], metrics: Sequence[str] = ("a
     The model is left in the mode it came in. Raises DataError where there is no batch, or one without a target.
     """
     functions = {name: METRICS[name] for name in metrics}
-    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    device = device_of(model)
     sums, samples = dict.fromkeys(functions, 0.0), 0
     with evaluating(model), torch.no_grad():
         for position, batch in enumerate(fed(data)):

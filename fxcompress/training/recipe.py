@@ -16,14 +16,11 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
 from fxcompress.errors import ConfigError
-from fxcompress.options import Seed
+from fxcompress.options import Count, Positive, Seed
 from fxcompress.plan import option_types
 from fxcompress.registry import Registry
 
 __all__ = ["LOSSES", "LR_SCHEDULES", "OPTIMIZERS", "Horizon", "Recipe", "build_optimizer", "build_schedule"]
-
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)

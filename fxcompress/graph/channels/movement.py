@@ -27,8 +27,8 @@ class Sites:
     ``blocks``  arrays [blocks, n] of atoms: every block must keep the same number, with the place that wants it
     """
 
-    def __init__(self, offset: dict[str, int], preferred: int = 0) -> None:
-        self.offset, self.preferred = offset, preferred
+    def __init__(self, offset: dict[str, int]) -> None:
+        self.offset = offset
         self.parts: dict[str, int] = {}
         self.inputs: dict[str, Ints] = {}
         self.blocks: list[tuple[Ints, str]] = []
@@ -36,7 +36,7 @@ class Sites:
     def choose(self, site: str, parts: int, atoms: Ints) -> int:
         """The part chosen at ``site``, counted from the finest."""
         self.parts[site], self.inputs[site] = parts, atoms.ravel()
-        return min(self.offset.get(site, self.preferred), parts - 1)
+        return min(self.offset.get(site, 0), parts - 1)
 
     def equal(self, array: Ints, axis: int, where: str) -> None:
         """Along ``axis`` every index of the other dimensions must keep the same number."""

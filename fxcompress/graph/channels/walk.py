@@ -19,7 +19,7 @@ from fxcompress.graph import edit, ops
 from fxcompress.graph.channels.atoms import Atoms, Ints
 from fxcompress.graph.channels.labels import Label, Value, moved
 from fxcompress.graph.channels.movement import Sites, move
-from fxcompress.graph.shapes import module_of
+from fxcompress.graph.shapes import is_meta, module_of
 from fxcompress.graph.tree import submodule
 
 __all__ = ["FAMILIES", "RULES", "Count", "Rule", "Walk", "rule"]
@@ -32,7 +32,6 @@ class Count:
     node: fx.Node
     name: str
     atoms: Ints
-    per_atom: int = 1
 
 
 class _ShapelessError(PassError):
@@ -139,7 +138,7 @@ class Walk:
         meta = node.meta.get("tensor_meta")
         if meta is None:
             return node.args[0] if node.op == "placeholder" and node.args else None
-        return pytree.tree_map(lambda m: Value(tuple(m.shape)) if m is not None else None, meta, is_leaf=_is_meta)
+        return pytree.tree_map(lambda m: Value(tuple(m.shape)) if m is not None else None, meta, is_leaf=is_meta)
 
     def inputs(self, node: fx.Node) -> list[Value]:
         """Every tensor a node reads."""
@@ -276,13 +275,12 @@ class Walk:
                 self.freeze(self.tensor(f"{node.target}.{name}"), where)
         return self.unlabelled(node)
 
-    def move(self, call: ops.Call, source: Any = None) -> Any:
-        """The result of a movement operator applied to ``source``, its first operand unless said otherwise."""
-        source = call["input"] if source is None else source
-        value = self.value(source)
+    def move(self, call: ops.Call) -> Any:
+        """The result of a movement operator."""
+        value = self.value(call["input"])
         if value is None:
             return self.constant(call.node)
-        names = operand_names(call.node, source)
+        names = operand_names(call.node, call["input"])
 
         def run(tensor: torch.Tensor) -> Any:
             return self.evaluate(call.node, tensor.device.type, **dict.fromkeys(names, tensor))
@@ -376,10 +374,6 @@ def _repeats(call: ops.Call) -> bool:
     """Whether a constant tensor is expanded to a size that is written as a number, as a number of channels may be."""
     sizes = call["sizes"] if call.kind == "expand" else ()
     return isinstance(sizes, (tuple, list)) and any(isinstance(size, int) and size > 1 for size in sizes)
-
-
-def _is_meta(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
