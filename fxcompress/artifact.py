@@ -34,7 +34,7 @@ from fxcompress.graph.trace import Rung, is_traced
 from fxcompress.pass_base import STAGES, Context
 from fxcompress.plan import build_pass
 
-__all__ = ["check_target", "load", "save"]
+__all__ = ["check_target", "load", "reduced", "save"]
 
 FORMAT = 1
 _GRAPH, _TENSORS, _HISTORY = "graph.json", "tensors.safetensors", "history.json"

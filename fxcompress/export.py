@@ -18,12 +18,12 @@ from fxcompress.backends.onnx_graph import Flat, flatten, in_half, missing, to_o
 from fxcompress.backends.onnxruntime import onnxruntime
 from fxcompress.errors import BackendError, ConfigError, VerificationError
 from fxcompress.files import whole
-from fxcompress.graph import trace
 from fxcompress.graph.inputs import Arguments, arguments, tensors_in
 from fxcompress.graph.island import TOP
+from fxcompress.graph.meta_run import propagate
 from fxcompress.graph.qdq import dequantize, quantize
 from fxcompress.graph.results import output_snr
-from fxcompress.graph.shapes import propagate
+from fxcompress.graph.trace import trace
 
 __all__ = ["export_onnx", "export_tensorrt"]
 

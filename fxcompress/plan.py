@@ -22,7 +22,7 @@ from fxcompress.files import read_text
 from fxcompress.pass_base import STAGES, Pass
 from fxcompress.yaml_text import read_yaml
 
-__all__ = ["Plan", "build_pass"]
+__all__ = ["Plan", "build_pass", "option_types"]
 
 
 @dataclasses.dataclass(frozen=True)

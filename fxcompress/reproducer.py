@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from fxcompress import artifact
 from fxcompress.errors import ArtifactError, FxCompressError, brief
 from fxcompress.files import read_text
-from fxcompress.graph import trace
 from fxcompress.graph.inputs import Arguments
+from fxcompress.graph.trace import trace
 from fxcompress.plan import Plan
 
 __all__ = ["leave", "read"]

@@ -14,8 +14,10 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import DataError
 from fxcompress.graph import edit, ops
+from fxcompress.graph.meta_run import propagate
+from fxcompress.graph.recorder import Recorder
 from fxcompress.graph.select import Layer, Selection
-from fxcompress.graph.shapes import Recorder, dtype_of, is_meta, module_of, propagate
+from fxcompress.graph.shapes import dtype_of, is_meta, module_of
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.quantization.placement import layer_name
 

@@ -21,7 +21,7 @@ from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise, hidden
 from fxcompress.passes.fold_quantization import quantized_copy
 from fxcompress.quantization.lockstep import Step, Twins, sample_means, vouched_mean
 
-__all__ = ["CorrectBias"]
+__all__ = ["CorrectBias", "in_one_graph", "twins_of", "walkable"]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from fxcompress.graph import taps
+from fxcompress.graph import addresses, taps
 from fxcompress.graph.island import regions
 from fxcompress.pass_base import EXACT, Context, Pass, Promise
 
@@ -34,4 +34,4 @@ class InsertTaps(Pass):
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
         module = regions(model).get("", model)
-        taps.insert(module, taps.expand(module, self.layers))
+        taps.insert(module, addresses.expand(module, self.layers))

@@ -11,7 +11,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fxcompress.graph import edit, ops
-from fxcompress.graph.shapes import module_of, propagate, shape_of
+from fxcompress.graph.meta_run import propagate
+from fxcompress.graph.shapes import module_of, shape_of
 from fxcompress.pass_base import Context, Pass, Promise, close
 
 __all__ = ["OpenAttention"]

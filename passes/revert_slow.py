@@ -14,7 +14,7 @@ from fxcompress.errors import BackendError
 from fxcompress.graph import edit
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.module import shared_copy
-from fxcompress.graph.shapes import Values
+from fxcompress.graph.recorder import Values
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.passes.lower import Lower
 from fxcompress.quantization.components import Component, components, extract, put_back

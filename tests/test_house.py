@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
+from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 import fxcompress
 from fxcompress import library
@@ -156,29 +157,89 @@ def test_every_pass_is_a_file_of_its_name_with_a_first_line() -> None:
         assert cls.__doc__.splitlines()[0].endswith(".")
 
 
+def _named(root: Path, package: str) -> dict[str, Path]:
+    files = {file: file.relative_to(root).with_suffix("").parts for file in sorted(root.rglob("*.py"))}
+    return {".".join((package, *(part for part in parts if part != "__init__"))): file for file, parts in files.items()}
+
+
+MODULES = _named(ROOT / "passes", "fxcompress.passes") | {
+    name: file for name, file in _named(PACKAGE, "fxcompress").items() if "passes" not in file.relative_to(PACKAGE).parts
+}
+"""Every module of the package, and its file."""
+
+
+@functools.cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text())
+
+
+def imported(module: str, *, lazily: bool) -> dict[str, set[str]]:
+    """Module of ours → the names that ``module`` takes from it, inside functions as well where ``lazily``."""
+    found: dict[str, set[str]] = defaultdict(set)
+    statements = ast.walk(tree(module)) if lazily else iter(tree(module).body)
+    for node in statements:
+        if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found[whole if whole in MODULES else node.module].update(set() if whole in MODULES else {alias.name})
+        elif isinstance(node, ast.Import):
+            found.update({alias.name: set() for alias in node.names if alias.name in MODULES})
+    return found
+
+
+def attributes(module: str) -> dict[str, set[str]]:
+    """Module of ours → the attributes that ``module`` reads off it, where it has the module itself."""
+    held = {other.rpartition(".")[2]: other for other, names in imported(module, lazily=True).items() if not names}
+    found: dict[str, set[str]] = defaultdict(set)
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in held:
+            found[held[node.value.id]].add(node.attr)
+    return found
+
+
+def exported(module: str) -> set[str] | None:
+    """``__all__``, or None where a module has none."""
+    for node in tree(module).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
+            return set(ast.literal_eval(node.value))
+    return None
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
 def level(part: str) -> int:
     return next(i for i, group in enumerate(ORDER) if part in group)
 
 
-def imports(file: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fxcompress"):
-            names = [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
-            found.update(names)
-    return found
+def test_every_part_of_the_package_has_one_place_in_the_order_of_imports() -> None:
+    places = [part for group in ORDER for part in group]
+    assert sorted(places) == sorted({part_of(module) for module in MODULES})
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_imports_run_one_way(file: Path) -> None:
-    part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if part == "__init__":
-        return
-    for other in imports(file):
-        known = other in {name for group in ORDER for name in group}
-        assert not known or level(other) <= level(part) or (part, other) in LAZY, f"{part} imports {other}"
-        techniques = {"quantization", "pruning", "distillation"}
-        assert not ({part, other} <= techniques and part != other)
+def test_imports_run_one_way() -> None:
+    techniques = {"quantization", "pruning", "distillation"}
+    for module in set(MODULES) - {"fxcompress"}:
+        part = part_of(module)
+        for other in {part_of(taken) for taken in imported(module, lazily=True)} - {"__init__"}:
+            assert level(other) <= level(part) or (part, other) in LAZY, f"{module} imports {other}"
+            assert not ({part, other} <= techniques and part != other), f"{module} imports {other}"
+
+
+def test_files_import_one_another_in_no_circle() -> None:
+    order = TopologicalSorter({module: imported(module, lazily=False) for module in MODULES})
+    assert set(order.static_order()) == set(MODULES)
+
+
+def test_what_a_file_takes_from_another_is_what_that_one_gives() -> None:
+    for module in MODULES:
+        for found in (imported(module, lazily=True), attributes(module)):
+            for other, names in found.items():
+                hidden = names - (exported(other) or names) - {"__version__"}
+                assert not hidden, f"{module} takes {', '.join(sorted(hidden))}, which {other} does not list in __all__"
+                private = {name for name in names if name.startswith("_") and not name.startswith("__")}
+                assert not private, f"{module} takes {', '.join(sorted(private))} of {other}"
 
 
 def test_nothing_rests_on_the_deprecated_quantization_package() -> None:

@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 import fxcompress
 from fxcompress import Context, Pass, PassManager, trace
 from fxcompress.errors import ConfigError, TraceError, VerificationError
-from fxcompress.graph import taps
+from fxcompress.graph import addresses, taps
+from fxcompress.graph.feature_view import features
 from fxcompress.graph.results import output_snr
-from fxcompress.graph.taps import features
 from tests.strategies import Drawn, networks
 
 INT8: list[Any] = [
@@ -146,7 +146,7 @@ def test_an_address_that_names_no_single_value_is_an_error(layer: str, match: st
 
 
 def test_patterns_take_the_outermost_modules() -> None:
-    assert taps.expand(trace(net(), X), ["body.b*", "head", "*:input"]) == (
+    assert addresses.expand(trace(net(), X), ["body.b*", "head", "*:input"]) == (
         "body.block",
         "head",
         "body:input",

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import BackendError
 from fxcompress.graph.inputs import Arguments, frozen_state, tensors_in
+from fxcompress.graph.recorder import Recorder, Values
 from fxcompress.graph.results import largest_difference, output_snr
-from fxcompress.graph.shapes import Recorder, Values
 
 __all__ = ["GRID", "OPERATOR", "REFERENCE", "Agreement", "compare", "least_agreement"]
 

@@ -15,7 +15,7 @@ from fxcompress.errors import BackendError
 from fxcompress.graph.cost import macs
 from fxcompress.graph.shapes import tensor_meta
 
-__all__ = ["Engine", "Runtime", "lower_to"]
+__all__ = ["Engine", "Runtime", "Session", "lower_to"]
 
 Session = Callable[[list[Tensor]], list[Tensor]]
 Runtime = Callable[[bytes, int], Session]

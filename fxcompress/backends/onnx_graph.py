@@ -6,12 +6,8 @@ that is narrower than its type is kept by a Clip in float before the Q. The batc
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +18,9 @@ from torch.utils import _pytree as pytree
 from fxcompress.backends.embedding_bags import is_bag, open_bag
 from fxcompress.errors import BackendError
 from fxcompress.graph import ops, qdq
+from fxcompress.graph.containers import plain
 from fxcompress.graph.inputs import Arguments
+from fxcompress.graph.quiet import quiet
 from fxcompress.graph.shapes import dtype_of, tensor_meta
 
 __all__ = ["OPSET", "Flat", "casts_edge", "examples", "flatten", "in_half", "missing", "to_onnx"]
@@ -131,17 +129,11 @@ def casts_edge(node: fx.Node) -> bool:
 
 
 def _results(output: fx.Node) -> list[fx.Node]:
-    leaves = dict.fromkeys(leaf for leaf in pytree.tree_leaves(_plain(output.args[0])) if isinstance(leaf, fx.Node))
+    leaves = dict.fromkeys(leaf for leaf in pytree.tree_leaves(plain(output.args[0])) if isinstance(leaf, fx.Node))
     for leaf in leaves:
         if tensor_meta(leaf) is None and "tensor_meta" in leaf.meta:
             raise BackendError(f"output {leaf.name!r} is no tensor, and an exported graph gives tensors only.")
     return list(leaves)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return tuple(_plain(item) for item in value) if isinstance(value, (tuple, list)) else value
 
 
 def _drop_redundant_activations(graph: fx.Graph) -> fx.Graph:
@@ -226,7 +218,7 @@ def to_onnx(flat: Flat, *, dynamic: bool = True) -> Any:
     failure: Exception | None = None
     for examples, shapes in [*attempts, (flat.examples, None)]:
         try:
-            with _quiet(), torch.no_grad():
+            with quiet(), warnings.catch_warnings(action="ignore"), torch.no_grad():
                 program = torch.export.export(flat.module, examples, dynamic_shapes=shapes, strict=False)
                 exported = torch.onnx.export(
                     program,
@@ -263,19 +255,6 @@ def _name_batch(model: Any) -> None:
         if value.shape is not None:
             named = [ir.SymbolicDim("batch") if size == leading else size for size in value.shape]
             value.shape = ir.Shape(named)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter narrates; what matters comes out as its result or its error."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
 
 
 def _translations() -> dict[Any, Any]:

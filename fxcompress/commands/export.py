@@ -18,7 +18,8 @@ from fxcompress.errors import ConfigError
 from fxcompress.export import export_onnx, export_tensorrt
 from fxcompress.files import target_file, whole
 from fxcompress.graph.inputs import Arguments
-from fxcompress.graph.shapes import Recorder, example_of
+from fxcompress.graph.recorder import Recorder
+from fxcompress.graph.shapes import example_of
 
 __all__ = ["EXPORT"]
 

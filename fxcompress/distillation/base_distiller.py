@@ -21,8 +21,8 @@ from fxcompress.distillation.targets import check_samples, classification, sampl
 from fxcompress.distillation.teacher import TeacherCache, frozen
 from fxcompress.errors import ConfigError, DataError, FxCompressError
 from fxcompress.graph import taps
+from fxcompress.graph.feature_view import Features, features
 from fxcompress.graph.inputs import Arguments, arguments
-from fxcompress.graph.taps import Features, features
 from fxcompress.options import Seed, Weight, validated
 from fxcompress.registry import Registry
 from fxcompress.weighted import Weighted

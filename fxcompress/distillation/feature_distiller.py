@@ -32,7 +32,7 @@ from fxcompress.distillation.preactivation import (
 from fxcompress.distillation.projectors import feed
 from fxcompress.distillation.step import Row, Step
 from fxcompress.errors import ConfigError
-from fxcompress.graph.taps import Features
+from fxcompress.graph.feature_view import Features
 from fxcompress.options import Count
 
 __all__ = [

@@ -15,8 +15,8 @@ from fxcompress.distillation.parameters import distiller
 from fxcompress.distillation.projectors import align, build_projector, feed
 from fxcompress.distillation.step import Row, Step
 from fxcompress.errors import ConfigError
-from fxcompress.graph import taps
-from fxcompress.graph.taps import Features
+from fxcompress.graph.addresses import expand
+from fxcompress.graph.feature_view import Features
 from fxcompress.options import validated
 
 __all__ = ["LayerDistiller", "Layers", "ProjectedDistiller", "Projector"]
@@ -59,7 +59,10 @@ class LayerDistiller(BaseDistiller):
         self.pairs: list[tuple[Layer, Layer]] = []
 
     def choose(self, teacher: fx.GraphModule, student: fx.GraphModule) -> tuple[Sequence[str], Sequence[str]]:
-        layers = taps.expand(teacher, _listed(self.teacher_layers)), taps.expand(student, _listed(self.student_layers))
+        layers = (
+            expand(teacher, _listed(self.teacher_layers)),
+            expand(student, _listed(self.student_layers)),
+        )
         if len(layers[0]) != len(layers[1]):
             raise ConfigError(
                 f"teacher_layers names {len(layers[0])} values ({', '.join(layers[0])}) and student_layers {len(layers[1])} "

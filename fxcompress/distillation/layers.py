@@ -9,8 +9,8 @@ from torch import Tensor, fx
 
 from fxcompress.errors import ConfigError
 from fxcompress.graph import ops, taps
+from fxcompress.graph.feature_view import Features
 from fxcompress.graph.shapes import shape_of
-from fxcompress.graph.taps import Features
 
 __all__ = ["Layer", "channel_axis", "layer_of", "map_of"]
 

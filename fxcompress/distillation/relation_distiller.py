@@ -26,7 +26,7 @@ from fxcompress.distillation.projectors import feed
 from fxcompress.distillation.step import Row, Step
 from fxcompress.errors import ConfigError
 from fxcompress.graph import ops
-from fxcompress.graph.taps import Features
+from fxcompress.graph.feature_view import Features
 from fxcompress.options import Count, Fraction, Positive, Weight
 
 __all__ = ["CCDistiller", "CRDDistiller", "PKTDistiller", "RKDDistiller", "RelationDistiller", "embedding"]

@@ -5,13 +5,7 @@ Parameters and buffers keep their qualified names; sizes stay symbolic where ``t
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import operator
-from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -19,10 +13,11 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import TraceError
-from fxcompress.graph import ops
+from fxcompress.graph.containers import containers
 from fxcompress.graph.inputs import Arguments, autocast_refused, bind, frozen_state, preserved_attributes
+from fxcompress.graph.quiet import quiet
 
-__all__ = ["capture", "inline", "mapping", "open_mappings"]
+__all__ = ["capture", "inline"]
 
 
 def capture(
@@ -46,7 +41,7 @@ def capture(
                 name: pytree.tree_map(lambda leaf, free=free, kept=kept: None if id(leaf) in kept else free(leaf), value)
                 for name, value in bind(module, attempt).arguments.items()
             }
-            with _quiet(), frozen_state(module), preserved_attributes(module), autocast_refused():
+            with quiet(), frozen_state(module), preserved_attributes(module), autocast_refused():
                 program = torch.export.export(module, attempt.args, attempt.kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # whatever torch.export raises means the same: this rung does not hold
             failure = failure or error
@@ -62,7 +57,7 @@ def _without_transforms(program: torch.export.ExportedProgram) -> torch.export.E
     if not any(_transforms(node) for node in program.graph.nodes):
         return program
     try:
-        with _quiet():
+        with quiet():
             plain: torch.export.ExportedProgram = program.run_decompositions({})
     except Exception as error:  # whatever torch raises means the same: this rung does not hold
         raise TraceError("its code transforms functions (torch.func), which a graph does not hold") from error
@@ -108,18 +103,6 @@ def _first_line(error: Exception | None) -> str:
     return (lines[0] if lines else type(error).__name__)[:200]
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.export narrates a refusal at length, in logs and in print; the reason alone goes to the ledger."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(previous)
-
-
 def inline(graph: fx.Graph, root: nn.Module, prefix: str, program: torch.export.ExportedProgram, call: Arguments) -> Any:
     """Copy ``program`` into ``graph`` at its insertion point; returns its result as a structure of nodes.
 
@@ -137,48 +120,10 @@ def inline(graph: fx.Graph, root: nn.Module, prefix: str, program: torch.export.
                 values[node] = by_name[node.name]
         elif node.op == "output":
             results = [values.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf for leaf in node.args[0]]
-            return _containers(graph, pytree.tree_unflatten(results, program.call_spec.out_spec))
+            return containers(graph, pytree.tree_unflatten(results, program.call_spec.out_spec))
         elif not _is_assertion(node):
             values[node] = _copy(graph, node, values, prefix)
     raise TraceError("the exported graph has no output")
-
-
-def mapping(graph: fx.Graph, like: dict[Any, Any], items: dict[Any, Any]) -> fx.Node:
-    """A node that makes a mapping of the class of ``like``, which a graph's own dict arguments would turn into a plain one.
-
-    It is made as dataclasses are, or from a dict.
-    """
-    if type(like) is OrderedDict:
-        return graph.call_function(OrderedDict, (list(items.items()),))
-    return graph.call_function(type(like), *(((), items) if is_dataclass(like) else ((items,), {})))
-
-
-def open_mappings(graph: fx.Graph) -> None:
-    """Let what reads an item of a mapping that the graph makes read the item; a mapping nobody reads as a whole goes."""
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, type) or not issubclass(node.target, dict):
-            continue
-        items: dict[Any, Any] = dict(node.args[0]) if node.args else dict(node.kwargs)
-        for user in list(node.users):
-            reads = user.target in (getattr, operator.getitem) and user.args[0] is node
-            value = items.get(user.args[1]) if reads else None
-            if isinstance(value, fx.Node):
-                user.replace_all_uses_with(value)
-                graph.erase_node(user)
-        if not node.users:
-            graph.erase_node(node)
-
-
-def _containers(graph: fx.Graph, value: Any) -> Any:
-    """``value`` with nodes for the containers that a graph cannot hold as an argument."""
-    if isinstance(value, dict):
-        items = {key: _containers(graph, item) for key, item in value.items()}
-        return items if type(value) is dict else mapping(graph, value, items)
-    if ops.is_named_tuple(type(value)):
-        return graph.call_function(type(value), tuple(_containers(graph, item) for item in value))
-    if type(value) in (list, tuple):
-        return type(value)(_containers(graph, item) for item in value)
-    return value
 
 
 def _is_assertion(node: fx.Node) -> bool:

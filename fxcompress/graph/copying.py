@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fxcompress.errors import TraceError
-from fxcompress.graph import ops
+from fxcompress.graph import spellings
 from fxcompress.graph.sharing import alone, borrowed
 
 __all__ = ["copied_model"]
@@ -70,17 +70,12 @@ def _plain_copy(attributes: dict[str, Any]) -> dict[str, Any] | None:
     inside that could be shared by mistake."""
     copied = {}
     for key, value in attributes.items():
-        cls = type(value)
         if key in _STATE or (key in _HOOKS and not value):
-            value = value.copy()
-        elif key in _HOOKS:
+            copied[key] = value.copy()
+        elif key not in _HOOKS and all(type(item) in _PLAIN for item in (value if type(value) is tuple else (value,))):
+            copied[key] = value
+        else:
             return None
-        elif cls is tuple:
-            if not all(type(item) in _PLAIN for item in value):
-                return None
-        elif cls not in _PLAIN:
-            return None
-        copied[key] = value
     return copied
 
 
@@ -101,7 +96,7 @@ _PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__s
 
 def _copies_plainly(cls: type[nn.Module]) -> bool:
     """Whether ``copy.deepcopy`` does to this class what it does to any module."""
-    return ops.is_known_class(cls) or (
+    return spellings.is_known_class(cls) or (
         all(getattr(cls, name, None) is getattr(nn.Module, name, None) for name in _PROTOCOL)
         and not any(vars(base).get("__slots__") for base in cls.__mro__)
     )

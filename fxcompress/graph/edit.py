@@ -22,6 +22,7 @@ __all__ = [
     "insert_after",
     "insert_before",
     "is_stored",
+    "orphans",
     "readers",
     "replace",
     "set_argument",

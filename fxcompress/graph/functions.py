@@ -13,10 +13,12 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import TraceError
 from fxcompress.graph import ops
 from fxcompress.graph.capture import capture, inline
+from fxcompress.graph.containers import plain
 from fxcompress.graph.inputs import Arguments
+from fxcompress.graph.meta_run import MetaRun
+from fxcompress.graph.recorder import Recorder
 from fxcompress.graph.rungs import Rung, join
-from fxcompress.graph.shapes import MetaRun, Recorder
-from fxcompress.graph.sized import SizedTracer, plain
+from fxcompress.graph.sized import SizedTracer
 
 __all__ = ["inline_call", "open_functions"]
 

@@ -68,6 +68,7 @@ MODULES: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose3d: ConvTransposeActivation3d,
     nn.Linear: LinearActivation,
 }
+"""Class of layers → the same with an activation."""
 
 
 def fuse_module(module: nn.Module, activation: str) -> None:
@@ -76,57 +77,42 @@ def fuse_module(module: nn.Module, activation: str) -> None:
     module.activation = activation  # type: ignore[assignment]
 
 
-def conv1d(input: Tensor, *args: Any, activation: str, **options: Any) -> Tensor:
-    return ACTIVATIONS[activation](F.conv1d(input, *args, **options))
+def _activated(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that computes ``function`` and then its ``activation``, under the same name."""
+
+    def activated(input: Tensor, *args: Any, activation: str, **options: Any) -> Tensor:
+        return ACTIVATIONS[activation](function(input, *args, **options))
+
+    activated.__name__ = activated.__qualname__ = function.__name__
+    return activated
 
 
-def conv2d(input: Tensor, *args: Any, activation: str, **options: Any) -> Tensor:
-    return ACTIVATIONS[activation](F.conv2d(input, *args, **options))
-
-
-def conv3d(input: Tensor, *args: Any, activation: str, **options: Any) -> Tensor:
-    return ACTIVATIONS[activation](F.conv3d(input, *args, **options))
-
-
-def conv_transpose1d(input: Tensor, *args: Any, activation: str, **options: Any) -> Tensor:
-    return ACTIVATIONS[activation](F.conv_transpose1d(input, *args, **options))
-
-
-def conv_transpose2d(input: Tensor, *args: Any, activation: str, **options: Any) -> Tensor:
-    return ACTIVATIONS[activation](F.conv_transpose2d(input, *args, **options))
-
-
-def conv_transpose3d(input: Tensor, *args: Any, activation: str, **options: Any) -> Tensor:
-    return ACTIVATIONS[activation](F.conv_transpose3d(input, *args, **options))
-
-
-def linear(input: Tensor, *args: Any, activation: str, **options: Any) -> Tensor:
-    return ACTIVATIONS[activation](F.linear(input, *args, **options))
+conv1d = _activated(F.conv1d)
+conv2d = _activated(F.conv2d)
+conv3d = _activated(F.conv3d)
+conv_transpose1d = _activated(F.conv_transpose1d)
+conv_transpose2d = _activated(F.conv_transpose2d)
+conv_transpose3d = _activated(F.conv_transpose3d)
+linear = _activated(F.linear)
 
 
 def add(input: Tensor, other: Tensor, *, activation: str) -> Tensor:
+    """The sum, then its activation."""
     return ACTIVATIONS[activation](torch.add(input, other))
 
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
-    for function in (
-        conv1d,
-        conv2d,
-        conv3d,
-        conv_transpose1d,
-        conv_transpose2d,
-        conv_transpose3d,
-        linear,
-        add,
-    )
+    for function in (conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d, linear, add)
 }
+"""Kind → the function that joins it with an activation."""
 
 GEOMETRY: dict[str, tuple[str, ...]] = {
     "linear": (),
     **{f"conv{d}d": ("stride", "padding", "dilation", "groups") for d in (1, 2, 3)},
     **{f"conv_transpose{d}d": ("stride", "padding", "output_padding", "groups", "dilation") for d in (1, 2, 3)},
 }
+"""Kind of weighted operator → its arguments beside input, weight and bias, in the order of torch's function."""
 
 
 def make_functional(call: Any, weight: fx.Node, bias: fx.Node | None) -> None:

@@ -7,7 +7,14 @@ from typing import Any, Self
 
 from torch import Tensor, fx, nn
 
-__all__ = ["TOP", "Island", "regions"]
+from fxcompress.graph.module import TracedModule
+from fxcompress.graph.rungs import Rung
+from fxcompress.graph.signatures import (
+    forwarded,
+    placeholders,
+)
+
+__all__ = ["TOP", "Island", "around_island", "regions"]
 
 TOP = "_island"
 
@@ -64,3 +71,27 @@ def _find(module: nn.Module, prefix: str, found: dict[str, fx.GraphModule], seen
             found[prefix + name] = child
         else:
             _find(child, f"{prefix}{name}.", found, seen)
+
+
+def around_island(model: nn.Module, rungs: list[Rung]) -> fx.GraphModule:
+    """A graph module that owns the model's tensors and children, and whose graph calls the model's code."""
+    root = nn.Module()
+    for name, child in model._modules.items():
+        root.add_module(name, child)
+    for name, parameter in model._parameters.items():
+        root.register_parameter(name, parameter)
+    for name, buffer in model._buffers.items():
+        root.register_buffer(name, buffer, persistent=name not in model._non_persistent_buffers_set)
+    island = Island(model)
+    island.training = model.training
+    root.add_module(TOP, island)
+    graph = fx.Graph()
+    nodes = placeholders(graph, model, starred=False)
+    graph.output(graph.call_module(TOP, *forwarded(model, nodes)))
+    module = TracedModule(root, graph, type(model).__name__)
+    for name, value in {**root._modules, **root._parameters, **root._buffers}.items():
+        if not hasattr(module, name):
+            setattr(module, name, value)
+    module.training = model.training
+    module.meta.update(rungs=tuple(rungs), stage="float")
+    return module

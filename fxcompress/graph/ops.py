@@ -1,37 +1,28 @@
 """Reading a node: which operator it is, however it is spelled, and what its arguments mean.
 
-``torch.add``, ``operator.add``, ``Tensor.add_``, ``nn.ReLU``, ``F.relu`` and ``aten.relu.default`` are spellings. A row of
-the table in :mod:`fxcompress.graph.table` gathers the spellings of one operator under one *kind* and holds beside it what
-analyses need. Passes ask :func:`kind` and :func:`read`, never a spelling.
+Passes ask :func:`kind` and :func:`read`, never a spelling (:mod:`fxcompress.graph.spellings`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import operator
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
 from fxcompress.graph.hooks import has_hooks
+from fxcompress.graph.spellings import Op, call_row, layer_row
 from fxcompress.graph.tree import submodule
 
 __all__ = [
     "Attr",
     "Call",
-    "Op",
     "argument_order",
     "call_arguments",
     "is_layer",
     "kind",
     "lookup",
-    "module_kind",
     "owner_name",
     "read",
     "value_readers",
@@ -46,35 +37,6 @@ class Attr:
 
 
 @dataclass(frozen=True)
-class Op:
-    """One operator.
-
-    ``kind``       its name here, and in the ledger
-    ``family``     what analyses treat alike: contraction, normalisation, activation, pointwise, movement, pooling,
-                   reduction, attention, recurrent, embedding, query (no tensor comes out), other
-    ``names``      names under which torch, torch.nn.functional, Tensor, operator and aten spell it
-    ``arguments``  canonical argument names in call order; ``*rest`` gathers what follows
-    ``modules``    classes that are this operator (or ``"package.Class"`` where importing the package is not ours to ask)
-    ``tensors``    the arguments that are parameters or buffers of those modules
-    ``functions``  further callables that are this operator, with their own argument order where it differs
-    ``defaults``   canonical values of arguments that a call may leave out
-    """
-
-    kind: str
-    family: str
-    names: str = ""
-    arguments: str = "input"
-    modules: tuple[type[nn.Module] | str, ...] = ()
-    tensors: tuple[str, ...] = ()
-    functions: tuple[tuple[Any, str | None], ...] = ()
-    defaults: dict[str, Any] = field(default_factory=dict)
-
-    @functools.cached_property
-    def argument_names(self) -> tuple[str, ...]:
-        return tuple(self.arguments.split())
-
-
-@dataclass(frozen=True)
 class Call:
     """A node read through the op table: ``arguments`` maps canonical names to nodes, literals or :class:`Attr`."""
 
@@ -84,6 +46,7 @@ class Call:
 
     @property
     def kind(self) -> str:
+        """The kind of its operator."""
         return self.op.kind
 
     def __getitem__(self, name: str) -> Any:
@@ -95,160 +58,12 @@ class Call:
         return [n for n in self.node.all_input_nodes if n.op != "get_attr"]
 
 
-class _Index:
-    """Spelling → (row, argument names). Built once, when first asked."""
-
-    def __init__(self) -> None:
-        self.targets: dict[Any, tuple[Op, tuple[str, ...]]] = {}
-        self.spelled: dict[str, Any] = {}
-        self.methods: dict[str, tuple[Op, tuple[str, ...]]] = {}
-        self.modules: dict[type, Op] = {}
-        self.module_names: dict[str, Op] = {}
-
-    def add(self, op: Op) -> None:
-        for name in op.names.split():
-            self.methods.setdefault(name, (op, op.argument_names))
-            for path, target in _spellings(name):
-                self.targets.setdefault(target, (op, op.argument_names))
-                self.spelled.setdefault(path, target)
-        for target, order in op.functions:
-            self.targets[target] = (op, tuple(order.split()) if order else op.argument_names)
-            if not isinstance(target, torch._ops.OpOverloadPacket):
-                self.spelled.setdefault(f"{target.__module__}.{target.__name__}", target)
-        for module in op.modules:
-            if isinstance(module, str):
-                self.module_names[module] = op
-            else:
-                self.modules[module] = op
-
-    def module(self, cls: type) -> Op | None:
-        found = self.modules.get(cls)
-        if found is None:
-            found = self.module_names.get(f"{cls.__module__}.{cls.__qualname__}")
-        if found is None and cls.__name__.startswith("Parametrized"):
-            return self.module(cls.__mro__[1])
-        return found
-
-
-_PLACES = {
-    "torch": torch,
-    "torch.nn.functional": F,
-    "torch.special": torch.special,
-    "torch._C._nn": torch._C._nn,
-    "operator": operator,
-    "aten": torch.ops.aten,
-}
-
-
-def _spellings(name: str) -> Iterator[tuple[str, Any]]:
-    for path, place in _PLACES.items():
-        target = getattr(place, name, None)
-        if callable(target):
-            yield f"{path}.{name}", target
-
-
-def target_name(target: Any) -> str | None:
-    """The word a call target is saved under, or None where it is not in the allow-list."""
-    if isinstance(target, torch._ops.OpOverload):
-        space, _, name = target._schema.name.partition("::")
-        return f"{space}.{name}.{target._overloadname}" if _is_allowed(space, name) else None
-    return _names().get(target)
-
-
-def target_by_name(name: str) -> Any:
-    """The call target saved under ``name``, or None where it is not in the allow-list."""
-    if name in _table().spelled:
-        return _table().spelled[name]
-    space, _, rest = name.partition(".")
-    operator_name, _, overload = rest.partition(".")
-    if not _is_allowed(space, operator_name):
-        return None
-    return getattr(getattr(getattr(torch.ops, space), operator_name, None), overload, None)
-
-
-def _is_allowed(space: str, name: str) -> bool:
-    return space == "fxcompress" or (space == "aten" and "file" not in name)
-
-
-@functools.cache
-def _names() -> dict[Any, str]:
-    names: dict[Any, str] = {}
-    for name, target in _table().spelled.items():
-        names.setdefault(target, name)
-    return names
-
-
-def is_known_method(name: str) -> bool:
-    """Whether the op table has a row for this tensor method."""
-    return name in _table().methods
-
-
-def known_classes() -> dict[str, type[nn.Module]]:
-    """Layer classes of the op table by qualified name."""
-    return {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _table().modules}
-
-
-def known_class_names() -> set[str]:
-    """Classes of the op table that live in packages of their own."""
-    return set(_table().module_names)
-
-
-_index: _Index | None = None
-
-
-def _table() -> _Index:
-    global _index
-    if _index is None:
-        from fxcompress.graph.table import TABLE
-
-        _index = _Index()
-        for op in TABLE:
-            _index.add(op)
-    return _index
-
-
-def _target_row(target: Any) -> tuple[Op, tuple[str, ...]] | None:
-    table = _table().targets
-    if isinstance(target, torch._ops.OpOverload):
-        return table.get(target) or table.get(target.overloadpacket)
-    if isinstance(target, type) and (is_named_tuple(target) or dataclasses.is_dataclass(target)):
-        return table[OrderedDict]
-    try:
-        return table.get(target)
-    except TypeError:
-        return None
-
-
-def is_named_tuple(cls: Any) -> bool:
-    """Whether ``cls`` is a named tuple class, as models return them."""
-    return isinstance(cls, type) and issubclass(cls, tuple) and hasattr(cls, "_fields")
-
-
-def is_known_module(module: nn.Module) -> bool:
-    """Whether the op table has a row for this module's class."""
-    return is_known_class(type(module))
-
-
-def is_known_class(cls: type[nn.Module]) -> bool:
-    """Whether the op table has a row for this class of layers."""
-    return _table().module(cls) is not None
-
-
-def module_kind(module: nn.Module) -> str:
-    """The kind of operator a module is, or "" where the op table has no row for its class."""
-    found = _table().module(type(module))
-    return found.kind if found else ""
-
-
 def lookup(node: fx.Node) -> Op | None:
     """The row of the op table for ``node``, or None where its operator is unknown, as that of a layer with hooks is."""
     if node.op == "call_module":
         module = _submodule(node)
-        return None if module is None or has_hooks(module) else _table().module(type(module))
-    if node.op == "call_method":
-        row = _table().methods.get(str(node.target))
-    else:
-        row = _target_row(node.target) if node.op == "call_function" else None
+        return None if module is None or has_hooks(module) else layer_row(type(module))
+    row = call_row(node)
     return row[0] if row else None
 
 
@@ -319,12 +134,7 @@ def read(node: fx.Node) -> Call | None:
     if node.op == "call_module":
         op = lookup(node)
         return _read_module(node, op) if op else None
-    if node.op == "call_method":
-        row = _table().methods.get(str(node.target))
-    elif node.op == "call_function":
-        row = _target_row(node.target)
-    else:
-        return None
+    row = call_row(node)
     if row is None:
         return None
     op, names = row
@@ -334,7 +144,7 @@ def read(node: fx.Node) -> Call | None:
 
 def argument_order(node: fx.Node) -> tuple[str, ...]:
     """The canonical argument names of a function call, in the order its spelling takes them."""
-    row = _target_row(node.target)
+    row = call_row(node)
     return row[1] if row else ()
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import fx
 
 from fxcompress.errors import TraceError
+from fxcompress.graph.containers import plain
 
-__all__ = ["Sized", "SizedTracer", "plain"]
+__all__ = ["Sized", "SizedTracer"]
 
 Pair = tuple[Any, Any]
 """A value at two batch sizes: meta tensors, or plain values."""
@@ -139,14 +140,3 @@ def _agreed(proxy: Sized, what: str) -> Any:
     if first != second:
         raise TraceError(f"{what} depends on the batch size")
     return first
-
-
-def plain(value: Any) -> Any:
-    """fx's immutable containers as ordinary ones."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    if type(value) is tuple:
-        return tuple(plain(item) for item in value)
-    return value

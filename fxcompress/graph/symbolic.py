@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx._symbolic_trace import PH
 from torch.nn.utils import rnn
-from torch.utils import _pytree as pytree
 
-from fxcompress.graph import ops
-from fxcompress.graph.capture import mapping
-from fxcompress.graph.hooks import around, forwarding, has_hooks, with_own_hooks
-from fxcompress.graph.inputs import Arguments, autocast_refused, bind, preserved_attributes
+from fxcompress.graph import spellings
+from fxcompress.graph.containers import mapping
+from fxcompress.graph.hooks import around, has_hooks, with_own_hooks
+from fxcompress.graph.inputs import autocast_refused, preserved_attributes
+from fxcompress.graph.signatures import undecorated
 from fxcompress.graph.transformers import PLAIN, plain_transformers
 from fxcompress.graph.tree import tensors
 
-__all__ = [
-    "PADDED",
-    "STARS",
-    "LadderTracer",
-    "concrete_arguments",
-    "first_line",
-    "is_decorated",
-    "name_placeholders",
-    "nested_arguments",
-    "placeholder_target",
-    "symbolic",
-]
+__all__ = ["PADDED", "LadderTracer", "first_line", "symbolic"]
 
 
 _SEQUENCES = (rnn.pack_padded_sequence, rnn.pad_packed_sequence)
@@ -63,7 +49,7 @@ class LadderTracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self._names = {id(tensor): name for name, tensor, _ in tensors(root)}
         self._proxies = {}
-        ops.known_classes()  # the op table is read before tracing puts its own functions in the place of torch's
+        spellings.known_classes()  # the op table is read before tracing puts its own functions in the place of torch's
         graph = super().trace(root, concrete_args)
         for node in list(graph.nodes):
             if getattr(node.target, "__name__", "") == "_assert_is_none":
@@ -104,14 +90,14 @@ class LadderTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, dict) and type(a) is not dict:
             return mapping(self.graph, a, {key: self.create_arg(value) for key, value in a.items()})
-        if ops.is_named_tuple(type(a)):
+        if spellings.is_named_tuple(type(a)):
             return self.graph.call_function(type(a), tuple(self.create_arg(value) for value in a))
         return super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             module_qualified_name in self.defeated
-            or ops.is_known_module(m)
+            or spellings.is_known_module(m)
             or (type(m) not in PLAIN and super().is_leaf_module(m, module_qualified_name))
         )
 
@@ -127,7 +113,7 @@ class LadderTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = self.path_of_module(m)
-        opens = has_hooks(m) and ops.is_known_module(m) and name not in self.defeated
+        opens = has_hooks(m) and spellings.is_known_module(m) and name not in self.defeated
         if self.is_leaf_module(m, name) and not opens:
             return super().call_module(m, forward, args, kwargs)
         if isinstance(m, nn.TransformerEncoder) and kwargs.get("src_key_padding_mask") is not None:
@@ -172,87 +158,15 @@ def first_line(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__)[:160]
 
 
-STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-
-
-def placeholder_target(parameter: inspect.Parameter) -> str:
-    """A placeholder's target: the argument's name, with the stars fx wants."""
-    return STARS.get(parameter.kind, "") + parameter.name
-
-
-def name_placeholders(graph: fx.Graph, model: nn.Module) -> None:
-    """Give arguments that were fixed their own names back, which fx numbers; flattened containers are named elsewhere."""
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    if is_decorated(model):
-        parameters = [parameter for parameter in parameters if parameter.kind not in STARS]
-    if len(placeholders) != len(parameters):
-        return
-    for node, parameter in zip(placeholders, parameters, strict=True):
-        node.target = placeholder_target(parameter)
-
-
 def symbolic(tracer: LadderTracer, model: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph | None, str]:
     try:
         with (
             preserved_attributes(model),
             plain_transformers(),
             with_own_hooks(model),
-            _undecorated(model),
+            undecorated(model),
             autocast_refused(),
         ):
             return tracer.trace(model, concrete or None), ""
     except Exception as error:  # user code may raise anything on a proxy
         return None, first_line(error)
-
-
-def is_decorated(model: nn.Module) -> bool:
-    """Whether the code of ``forward`` is wrapped in a function with another signature."""
-    return hasattr(type(model).forward, "__wrapped__")
-
-
-@contextmanager
-def _undecorated(model: nn.Module) -> Iterator[None]:
-    """Give a decorated ``forward`` a function around it with the parameters that it says it has, but those with stars.
-
-    fx reads the parameters off the code object, and gives a decorator's ``*args, **kwargs`` no values.
-    """
-    if not is_decorated(model):
-        yield
-        return
-    parameters = [p.replace(annotation=p.empty) for p in inspect.signature(model.forward).parameters.values()]
-    kept = [p for p in parameters if p.kind not in STARS]
-    passed = ", ".join(p.name if p.kind is p.POSITIONAL_ONLY else f"{p.name}={p.name}" for p in kept)
-    names = ", ".join(["self", *(p.name for p in kept)])
-    space = {"call": type(model).forward}
-    exec(f"def forward({names}):\n    return call(self, {passed})", space)
-    forward: Any = space["forward"]
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = inspect.Signature([own, *kept])
-    with forwarding(model, forward):
-        yield
-
-
-def concrete_arguments(model: nn.Module, call: Arguments | None) -> dict[str, Any]:
-    """Arguments that are not tensors and steer the code: those left at their defaults, and flags among the examples."""
-    given = bind(model, call).arguments if call is not None else {}
-    fixed: dict[str, Any] = {}
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        value = given.get(name, parameter.default)
-        steers = value is None or isinstance(value, (bool, str))
-        left_out = name not in given and isinstance(value, (int, float))
-        if steers or left_out:
-            fixed[name] = value
-    return fixed
-
-
-def nested_arguments(model: nn.Module, call: Arguments) -> dict[str, Any]:
-    """Container arguments with a placeholder for each leaf, so that code may iterate over the container."""
-    given = bind(model, call).arguments
-    return {
-        name: pytree.tree_map(lambda leaf: PH, value)
-        for name, value in given.items()
-        if type(value) in (list, tuple, dict) and name in inspect.signature(model.forward).parameters
-    }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from torch.nn.utils import rnn
 
 from fxcompress.graph import fused
 from fxcompress.graph.frozen import FROZEN
-from fxcompress.graph.ops import Op
+from fxcompress.graph.spellings import Op
 from fxcompress.graph.taps import tap
 
 __all__ = ["TABLE"]
@@ -79,8 +80,8 @@ def _unary(names: str) -> list[Op]:
     return [_pointwise(name, f"{name} {name}_", "input") for name in names.split()]
 
 
-def _movement(kind: str, names: str, arguments: str, **more: object) -> Op:
-    return Op(kind, "movement", names, arguments, **more)  # type: ignore[arg-type]
+def _movement(kind: str, names: str, arguments: str, **more: Any) -> Op:
+    return Op(kind, "movement", names, arguments, **more)
 
 
 def _pool(kind: str, arguments: str, module: type[nn.Module], **defaults: object) -> Op:
@@ -90,19 +91,19 @@ def _pool(kind: str, arguments: str, module: type[nn.Module], **defaults: object
 _MAX_POOL = "input kernel_size stride padding dilation ceil_mode return_indices"
 _AVG_POOL = "input kernel_size stride padding ceil_mode count_include_pad divisor_override"
 
-
 PADS: tuple[type[nn.Module], ...] = tuple(
     getattr(nn, f"{how}Pad{dims}d")
     for how in ("Zero", "Constant", "Reflection", "Replication", "Circular")
     for dims in (1, 2, 3)
 )
-
+"""Layers that pad."""
 
 RESAMPLERS = (
     *(f"{how}{dims}d" for how in ("upsample_nearest", "_upsample_nearest_exact") for dims in (1, 2, 3)),
     *("upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"),
     *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_lanczos2d_aa"),
 )
+"""Names under which aten interpolates."""
 
 
 def _pools(dims: int) -> list[Op]:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,32 +21,34 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fxcompress.errors import TraceError
 from fxcompress.graph import edit, inplace
-from fxcompress.graph.capture import capture, inline, open_mappings
+from fxcompress.graph.capture import capture, inline
 from fxcompress.graph.collector import collector_paused
+from fxcompress.graph.containers import open_mappings
 from fxcompress.graph.copying import copied_model
 from fxcompress.graph.functions import inline_call, open_functions
 from fxcompress.graph.hooks import ONCE, drop_hooks, has_hooks
 from fxcompress.graph.inputs import Arguments, arguments, bind, record_calls, tensors_in
-from fxcompress.graph.island import TOP, Island, regions
+from fxcompress.graph.island import around_island, regions
+from fxcompress.graph.meta_run import propagate
 from fxcompress.graph.modes import flipped, noted_mode, only, switching_layers
 from fxcompress.graph.module import TracedModule
+from fxcompress.graph.recorder import placeholder_values
 from fxcompress.graph.rungs import Rung, join
 from fxcompress.graph.select import classes_of
-from fxcompress.graph.shapes import describe, placeholder_values, propagate
-from fxcompress.graph.symbolic import (
-    STARS,
-    LadderTracer,
+from fxcompress.graph.shapes import describe
+from fxcompress.graph.signatures import (
     concrete_arguments,
-    first_line,
     is_decorated,
     name_placeholders,
     nested_arguments,
     placeholder_target,
-    symbolic,
+    placeholders,
+    stars,
 )
+from fxcompress.graph.symbolic import LadderTracer, first_line, symbolic
 from fxcompress.graph.tree import parts, submodule, tensors, unwrapped
 
-__all__ = ["Rung", "around_island", "is_traced", "region_inputs", "trace"]
+__all__ = ["Rung", "is_traced", "region_inputs", "trace"]
 
 
 def is_traced(model: nn.Module) -> bool:
@@ -111,20 +114,14 @@ def _trace(model: nn.Module, call: Arguments | None) -> fx.GraphModule:
     module, reason = _capture_whole(model, call)
     if module is not None:
         return module
-    stars = _stars(model)
-    if call is not None and any(bind(model, call).arguments.get(parameter.name) for parameter in stars):
-        raise TraceError(f"{type(model).__name__}.forward was given {stars[0]}; an island needs named arguments.")
-    return around_island(model, [Rung("", "island", reason), *_not_taken(stars), *_compile_children(model, call)])
+    starred = stars(model)
+    if call is not None and any(bind(model, call).arguments.get(parameter.name) for parameter in starred):
+        raise TraceError(f"{type(model).__name__}.forward was given {starred[0]}; an island needs named arguments.")
+    return around_island(model, [Rung("", "island", reason), *_not_taken(starred), *_compile_children(model, call)])
 
 
-def _stars(model: nn.Module) -> list[inspect.Parameter]:
-    """The parameters of ``forward`` that take any number of arguments."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [parameter for parameter in parameters if parameter.kind in STARS]
-
-
-def _not_taken(stars: list[inspect.Parameter]) -> list[Rung]:
-    return [Rung("", "note", f"{placeholder_target(parameter)} is not taken any more") for parameter in stars]
+def _not_taken(starred: list[inspect.Parameter]) -> list[Rung]:
+    return [Rung("", "note", f"{placeholder_target(parameter)} is not taken any more") for parameter in starred]
 
 
 def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphModule | None, str]:
@@ -145,7 +142,7 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
     if graph is not None:
         name_placeholders(graph, model)
         module = TracedModule(tracer.root, graph, type(model).__name__)
-        rungs += _not_taken(_stars(model) if is_decorated(model) else [])
+        rungs += _not_taken(stars(model) if is_decorated(model) else [])
         rungs += [Rung(name, "note", note) for name, note in tracer.notes]
         rungs += _other_mode(module, model, LadderTracer(examples), bound) if mode.asked else []
         rungs += _resolve(module, model, tracer.defeated, call)
@@ -215,7 +212,7 @@ def _forget_code(module: fx.GraphModule) -> None:
 def _from_export(model: nn.Module, call: Arguments, program: torch.export.ExportedProgram) -> fx.GraphModule:
     graph = fx.Graph()
     bound = bind(model, call)
-    nodes = _placeholders(graph, model)
+    nodes = placeholders(graph, model)
     args: list[Any] = []
     for name in bound.signature.parameters:
         if name in bound.arguments:
@@ -224,54 +221,6 @@ def _from_export(model: nn.Module, call: Arguments, program: torch.export.Export
     kwargs = {name: nodes[name] for name in call.kwargs}
     graph.output(inline(graph, model, "", program, Arguments(positional, kwargs)))
     return TracedModule(model, graph, type(model).__name__)
-
-
-def _placeholders(graph: fx.Graph, model: nn.Module, *, stars: bool = True) -> dict[str, fx.Node]:
-    """Placeholders with the names and defaults of the model's forward; ``stars``: of ``*args`` and ``**kwargs`` as well."""
-    nodes: dict[str, fx.Node] = {}
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        if parameter.kind in STARS and not stars:
-            continue
-        target = placeholder_target(parameter)
-        default = () if parameter.default is inspect.Parameter.empty else (parameter.default,)
-        nodes[name] = graph.create_node("placeholder", target, default, {}, name=name)
-    return nodes
-
-
-def around_island(model: nn.Module, rungs: list[Rung]) -> fx.GraphModule:
-    """A graph module that owns the model's tensors and children, and whose graph calls the model's code."""
-    root = nn.Module()
-    for name, child in model._modules.items():
-        root.add_module(name, child)
-    for name, parameter in model._parameters.items():
-        root.register_parameter(name, parameter)
-    for name, buffer in model._buffers.items():
-        root.register_buffer(name, buffer, persistent=name not in model._non_persistent_buffers_set)
-    island = Island(model)
-    island.training = model.training
-    root.add_module(TOP, island)
-    graph = fx.Graph()
-    nodes = _placeholders(graph, model, stars=False)
-    args, kwargs = _forwarded(model, nodes)
-    graph.output(graph.create_node("call_module", TOP, args, kwargs))
-    module = TracedModule(root, graph, type(model).__name__)
-    for name, value in {**root._modules, **root._parameters, **root._buffers}.items():
-        if not hasattr(module, name):
-            setattr(module, name, value)
-    module.training = model.training
-    module.meta.update(rungs=tuple(rungs), stage="float")
-    return module
-
-
-def _forwarded(model: nn.Module, nodes: dict[str, fx.Node]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            kwargs[name] = nodes[name]
-        elif parameter.kind not in STARS:
-            args.append(nodes[name])
-    return tuple(args), kwargs
 
 
 def _resolve(module: fx.GraphModule, model: nn.Module, defeated: dict[str, str], call: Arguments | None) -> list[Rung]:
@@ -303,47 +252,55 @@ def _resolve(module: fx.GraphModule, model: nn.Module, defeated: dict[str, str],
 def _compile_children(part: nn.Module, call: Arguments | None, prefix: str = "") -> list[Rung]:
     """Compile what can be compiled below an island, in place; undone as a whole where the island then fails to run."""
     candidates = {name for name, m in part.named_modules() if name and any(True for _ in m.parameters())}
-    calls = record_calls(part, call, candidates) if call is not None else {}
-    rungs: list[Rung] = []
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    _compile_below(part, prefix, "", calls, call is not None, rungs, replaced)
-    if call is not None and replaced:
+    calls = record_calls(part, call, candidates) if call is not None else None
+    children = _Children(prefix, calls)
+    children.compile(part)
+    if call is not None and children.replaced:
         try:
             record_calls(part, call, set())
         except Exception as error:  # the island's code may need anything of the children it had
-            for parent, name, original in replaced:
-                setattr(parent, name, original)
+            children.put_back()
             return [Rung(prefix, "note", f"compiled children were put back: {first_line(error)}")]
-    return rungs
+    return children.rungs
 
 
-def _compile_below(
-    part: nn.Module,
-    prefix: str,
-    path: str,
-    calls: dict[str, tuple[Arguments, Any]],
-    called_only: bool,
-    rungs: list[Rung],
-    replaced: list[tuple[nn.Module, str, nn.Module]],
-) -> None:
-    for name, child in list(part.named_children()):
-        inner = f"{path}.{name}" if path else name
-        if next(child.parameters(), None) is None or isinstance(child, fx.GraphModule):
-            continue
-        if called_only and inner not in calls:
-            _compile_below(child, prefix, inner, calls, called_only, rungs, replaced)
-            continue
-        full = f"{prefix}.{inner}" if prefix else inner
-        call = calls[inner][0] if inner in calls else None
-        hindered = _hindrance(child, call) if call is not None else ""
-        compiled, reason = (None, hindered) if hindered else _capture_whole(child, call)
-        if compiled is None:
-            rungs.append(Rung(full, "island", reason))
-            _compile_below(child, prefix, inner, calls, called_only, rungs, replaced)
-            continue
-        rungs += [Rung(f"{full}.{r.module}".rstrip("."), r.rung, r.reason) for r in compiled.meta["rungs"]]
-        replaced.append((part, name, child))
-        setattr(part, name, compiled)
+class _Children:
+    """Compiles the largest modules below an island that one graph can hold.
+
+    ``prefix``  the island's name in the whole model
+    ``calls``   how every module below it was called; None without example inputs
+    """
+
+    def __init__(self, prefix: str, calls: Mapping[str, tuple[Arguments, Any]] | None) -> None:
+        self.prefix, self.calls = prefix, calls
+        self.rungs: list[Rung] = []
+        self.replaced: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def compile(self, part: nn.Module, path: str = "") -> None:
+        """Compile the children of ``part``, which is ``path`` below the island, or else theirs."""
+        for name, child in list(part.named_children()):
+            inner = f"{path}.{name}" if path else name
+            if next(child.parameters(), None) is None or isinstance(child, fx.GraphModule):
+                continue
+            if self.calls is not None and inner not in self.calls:
+                self.compile(child, inner)
+                continue
+            full = f"{self.prefix}.{inner}" if self.prefix else inner
+            call = self.calls[inner][0] if self.calls is not None else None
+            hindered = _hindrance(child, call) if call is not None else ""
+            compiled, reason = (None, hindered) if hindered else _capture_whole(child, call)
+            if compiled is None:
+                self.rungs.append(Rung(full, "island", reason))
+                self.compile(child, inner)
+                continue
+            self.rungs += [Rung(f"{full}.{r.module}".rstrip("."), r.rung, r.reason) for r in compiled.meta["rungs"]]
+            self.replaced.append((part, name, child))
+            setattr(part, name, compiled)
+
+    def put_back(self) -> None:
+        """Give every parent the children it had."""
+        for parent, name, original in self.replaced:
+            setattr(parent, name, original)
 
 
 CAST = "it is called under autocast, with values of another type than its parameters"

@@ -17,7 +17,8 @@ from fxcompress.errors import VerificationError
 from fxcompress.graph import edit, taps
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.module import calls
-from fxcompress.graph.shapes import Recorder, is_meta
+from fxcompress.graph.recorder import Recorder
+from fxcompress.graph.shapes import is_meta
 from fxcompress.graph.tree import parts, tensors
 
 __all__ = ["RULES", "Snapshot", "check", "check_metadata", "fingerprint", "run", "snapshot"]

@@ -13,7 +13,7 @@ from fxcompress.graph import edit, ops
 from fxcompress.graph.channels import Channels
 from fxcompress.graph.channels.kept import Kept, select
 from fxcompress.graph.channels.labels import Value
-from fxcompress.graph.shapes import Recorder
+from fxcompress.graph.recorder import Recorder
 from fxcompress.pass_base import Context
 
 __all__ = ["compensation", "fold"]

@@ -12,8 +12,8 @@ from fxcompress.data import batches
 from fxcompress.errors import ConfigError, DataError
 from fxcompress.graph.inputs import Arguments, record_calls
 from fxcompress.graph.island import regions
+from fxcompress.graph.recorder import Recorder
 from fxcompress.graph.select import Selection
-from fxcompress.graph.shapes import Recorder
 from fxcompress.pass_base import Context
 from fxcompress.pruning import criteria
 from fxcompress.pruning.blocks import Block, find_blocks, find_layers

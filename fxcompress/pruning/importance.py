@@ -14,7 +14,7 @@ from fxcompress.data import split_batch
 from fxcompress.errors import ConfigError, DataError, did_you_mean
 from fxcompress.graph import ops
 from fxcompress.graph.channels import ChannelGroup, Channels
-from fxcompress.graph.shapes import Recorder
+from fxcompress.graph.recorder import Recorder
 from fxcompress.graph.tree import device_of
 from fxcompress.pruning import criteria
 from fxcompress.pruning.gradients import Loss, gradients

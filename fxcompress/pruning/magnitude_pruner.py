@@ -24,7 +24,7 @@ from fxcompress.plan import Plan
 from fxcompress.pruning.masks import CRITERIA, check_sparsity, n_of_m, score, smallest
 from fxcompress.pruning.sites import PRUNABLE, Site, Skip, bake_masks, sites
 
-__all__ = ["L1UnstructuredPruner", "MagnitudePruner", "RandomPruner", "mask_weights"]
+__all__ = ["L1UnstructuredPruner", "MagnitudePruner", "RandomPruner", "indivisible", "mask_weights"]
 
 TYPES = ("unstructured", "semi_structured")
 

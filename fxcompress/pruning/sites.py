@@ -23,7 +23,7 @@ from fxcompress.graph.island import regions
 from fxcompress.graph.select import Selection, matches
 from fxcompress.graph.tree import check_module, unwrapped
 
-__all__ = ["PRUNABLE", "Mask", "Site", "bake_masks", "sites"]
+__all__ = ["PRUNABLE", "Mask", "Site", "Skip", "bake_masks", "sites"]
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)

@@ -16,7 +16,8 @@ from fxcompress.errors import ConfigError, DataError
 from fxcompress.graph import ops, qdq
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.island import regions
-from fxcompress.graph.shapes import Recorder, module_of
+from fxcompress.graph.recorder import Recorder
+from fxcompress.graph.shapes import module_of
 from fxcompress.graph.trace import is_traced, region_inputs, trace
 from fxcompress.graph.tree import check_module
 from fxcompress.manager import PassManager

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from fxcompress.graph import edit, ops
 from fxcompress.graph.shapes import shape_of
 
-__all__ = ["Pair", "chains", "equalize", "pairs"]
+__all__ = ["Bounds", "Pair", "chains", "equalize", "pairs"]
 
 _ELEMENTWISE = ("relu", "leaky_relu", "identity", "dropout")
 _POOLS = tuple(

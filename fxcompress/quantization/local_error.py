@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from fxcompress.graph import edit
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.module import shared_copy
-from fxcompress.graph.shapes import Recorder, placeholder_values
+from fxcompress.graph.recorder import Recorder, placeholder_values
 
 __all__ = ["channel_maxima", "errors_between", "part_between"]
 

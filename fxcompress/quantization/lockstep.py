@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from fxcompress.graph import edit, fused, ops
 from fxcompress.graph.inputs import Arguments
-from fxcompress.graph.shapes import Recorder, placeholder_values
+from fxcompress.graph.recorder import Recorder, placeholder_values
 
 __all__ = ["Lockstep", "Step", "Twins", "sample_means", "vouched_mean"]
 

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress import backends
 from fxcompress.errors import ConfigError, DataError, did_you_mean
-from fxcompress.graph import ops
+from fxcompress.graph import spellings
 from fxcompress.graph.cost import stored_bytes
 from fxcompress.graph.inputs import Arguments, arguments
 from fxcompress.graph.island import regions
@@ -55,7 +55,7 @@ def get_quantizable_modules(model: nn.Module, backend: str = "fbgemm") -> dict[s
     check_module(model)
     chosen = backends.find(backend)
     kinds = ({*chosen.rules, *chosen.dynamic, "batch_norm"}) - set(_PASSED_THROUGH)
-    return {name: module for name, module in model.named_modules() if ops.module_kind(module) in kinds}
+    return {name: module for name, module in model.named_modules() if spellings.module_kind(module) in kinds}
 
 
 def fuse_modules(
@@ -118,7 +118,7 @@ def _kind_in(model: nn.Module, name: str) -> str:
     names = dict(model.named_modules())
     if name not in names:
         raise ConfigError(f"no layer is called {name!r}.{did_you_mean(str(name), names)}")
-    return ops.module_kind(names[name]) or type(names[name]).__name__
+    return spellings.module_kind(names[name]) or type(names[name]).__name__
 
 
 def auto_fuse(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:

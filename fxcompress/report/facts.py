@@ -16,12 +16,13 @@ from fxcompress.graph.cost import Cost, cost, layer_parameters
 from fxcompress.graph.coverage import Coverage, coverage
 from fxcompress.graph.inputs import Arguments, tensors_in
 from fxcompress.graph.island import regions
+from fxcompress.graph.recorder import Values
 from fxcompress.graph.results import output_snr
-from fxcompress.graph.shapes import Values, example_of, tensor_meta
+from fxcompress.graph.shapes import example_of, tensor_meta
+from fxcompress.graph.sparsity import weights_of
 from fxcompress.graph.trace import is_traced, trace
 from fxcompress.graph.tree import device_of
 from fxcompress.ledger import Ledger, Row
-from fxcompress.observe import weights_of
 from fxcompress.pruning.sensitivity_report import Summary
 from fxcompress.quantization.compare import compare_activations, compare_weights
 from fxcompress.quantization.quantizer import in_eval_mode

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fxcompress.errors import ArtifactError
-from fxcompress.graph import ops, recurrent
+from fxcompress.graph import recurrent, spellings
 
 __all__ = ["CONSTRUCTED", "is_masked", "known_classes", "plain_class", "resolve_class"]
 
@@ -34,14 +34,14 @@ def known_classes() -> dict[str, type[nn.Module]]:
         f"{cls.__module__}.{cls.__qualname__}": cls
         for cls in [*layers, observer, *fake.CLASSES, *recurrent.CLASSES.values()]
     }
-    return {**named, **ops.known_classes()}
+    return {**named, **spellings.known_classes()}
 
 
 def resolve_class(name: str) -> type[nn.Module]:
     """The class of that name, if it is allowed. Raises ArtifactError otherwise."""
     if name in known_classes():
         return known_classes()[name]
-    if name in ops.known_class_names():
+    if name in spellings.known_class_names():
         package, _, cls = name.rpartition(".")
         return getattr(importlib.import_module(package), cls)
     raise ArtifactError(f"the saved model has a layer of class {name!r}, which is not in the allow-list.")
@@ -57,4 +57,4 @@ def is_masked(module: nn.Module) -> bool:
     lists: Any = getattr(module, "parametrizations", None)
     if not parametrize.is_parametrized(module):
         return False
-    return all(held.is_tensor and all(ops.is_known_module(part) for part in held) for held in lists.values())
+    return all(held.is_tensor and all(spellings.is_known_module(part) for part in held) for held in lists.values())

@@ -13,7 +13,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import ArtifactError
-from fxcompress.graph import ops
+from fxcompress.graph import ops, spellings
 from fxcompress.serial.values import decode, encode
 
 __all__ = ["build_graph", "graph_data"]
@@ -42,8 +42,8 @@ def graph_data(module: fx.GraphModule) -> dict[str, Any]:
 def _node_data(node: fx.Node) -> dict[str, Any]:
     target: Any = node.target
     if node.op == "call_function":
-        target = ops.target_name(node.target)
-        if ops.is_named_tuple(node.target):
+        target = spellings.target_name(node.target)
+        if spellings.is_named_tuple(node.target):
             made: Any = node.target
             target = {"named": made.__name__, "fields": list(made._fields)}
         if target is None:
@@ -82,7 +82,7 @@ def _build_node(graph: fx.Graph, entry: dict[str, Any], nodes: dict[str, fx.Node
     if isinstance(target, dict):
         target = _named_tuple(target["named"], tuple(target["fields"]))
     elif entry["op"] == "call_function":
-        target = ops.target_by_name(target)
+        target = spellings.target_by_name(target)
     args, kwargs = decode(entry["args"], nodes), decode(entry["kwargs"], nodes)
     node = graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
     meta = dict(entry["meta"])
@@ -97,9 +97,9 @@ def _build_node(graph: fx.Graph, entry: dict[str, Any], nodes: dict[str, fx.Node
 def _check_target(op: str, target: Any) -> None:
     if isinstance(target, dict):
         return
-    if op == "call_function" and ops.target_by_name(target) is None:
+    if op == "call_function" and spellings.target_by_name(target) is None:
         raise ArtifactError(f"the saved graph calls {target!r}, which is not an operator of the op table.")
-    if op == "call_method" and (target.startswith("_") and not ops.is_known_method(target)):
+    if op == "call_method" and (target.startswith("_") and not spellings.is_known_method(target)):
         raise ArtifactError(f"the saved graph calls the method {target!r}, which is not a tensor operator.")
     if op == "call_method" and not hasattr(torch.Tensor, target):
         raise ArtifactError(f"the saved graph calls the method {target!r}, which tensors do not have.")

@@ -11,8 +11,8 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fxcompress.errors import ArtifactError
+from fxcompress.graph.island import around_island
 from fxcompress.graph.module import TracedModule
-from fxcompress.graph.trace import around_island
 from fxcompress.serial.classes import CONSTRUCTED, resolve_class
 from fxcompress.serial.nodes import build_graph
 from fxcompress.serial.tensors import Tensors

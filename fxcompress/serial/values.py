@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxcompress.errors import ArtifactError
-from fxcompress.graph import ops
+from fxcompress.graph import spellings
 
 __all__ = ["decode", "encode"]
 
@@ -43,7 +43,7 @@ def encode(value: Any) -> Any:
     for word, (kind, write, _) in _TORCH_VALUES.items():
         if isinstance(value, kind):
             return {word: write(value)}
-    name = ops.target_name(value) if callable(value) else None
+    name = spellings.target_name(value) if callable(value) else None
     if name is None:
         raise ArtifactError(f"a {type(value).__name__} ({value!r}) has no plain form.")
     return {"operator": name}
@@ -68,7 +68,7 @@ def decode(data: Any, nodes: Mapping[str, fx.Node] | None = None) -> Any:
     if "float" in data:
         return float(data["float"])
     if "operator" in data:
-        return ops.target_by_name(data["operator"])
+        return spellings.target_by_name(data["operator"])
     for word, (kind, _, read) in _TORCH_VALUES.items():
         if word in data:
             value = read(data[word])

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxcompress.errors import ArtifactError
-from fxcompress.graph import ops
+from fxcompress.graph import spellings
 from fxcompress.graph.island import TOP, Island
 from fxcompress.serial.classes import CONSTRUCTED, is_masked, known_classes, plain_class
 from fxcompress.serial.nodes import graph_data
@@ -33,7 +33,7 @@ def module_data(module: nn.Module, tensors: Tensors, prefix: str = "") -> dict[s
     name = f"{cls.__module__}.{cls.__qualname__}"
     if cls is nn.Module:
         return {"class": "Module", **_state(module, tensors, prefix)}
-    if name not in known_classes() and name not in ops.known_class_names():
+    if name not in known_classes() and name not in spellings.known_class_names():
         return _island_data(module, tensors, prefix)
     if hasattr(module, "saved_state"):
         state = module.saved_state()  # type: ignore[operator]

@@ -17,7 +17,7 @@ from fxcompress.errors import ConfigError, DataError, TrainingError
 from fxcompress.graph.inputs import Arguments
 from fxcompress.weighted import Weighted
 
-__all__ = ["TermRecord", "Terms", "gradient_norms", "loss_terms", "weighted"]
+__all__ = ["TermRecord", "Terms", "gradient_norms", "loss_terms", "split_target", "weighted"]
 
 Terms = dict[str, Tensor]
 

@@ -20,7 +20,7 @@ from fxcompress.graph.channels.labels import Value
 from fxcompress.graph.channels.proof import Proof, Silent, permuted, permuter, relative_error, tolerance
 from fxcompress.graph.channels.walk import Walk, place
 from fxcompress.graph.inputs import Arguments
-from fxcompress.graph.shapes import Recorder
+from fxcompress.graph.recorder import Recorder
 from fxcompress.graph.tree import evaluating
 
 __all__ = ["Before", "culprits"]

@@ -28,7 +28,8 @@ from fxcompress.graph.channels.kept import Kept, Mask, select
 from fxcompress.graph.channels.labels import Value
 from fxcompress.graph.channels.walk import Walk, operand_names
 from fxcompress.graph.inputs import Arguments
-from fxcompress.graph.shapes import Recorder, module_of, tensor_meta
+from fxcompress.graph.recorder import Recorder
+from fxcompress.graph.shapes import module_of, tensor_meta
 from fxcompress.graph.tree import evaluating
 
 __all__ = ["Proof", "Silent", "permuted", "permuter", "relative_error", "silenced", "tolerance"]

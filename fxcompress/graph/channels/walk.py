@@ -15,14 +15,26 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import PassError
-from fxcompress.graph import edit, ops
+from fxcompress.graph import edit, ops, spellings
 from fxcompress.graph.channels.atoms import Atoms, Ints
 from fxcompress.graph.channels.labels import Label, Value, moved
 from fxcompress.graph.channels.movement import Sites, move
 from fxcompress.graph.shapes import is_meta, module_of
 from fxcompress.graph.tree import submodule
 
-__all__ = ["FAMILIES", "RULES", "Count", "Rule", "Walk", "rule"]
+__all__ = [
+    "FAMILIES",
+    "RULES",
+    "Count",
+    "Rule",
+    "Spelling",
+    "Walk",
+    "evaluate",
+    "operand_names",
+    "operator_name",
+    "place",
+    "rule",
+]
 
 
 @dataclass(frozen=True)
@@ -343,7 +355,7 @@ def _fetches(node: fx.Node, source: Any) -> bool:
     return isinstance(source, ops.Attr) and node.op == "get_attr" and str(node.target) == source.name
 
 
-POINTWISE = ops.Op("elementwise", "pointwise")
+POINTWISE = spellings.Op("elementwise", "pointwise")
 """Whatever torch says is elementwise, and the op table has no row for."""
 
 

@@ -1,0 +1,62 @@
+"""Containers in a graph: made by nodes where a graph cannot hold them as arguments, and ordinary ones out of fx's own."""
+
+from __future__ import annotations
+
+import operator
+from collections import OrderedDict
+from dataclasses import is_dataclass
+from typing import Any
+
+from torch import fx
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+
+from fxcompress.graph import spellings
+
+__all__ = ["containers", "mapping", "open_mappings", "plain"]
+
+
+def mapping(graph: fx.Graph, like: dict[Any, Any], items: dict[Any, Any]) -> fx.Node:
+    """A node that makes a mapping of the class of ``like``, which a graph's own dict arguments would turn into a plain one.
+
+    It is made as dataclasses are, or from a dict.
+    """
+    if type(like) is OrderedDict:
+        return graph.call_function(OrderedDict, (list(items.items()),))
+    return graph.call_function(type(like), *(((), items) if is_dataclass(like) else ((items,), {})))
+
+
+def open_mappings(graph: fx.Graph) -> None:
+    """Let what reads an item of a mapping that the graph makes read the item; a mapping nobody reads as a whole goes."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, type) or not issubclass(node.target, dict):
+            continue
+        items: dict[Any, Any] = dict(node.args[0]) if node.args else dict(node.kwargs)
+        for user in list(node.users):
+            reads = user.target in (getattr, operator.getitem) and user.args[0] is node
+            value = items.get(user.args[1]) if reads else None
+            if isinstance(value, fx.Node):
+                user.replace_all_uses_with(value)
+                graph.erase_node(user)
+        if not node.users:
+            graph.erase_node(node)
+
+
+def containers(graph: fx.Graph, value: Any) -> Any:
+    """``value`` with nodes for the containers that a graph cannot hold as an argument."""
+    if isinstance(value, dict):
+        items = {key: containers(graph, item) for key, item in value.items()}
+        return items if type(value) is dict else mapping(graph, value, items)
+    if spellings.is_named_tuple(type(value)):
+        return graph.call_function(type(value), tuple(containers(graph, item) for item in value))
+    if type(value) in (list, tuple):
+        return type(value)(containers(graph, item) for item in value)
+    return value
+
+
+def plain(value: Any) -> Any:
+    """The containers a graph's generated code returns: fx's immutable lists and dicts become ordinary ones."""
+    if type(value) is immutable_dict:
+        return {key: plain(item) for key, item in value.items()}
+    if type(value) is immutable_list:
+        return [plain(item) for item in value]
+    return tuple(plain(item) for item in value) if type(value) is tuple else value
