@@ -101,7 +101,7 @@ def local_device(device: torch.device) -> torch.device:
 @contextmanager
 def placed_on(model: nn.Module, device: torch.device | None) -> Iterator[None]:
     """Have ``model`` on ``device``, of several processes each on its own, inside a ``with``, then where it was."""
-    first = next(iter([*model.parameters(), *model.buffers()]), None)
+    first = None if device is None else next(iter([*model.parameters(), *model.buffers()]), None)
     if device is None or first is None:
         yield
         return

@@ -173,7 +173,8 @@ class LedgerKeeper(Observer):
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self.content: list[Any] | None = None
+        self.content: list[verify.Content] | None = None
+        self.held: list[Any] | None = None
 
     def begin(self, run: Run) -> None:
         self.started = time.perf_counter()
@@ -191,8 +192,11 @@ class LedgerKeeper(Observer):
     def _write(self, run: Run, step: str) -> None:
         seconds = time.perf_counter() - self.started
         content = [verify.fingerprint(module) for module in regions(run.model).values()]
+        held = [found.held for found in content]
+        if held != self.held:
+            self.held, self.zeros = held, sparsity(run.model)
         if content != self.content:
-            self.content, self.totals, self.zeros = content, cost(run.model), sparsity(run.model)
+            self.content, self.totals = content, cost(run.model)
         totals = self.totals
         self.ledger.add(
             Row(

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import fx, nn
 
 from fxcompress.graph import edit, ops
-from fxcompress.graph.inplace import is_impure
+from fxcompress.graph.inplace import drop_dead
 from fxcompress.graph.shapes import dtype_of, module_of
 from fxcompress.pass_base import EXACT, STAGES, Context, Pass, Promise
 
@@ -32,7 +32,7 @@ class RemoveDead(Pass):
         for node in list(module.graph.nodes):
             if self._passes_through(node):
                 edit.bypass(node)
-        module.graph.eliminate_dead_code(is_impure_node=is_impure)
+        drop_dead(module)
 
     def _passes_through(self, node: fx.Node) -> bool:
         kind = ops.kind(node)

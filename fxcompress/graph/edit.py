@@ -23,6 +23,7 @@ __all__ = [
     "insert_before",
     "is_stored",
     "orphans",
+    "reached",
     "readers",
     "replace",
     "set_argument",
@@ -201,10 +202,11 @@ def orphans(module: fx.GraphModule) -> list[str]:
     used = _targets(module.graph.nodes)
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in module.named_buffers(remove_duplicate=False)]
-    return [name for name in names if not _reached(name, used)]
+    return [name for name in names if not reached(name, used)]
 
 
-def _reached(name: str, used: set[str]) -> bool:
+def reached(name: str, used: set[str]) -> bool:
+    """Whether ``used`` names a part or tensor called ``name``, or what it belongs to."""
     while name:
         if name in used:
             return True

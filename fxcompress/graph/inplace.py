@@ -17,7 +17,17 @@ from torch.nn import functional as F
 from fxcompress.graph import edit, ops
 from fxcompress.graph.shapes import module_of
 
-__all__ = ["VIEWS", "is_impure", "is_in_place", "make_functional", "origin", "overwritten", "reuse_memory", "writes"]
+__all__ = [
+    "VIEWS",
+    "drop_dead",
+    "is_impure",
+    "is_in_place",
+    "make_functional",
+    "origin",
+    "overwritten",
+    "reuse_memory",
+    "writes",
+]
 
 _OPERATORS = {
     operator.iadd: operator.add,
@@ -155,6 +165,13 @@ def _added(into: Tensor, other: Tensor) -> Tensor:
     """The sum, in the memory of ``into`` where it fits."""
     fits = into.shape == torch.broadcast_shapes(into.shape, other.shape) and into.dtype == torch.result_type(into, other)
     return into.add_(other) if fits else into + other
+
+
+def drop_dead(module: fx.GraphModule) -> None:
+    """Remove nodes that do nothing but compute a value that nobody uses."""
+    for node in reversed(module.graph.nodes):
+        if not node.users and not is_impure(node):
+            module.graph.erase_node(node)
 
 
 def is_impure(node: fx.Node) -> bool:

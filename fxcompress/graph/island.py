@@ -69,7 +69,7 @@ def _find(module: nn.Module, prefix: str, found: dict[str, fx.GraphModule], seen
         seen.add(id(child))
         if isinstance(child, fx.GraphModule):
             found[prefix + name] = child
-        else:
+        elif child._modules:
             _find(child, f"{prefix}{name}.", found, seen)
 
 

@@ -185,7 +185,7 @@ def _finish(module: fx.GraphModule, model: nn.Module, rungs: list[Rung]) -> fx.G
             Rung("", "note", f"its code overwrites the input {name!r}; the graph computes the same and leaves it as it is")
         )
     open_mappings(module.graph)
-    module.graph.eliminate_dead_code(is_impure_node=inplace.is_impure)
+    inplace.drop_dead(module)
     edit.finish(module)
     _forget_code(module)
     module.graph.lint()
@@ -195,11 +195,11 @@ def _finish(module: fx.GraphModule, model: nn.Module, rungs: list[Rung]) -> fx.G
 
 def _forget_code(module: fx.GraphModule) -> None:
     """Leave of modules whose code is operators of the graph now (exported ones) what they hold, under their names."""
-    called = {f"{node.target}." for node in module.graph.nodes if node.op == "call_module"}
+    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
     plain: dict[int, nn.Module] = {}
     for name, part in list(module.named_modules(remove_duplicate=False)):
-        runs = any(f"{name}.".startswith(prefix) for prefix in called)
-        if not name or runs or type(part).__module__.startswith("torch.") or isinstance(part, fx.GraphModule):
+        is_own = not type(part).__module__.startswith("torch.") and not isinstance(part, fx.GraphModule)
+        if not name or not is_own or edit.reached(name, called):
             continue
         if id(part) not in plain:
             made = plain[id(part)] = nn.Module().train(part.training)

@@ -71,12 +71,11 @@ def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
     """Every parameter and buffer once, by its first name, and whether it is a parameter; parameters of a module first."""
     seen: set[int] = set()
     for owner, part in parts(module).items():
-        prefix = f"{owner}." if owner else ""
         for held, learned in ((part._parameters, True), (part._buffers, False)):
             for name, tensor in held.items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
-                    yield prefix + name, tensor, learned
+                    yield f"{owner}.{name}" if owner else name, tensor, learned
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

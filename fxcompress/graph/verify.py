@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -21,7 +21,7 @@ from fxcompress.graph.recorder import Recorder
 from fxcompress.graph.shapes import is_meta
 from fxcompress.graph.tree import parts, tensors
 
-__all__ = ["RULES", "Snapshot", "check", "check_metadata", "fingerprint", "run", "snapshot"]
+__all__ = ["RULES", "Content", "Snapshot", "check", "check_metadata", "fingerprint", "run", "snapshot"]
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,19 @@ def run(module: fx.GraphModule, call: Arguments) -> Any:
     return result
 
 
-def fingerprint(module: fx.GraphModule) -> tuple[Any, ...]:
+class Content(NamedTuple):
     """What a result depends on: the code, the tensors and how often each was written, the layers."""
-    held = tuple((name, id(tensor), tensor._version) for name, tensor, _ in tensors(module))
-    layers = tuple((name, id(m), m.training, vars(m).get("activation")) for name, m in parts(module).items())
-    return calls(module.graph), held, layers
+
+    calls: list[Any]
+    held: list[Any]
+    layers: list[Any]
+
+
+def fingerprint(module: fx.GraphModule) -> Content:
+    """The content of a graph module, equal while it computes the same."""
+    held = [(name, id(tensor), tensor._version) for name, tensor, _ in tensors(module)]
+    layers = [(name, id(m), m.training, vars(m).get("activation")) for name, m in parts(module).items()]
+    return Content(calls(module.graph), held, layers)
 
 
 def check_metadata(found: dict[fx.Node, Any]) -> None:

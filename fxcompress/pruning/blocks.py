@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxcompress.graph import edit, ops
-from fxcompress.graph.inplace import is_impure
+from fxcompress.graph.inplace import drop_dead, is_impure
 from fxcompress.graph.shapes import dtype_of, module_of, shape_of
 
 __all__ = ["Block", "cut", "find_blocks", "find_layers"]
@@ -182,4 +182,4 @@ def cut(module: fx.GraphModule, blocks: list[Block]) -> None:
             source = passed[source]
         passed[block.node] = source
         block.node.replace_all_uses_with(source)
-    module.graph.eliminate_dead_code(is_impure_node=is_impure)
+    drop_dead(module)
