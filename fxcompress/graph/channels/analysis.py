@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from fxcompress.graph.channels import (  # noqa: F401 - each fills the table of rules
     contractions,
@@ -21,7 +20,7 @@ from fxcompress.graph.channels import (  # noqa: F401 - each fills the table of 
 )
 from fxcompress.graph.channels.atoms import Classes, Ints
 from fxcompress.graph.channels.blocks import EqualCounts, resolve
-from fxcompress.graph.channels.labels import Value
+from fxcompress.graph.channels.labels import values_in
 from fxcompress.graph.channels.movement import Sites
 from fxcompress.graph.channels.walk import Walk
 from fxcompress.graph.collector import collector_paused
@@ -91,7 +90,7 @@ class Channels:
     @functools.cached_property
     def dimensions(self) -> tuple[Ints, Ints]:
         """The classes along every labelled dimension of every tensor and value, end to end, and where each one starts."""
-        values = [v for value in self.walk.env.values() for v in pytree.tree_leaves(value) if isinstance(v, Value)]
+        values = [v for value in self.walk.env.values() for v in values_in(value)]
         labels = [label for value in [*self.walk.tensors.values(), *values] for label in value.labels.values()]
         arrays = list({id(label.array): label.array.ravel() for label in labels}.values())
         starts = np.cumsum([0, *(len(array) for array in arrays)])[:-1]
@@ -242,7 +241,7 @@ class _Grouping:
         generator = np.random.default_rng(0)
         total = np.zeros(len(self.root), dtype=np.uint64)
         values = list(self.walk.tensors.values())
-        values += [v for value in self.walk.env.values() for v in pytree.tree_leaves(value) if isinstance(v, Value)]
+        values += [v for value in self.walk.env.values() for v in values_in(value)]
         arrays = [label.array.ravel() for value in values for label in value.labels.values()]
         if arrays:
             marks = generator.integers(1, 1 << 63, size=len(arrays), dtype=np.uint64)

@@ -78,6 +78,10 @@ def produce(walk: Walk, call: ops.Call, result: Value, label: Label | None, dim:
         return
     rank = len(result.shape)
     array = moved(label.array, {0: dim}, rank) if label.array.ndim else label.array
+    result.labels[dim] = Label(array, True, label.sites)
+    if array.size == result.shape[dim] and walk.adopt(call["bias"], array.reshape(-1)):
+        walk.role(call["bias"], 0, "out")
+        return
     bias = walk.value(call["bias"]) if call["bias"] is not None else None
     own = alone(walk.atoms, bias, 0) if bias is not None else None
     if own is not None:
@@ -85,7 +89,6 @@ def produce(walk: Walk, call: ops.Call, result: Value, label: Label | None, dim:
         walk.role(call["bias"], 0, "out")
     elif bias is not None:
         walk.atoms.freeze(array, f"its bias has a fixed size at {place(call.node)}")
-    result.labels[dim] = Label(array, True, label.sites)
 
 
 @rule("matmul")

@@ -16,7 +16,7 @@ from fxcompress.errors import FxCompressError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.channels.analysis import Channels
 from fxcompress.graph.channels.kept import Kept, Mask, select
-from fxcompress.graph.channels.labels import Value
+from fxcompress.graph.channels.labels import Value, map_values, values_in
 from fxcompress.graph.channels.literals import PROPOSALS, Index, Move, commutes, gathered
 from fxcompress.graph.channels.moving import varies
 from fxcompress.graph.channels.walk import Count, Spelling, Walk, evaluate, operand_names
@@ -171,9 +171,8 @@ class _Rewriting:
     def _new_value(self, node: fx.Node) -> Any:
         """What a node is after the cut: smaller values, and plain values computed from them."""
         value = self.walk.env[node]
-        leaves = pytree.tree_leaves(value)
-        if any(isinstance(leaf, Value) for leaf in leaves):
-            return pytree.tree_map_only(Value, lambda v: Value(self.kept.shape(v)), value)
+        if values_in(value):
+            return map_values(lambda v: Value(self.kept.shape(v)), value)
         if not node.op.startswith("call") or not node.all_input_nodes or isinstance(value, torch.Tensor) or value is None:
             return value
         try:
@@ -211,7 +210,7 @@ class _Rewriting:
 
     def _move(self, call: ops.Call) -> None:
         source = self.walk.value(call["input"])
-        results = [v for v in pytree.tree_leaves(self.walk.env[call.node]) if isinstance(v, Value)]
+        results = values_in(self.walk.env[call.node])
         changed = frozenset(n for n in call.node.all_input_nodes if self._is_another_number(n))
         if source is None or not (changed or self.kept.touches(source) or any(self.kept.touches(v) for v in results)):
             return
@@ -345,7 +344,7 @@ def _describe(walk: Walk, kept: Kept) -> None:
     """Shapes in the metadata."""
     for node, value in walk.env.items():
         meta = node.meta.get("tensor_meta")
-        if meta is not None and any(isinstance(v, Value) for v in pytree.tree_leaves(value)):
+        if meta is not None and values_in(value):
             node.meta["tensor_meta"] = _shrunk(meta, value, kept)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from fxcompress.graph import ops
-from fxcompress.graph.channels.labels import Label, Value, alone, broadcast, join, moved, row
+from fxcompress.graph.channels.labels import Label, Value, alone, broadcast, join, map_values, moved, row, values_in
 from fxcompress.graph.channels.walk import FAMILIES, Count, Walk, place, rule
 
 ZERO_IF_ALL = {"add", "sub", "rsub", "maximum", "minimum", "where", "lerp", "addcmul", "to"}
@@ -84,14 +84,21 @@ def prelu(walk: Walk, call: ops.Call) -> Value:
 
 def _bind(walk: Walk, call: ops.Call, result: Value, channel: int, names: tuple[str, ...]) -> None:
     """Vectors with an entry per channel go with the channels."""
+    given = result.labels.get(channel)
+    channels = given.array.reshape(-1) if given is not None and given.array.size == result.shape[channel] else None
     for name in names:
+        role = "scale" if name == "weight" and call.kind == "batch_norm" else "norm"
+        if channels is not None and walk.adopt(call[name], channels):
+            walk.role(call[name], 0, role)
+            result.labels[channel] = replace(result.labels[channel], zero=True)
+            continue
         vector = walk.value(call[name]) if call[name] is not None else None
         line = alone(walk.atoms, vector, 0) if vector is not None else None
         if line is None:
             if vector is not None and vector.shape[0] > 1:
                 walk.freeze(result.labels.get(channel), f"meets a value of fixed size at {place(call.node)}")
             continue
-        walk.role(call[name], 0, "scale" if name == "weight" and call.kind == "batch_norm" else "norm")
+        walk.role(call[name], 0, role)
         array = moved(line, {0: channel}, len(result.shape))
         label = result.labels.get(channel)
         if label is None:
@@ -228,7 +235,7 @@ def pooling(walk: Walk, call: ops.Call) -> Any:
             walk.freeze(label, f"a window slides over it at {place(call.node)}")
     labels = {d: label.with_array(_flattened(walk, label.array, kept)) for d, label in value.labels.items() if d < kept}
     shapes = walk.unlabelled(call.node)
-    return pytree.tree_map_only(Value, lambda v: Value(v.shape, dict(labels)), shapes)
+    return map_values(lambda v: Value(v.shape, dict(labels)), shapes)
 
 
 def _flattened(walk: Walk, array: Any, kept: int) -> Any:
@@ -269,10 +276,8 @@ def reduction(walk: Walk, call: ops.Call) -> Any:
     shapes = walk.unlabelled(call.node)
     if call.kind in ("topk", "sort", "cumsum"):
         kept = {d: label for d, label in value.labels.items() if d not in dims}
-        return pytree.tree_map_only(Value, lambda v: Value(v.shape, dict(kept)), shapes)
-    keepdim = call["keepdim"] is True or any(
-        len(v.shape) == rank for v in pytree.tree_leaves(shapes) if isinstance(v, Value)
-    )
+        return map_values(lambda v: Value(v.shape, dict(kept)), shapes)
+    keepdim = call["keepdim"] is True or any(len(v.shape) == rank for v in values_in(shapes))
     rest = [d for d in range(rank) if d not in dims]
     place_of = {d: (d if keepdim else i) for i, d in enumerate(rest)}
     labels = {}
@@ -284,7 +289,7 @@ def reduction(walk: Walk, call: ops.Call) -> Any:
             array = walk.atoms.tie(array, gone)
         made = rank if keepdim else len(rest)
         labels[place_of[dim]] = Label(moved(array, place_of, made), label.zero, label.sites)
-    return pytree.tree_map_only(Value, lambda v: Value(v.shape, dict(labels)), shapes)
+    return map_values(lambda v: Value(v.shape, dict(labels)), shapes)
 
 
 def _reduced(call: ops.Call, value: Value) -> set[int] | None:

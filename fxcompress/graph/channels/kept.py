@@ -63,6 +63,8 @@ class Kept:
 def _left(masks: dict[int, Mask], dim: int) -> int:
     """How many entries stay along ``dim``, counted where the other dimensions keep theirs."""
     mask = masks[dim]
+    if mask.size == mask.shape[dim]:
+        return int(np.count_nonzero(mask))
     for other in masks:
         if other != dim and mask.shape[other] > 1 and masks[other].size == masks[other].shape[other]:
             mask = mask.take(np.flatnonzero(masks[other]), axis=other)

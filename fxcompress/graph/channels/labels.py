@@ -7,13 +7,16 @@ convolution) has channels of its own, of which each may keep different ones as l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from torch.utils import _pytree as pytree
 
 from fxcompress.graph.channels.atoms import Atoms, Ints
 
-__all__ = ["Label", "Value", "aligned", "alone", "broadcast", "join", "moved", "row"]
+__all__ = ["Label", "Value", "aligned", "alone", "broadcast", "join", "map_values", "moved", "row", "values_in"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,20 @@ class Value:
     def without(self, *dims: int) -> Value:
         """The same tensor with some dimensions no longer labelled."""
         return Value(self.shape, {d: label for d, label in self.labels.items() if d not in dims})
+
+
+def values_in(structure: Any) -> list[Value]:
+    """Every tensor in what a node gives, in order."""
+    if isinstance(structure, Value):
+        return [structure]
+    return [leaf for leaf in pytree.tree_leaves(structure) if isinstance(leaf, Value)]
+
+
+def map_values(function: Callable[[Value], Any], structure: Any) -> Any:
+    """What a node gives with ``function`` of every tensor in its place."""
+    if isinstance(structure, Value):
+        return function(structure)
+    return pytree.tree_map_only(Value, function, structure)
 
 
 def aligned(array: Ints, rank: int) -> Ints:

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import fx
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from fxcompress.graph import ops
-from fxcompress.graph.channels.labels import Label, Value, broadcast, join, moved
+from fxcompress.graph.channels.labels import Label, Value, broadcast, join, moved, values_in
 from fxcompress.graph.channels.movement import move
 from fxcompress.graph.channels.walk import FAMILIES, Walk, place, rule
 
@@ -54,7 +53,7 @@ def varies(walk: Walk, node: fx.Node) -> bool:
 def _keep_what_is_picked_from(walk: Walk, call: ops.Call, result: Any) -> None:
     """Another call may pick other indices, so no dimension that is not passed on whole may lose any."""
     source = walk.value(call["input"])
-    seen = [label.array.ravel() for v in pytree.tree_leaves(result) if isinstance(v, Value) for label in v.labels.values()]
+    seen = [label.array.ravel() for v in values_in(result) for label in v.labels.values()]
     for label in source.labels.values() if source is not None else ():
         if not np.isin(label.array, np.concatenate([*seen, np.zeros(1, dtype=np.int64)])).all():
             walk.freeze(label, f"what is picked of it differs from call to call at {place(call.node)}")
@@ -75,7 +74,7 @@ def query(walk: Walk, call: ops.Call) -> Any:
     if isinstance(held, tuple) and call["name"] in FIELDS:
         return held[FIELDS[call["name"]]]
     found = walk.constant(call.node)
-    if any(isinstance(leaf, Value) for leaf in pytree.tree_leaves(found)) and any(v.labels for v in walk.inputs(call.node)):
+    if values_in(found) and any(v.labels for v in walk.inputs(call.node)):
         return walk.give_up(call.node, f"{call.kind} {call['name'] or ''} has no rule".replace("  ", " "))
     return found
 

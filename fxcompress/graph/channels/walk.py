@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import PassError
 from fxcompress.graph import edit, ops, spellings
 from fxcompress.graph.channels.atoms import Atoms, Ints
-from fxcompress.graph.channels.labels import Label, Value, moved
+from fxcompress.graph.channels.labels import Label, Value, map_values, moved, values_in
 from fxcompress.graph.channels.movement import Sites, move
 from fxcompress.graph.shapes import is_meta, module_of
 from fxcompress.graph.tree import submodule
@@ -154,8 +154,7 @@ class Walk:
 
     def inputs(self, node: fx.Node) -> list[Value]:
         """Every tensor a node reads."""
-        leaves = (leaf for source in node.all_input_nodes for leaf in pytree.tree_leaves(self.env[source]))
-        return [leaf for leaf in leaves if isinstance(leaf, Value)]
+        return [value for source in node.all_input_nodes for value in values_in(self.env[source])]
 
     def _made(self, node: fx.Node) -> Any:
         """A call on nothing but plain values and constant tensors."""
@@ -229,10 +228,24 @@ class Walk:
             tensor = self.parameter(name)
             value, shape = Value(tuple(tensor.shape)), tuple(tensor.shape)
             for dim, size in enumerate(shape):
-                if size > 1 and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+                if size > 1 and _has_channels(tensor):
                     value.labels[dim] = Label(self.atoms.new(*(size if d == dim else 1 for d in range(len(shape)))))
             self.tensors[name] = value
         return self.tensors[name]
+
+    def adopt(self, argument: Any, line: Ints) -> bool:
+        """Label a vector that is asked for the first time by the atoms of the channels whose entries it has.
+
+        False where the argument is no such vector: its own atoms must then be merged with those.
+        """
+        if not isinstance(argument, ops.Attr):
+            return False
+        name = self.canonical.get(argument.name, argument.name)
+        tensor = self.parameter(name) if name not in self.tensors else None
+        if tensor is None or tuple(tensor.shape) != line.shape or len(line) == 1 or not _has_channels(tensor):
+            return False
+        self.tensors[name] = Value(line.shape, {0: Label(line)})
+        return True
 
     def parameter(self, name: str) -> torch.Tensor:
         """The tensor that is learned under ``name``: below a parametrization the one that it starts from."""
@@ -320,7 +333,7 @@ def plain(env: Mapping[fx.Node, Any], structure: Any, device: str, special: Mapp
     def look(node: fx.Node) -> Any:
         if node.name in special:
             return special[node.name]
-        return pytree.tree_map_only(Value, lambda v: _blank(v, node, device), env[node])
+        return map_values(lambda v: _blank(v, node, device), env[node])
 
     return fx.node.map_arg(structure, look)
 
@@ -386,6 +399,11 @@ def _repeats(call: ops.Call) -> bool:
     """Whether a constant tensor is expanded to a size that is written as a number, as a number of channels may be."""
     sizes = call["sizes"] if call.kind == "expand" else ()
     return isinstance(sizes, (tuple, list)) and any(isinstance(size, int) and size > 1 for size in sizes)
+
+
+def _has_channels(tensor: torch.Tensor) -> bool:
+    """Whether entries of a tensor may go; integers are indices and counts."""
+    return tensor.is_floating_point() or tensor.dtype == torch.bool
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
