@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.channel_cases import Hostile, c3, net
+from tests.channel_cases import Hostile, c3, image, linear, net
 
 
 def shaped_like_what_was_read(self: Any, x: Tensor) -> Tensor:
@@ -48,7 +49,29 @@ def normalised_by_instance_across_channels(self: Any, x: Tensor) -> Tensor:
     return self.o(F.batch_norm(y, None, None, training=True).transpose(1, 2))
 
 
+class Patches(nn.Module):
+    """Patches as sequences, the batch merged with the channels, and sizes that do not fit resized (MobileViT)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(width), linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        rows, columns = math.ceil(h / 2), math.ceil(w / 2)
+        if (rows * 2, columns * 2) != (h, w):
+            x = F.interpolate(x, (rows * 2, columns * 2))
+        x = x.reshape(n * c * rows, 2, columns, 2).transpose(1, 2)
+        x = x.reshape(n, c, rows * columns, 4).transpose(1, 3).reshape(n * 4, rows * columns, c)
+        x = x + self.mix(self.norm(x))
+        x = x.contiguous().view(n, 4, rows * columns, c).transpose(1, 3).reshape(n * c * rows, columns, 2, 2)
+        return x.transpose(1, 2).reshape(n, c, rows * 2, columns * 2)
+
+
 MODELS = {
+    "patches as sequences, batch and channels merged": Hostile(
+        lambda: nn.Sequential(c3(3, 8), Patches(8), c3(8, 3)), more=[(image(size=14, batch=3),), (image(size=6, batch=1),)]
+    ),
     "weights normalised filter by filter": Hostile(
         lambda: nn.Sequential(
             Standardised(3, 8, 3),

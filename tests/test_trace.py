@@ -83,6 +83,29 @@ def test_the_smallest_defeating_module_is_exported_and_keeps_names() -> None:
     assert_same(model, traced, torch.randn(5, 3, 9, 7))
 
 
+class Padding(nn.Module):
+    """Pads what is odd, so that what it does depends on the sizes; the batch may vary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[3] % 2:
+            x = nn.functional.pad(x, (0, 1))
+        return self.conv(x).unflatten(3, (-1, 2))
+
+
+def test_an_exported_part_says_which_sizes_its_code_decides_by() -> None:
+    model, x = nn.Sequential(Padding().eval(), nn.ReLU()).eval(), torch.randn(2, 3, 6, 6)
+    traced = trace(model, x)
+    (rung,) = traced.meta["rungs"]
+    assert rung.module == "0" and rung.reason.endswith("what it does for others is not kept: dimension 3 of x")
+    assert_same(model, traced, torch.randn(5, 3, 9, 8))
+    whole = trace(AroundLooping().eval(), x)
+    assert "decides by sizes" not in whole.meta["rungs"][0].reason
+
+
 def test_without_example_inputs_the_defeating_module_stays_an_island() -> None:
     model = AroundLooping().eval()
     traced = trace(model)

@@ -6,6 +6,7 @@ Parameters and buffers keep their qualified names; sizes stay symbolic where ``t
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fxcompress.errors import TraceError
 from fxcompress.graph.containers import containers
 from fxcompress.graph.inputs import Arguments, autocast_refused, bind, frozen_state, preserved_attributes
 from fxcompress.graph.quiet import quiet
+from fxcompress.graph.rungs import join
 
 __all__ = ["capture", "inline"]
 
@@ -36,11 +38,12 @@ def capture(
     failure: Exception | None = None
     for attempt, free, fixed in attempts:
         kept = {id(new) for new, old in zip(_tensors(attempt), _tensors(call), strict=True) if id(old) in constants}
+
+        def asked(leaf: Any, free: Any = free, kept: set[int] = kept) -> Any:
+            return None if id(leaf) in kept else free(leaf)
+
         try:
-            shapes = {
-                name: pytree.tree_map(lambda leaf, free=free, kept=kept: None if id(leaf) in kept else free(leaf), value)
-                for name, value in bind(module, attempt).arguments.items()
-            }
+            shapes = {name: pytree.tree_map(asked, value) for name, value in bind(module, attempt).arguments.items()}
             with quiet(), frozen_state(module), preserved_attributes(module), autocast_refused():
                 program = torch.export.export(module, attempt.args, attempt.kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # whatever torch.export raises means the same: this rung does not hold
@@ -48,8 +51,52 @@ def capture(
             continue
         if program.graph_signature.buffers_to_mutate:
             raise TraceError("it updates buffers while running")
-        return _without_transforms(program), fixed
+        return _without_transforms(program), join(fixed, _limits(program, module, attempt, asked))
     raise TraceError(f"torch.export refused it: {_first_line(failure)}") from failure
+
+
+def _limits(program: torch.export.ExportedProgram, module: nn.Module, call: Arguments, free: Callable[[Any], Any]) -> str:
+    """The sizes that ``module`` takes and ``program`` may not, because its code decides by them; empty where there are none.
+
+    ``free`` gives the dimensions of an argument that were to be left free. Sizes that are one symbol vary together, as do
+    fixed ones of the same dimension; each is asked with one more.
+    """
+    guards = getattr(program.module(), "_guards_fn", None)
+    spec = program.call_spec.in_spec
+    leaves = _spread(fx.Graph(), tuple(call), spec)
+    known = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    names = [item.arg.name for item in program.graph_signature.input_specs if item.kind.name == "USER_INPUT"]
+    together: dict[Any, list[tuple[int, int]]] = {}
+    for place, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+        for dim in free(leaf) or ():
+            size = known[name].shape[dim]
+            together.setdefault((dim, size) if isinstance(size, int) else str(size), []).append((place, dim))
+    limited = []
+    for places in together.values():
+        other = _one_more(leaves, places)
+        if guards is not None and not _runs(guards, *other):
+            args, kwargs = pytree.tree_unflatten(other, spec)
+            with frozen_state(module), preserved_attributes(module):
+                limited += places if _runs(module, *args, **kwargs) else []
+    described = ", ".join(f"dimension {dim} of {names[place]}" for place, dim in sorted(limited))
+    return f"its code decides by sizes, and what it does for others is not kept: {described}" if described else ""
+
+
+def _one_more(leaves: list[Any], places: list[tuple[int, int]]) -> list[Any]:
+    """Zeros in the place of tensors that have one entry more along the dimensions (number of the leaf, dimension)."""
+    shapes = {place: list(leaves[place].shape) for place, _ in places}
+    for place, dim in places:
+        shapes[place][dim] += 1
+    return [leaf.new_zeros(shapes[place]) if place in shapes else leaf for place, leaf in enumerate(leaves)]
+
+
+def _runs(function: Any, *args: Any, **kwargs: Any) -> bool:
+    try:
+        with torch.no_grad():
+            function(*args, **kwargs)
+    except Exception:  # whatever it says: it does not take these
+        return False
+    return True
 
 
 def _without_transforms(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -86,7 +86,7 @@ def commutes(run_old: Callable[[torch.Tensor], Any], run_new: Callable[[torch.Te
 
 
 def _sizes(name: str) -> Callable[[Move], Iterator[Spelling]]:
-    """Sizes written one by one: first those written as numbers are replaced, then every one that changes."""
+    """Sizes written one by one: those written as numbers are replaced, then all that change; one may be left open."""
 
     def propose(move: Move) -> Iterator[Spelling]:
         sizes = move.call[name]
@@ -100,6 +100,9 @@ def _sizes(name: str) -> Callable[[Move], Iterator[Spelling]]:
         stale = [o != n or s in move.changed for s, o, n in zip(sizes, old, new, strict=True)]
         if not any(s in move.varying for s, is_stale in zip(sizes, stale, strict=True) if is_stale):
             yield _with(move, name, [n if is_stale else s for s, n, is_stale in zip(sizes, new, stale, strict=True)])
+        elif -1 not in written and name == "shape":
+            still = [o != n and not isinstance(s, int) for s, o, n in zip(sizes, old, new, strict=True)]
+            yield _with(move, name, [-1 if is_stale else s for s, is_stale in zip(written, still, strict=True)])
 
     return propose
 
