@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fxcompress.graph import edit, ops
+from fxcompress.graph.attention import attend
 from fxcompress.graph.meta_run import propagate
 from fxcompress.graph.shapes import module_of, shape_of
 from fxcompress.pass_base import Context, Pass, Promise, close
@@ -25,7 +26,7 @@ class OpenAttention(Pass):
     Its parts can then be quantized, pruned and counted like any others. Parameters keep their names (``in_proj_weight``,
     ``out_proj.weight``); where query, key and value differ, the packed projection is split into ``q_proj_weight``,
     ``k_proj_weight``, ``v_proj_weight`` and biases of the same form. Masks, padding, and what ``add_bias_kv`` and
-    ``add_zero_attn`` append become nodes too. Sizes stay free.
+    ``add_zero_attn`` append become nodes too, dropout of attention a layer that is active while training. Sizes stay free.
 
     Options: ``matmuls``: also write the attention itself as matmul, softmax, matmul, for backends that multiply activations
     in integers.
@@ -99,8 +100,6 @@ def _obstacle(node: fx.Node, layer: nn.MultiheadAttention) -> str | None:
     masks = [given[name] for name in ("key_padding_mask", "attn_mask") if given.get(name) is not None]
     if layer.out_proj._forward_hooks or layer.out_proj._forward_pre_hooks:
         return "it has hooks, which opening it would drop"
-    if layer.training and layer.dropout:
-        return "its dropout is active"
     if shape is None:
         return "the shape of its input is not known: give example_inputs"
     if any(not isinstance(mask, fx.Node) or mask.meta.get("tensor_meta") is None for mask in masks):
@@ -118,7 +117,7 @@ def _open(module: fx.GraphModule, node: fx.Node, layer: nn.MultiheadAttention, p
     key, value = build.extended(key, "bias_k"), build.extended(value, "bias_v")
     weights = [user for user in node.users if user.args[1] == 1 and user.users]
     if weights and given["need_weights"]:
-        scores = _weights(node, query, key, 1 / math.sqrt(layer.head_dim), mask)
+        scores = _weights(node, query, key, 1 / math.sqrt(layer.head_dim), mask, layer.dropout)
         core = edit.insert_before(node, torch.matmul, (scores, value))
         shown = edit.insert_before(node, torch.mean, (scores, 1)) if given["average_attn_weights"] else scores
         shown = build.call(torch.squeeze, shown, 0) if build.unbatched else shown
@@ -127,7 +126,7 @@ def _open(module: fx.GraphModule, node: fx.Node, layer: nn.MultiheadAttention, p
     else:
         allowed = mask.added if mask.hidden is None else build.call(torch.logical_not, mask.hidden)
         options = {} if allowed is None else {"attn_mask": allowed}
-        core = edit.insert_before(node, F.scaled_dot_product_attention, (query, key, value), **options)
+        core = attend(node, layer.dropout, query, key, value, **options)
     result = build.join(core)
     for user in list(node.users):
         if user.args[1] == 0:
@@ -247,15 +246,16 @@ class _Builder:
         return self.call(torch.squeeze, result, int(not self.layer.batch_first)) if self.unbatched else result
 
 
-def _weights(before: fx.Node, query: fx.Node, key: fx.Node, scale: float, mask: _Mask) -> fx.Node:
-    """softmax(scale · query · keyᵀ + mask)"""
+def _weights(before: fx.Node, query: fx.Node, key: fx.Node, scale: float, mask: _Mask, dropout: float) -> fx.Node:
+    """softmax(scale · query · keyᵀ + mask), some of it dropped out while training"""
     scaled = edit.insert_before(before, torch.mul, (query, scale))
     scores = edit.insert_before(before, torch.matmul, (scaled, edit.insert_before(before, torch.transpose, (key, -2, -1))))
     if mask.added is not None:
         scores = edit.insert_before(before, torch.add, (scores, mask.added))
     if mask.hidden is not None:
         scores = edit.insert_before(before, torch.masked_fill, (scores, mask.hidden, float("-inf")))
-    return edit.insert_before(before, torch.softmax, (scores, -1))
+    weights = edit.insert_before(before, torch.softmax, (scores, -1))
+    return edit.insert_layer(before, "dropout", nn.Dropout(dropout), (weights,)) if dropout else weights
 
 
 def _write_out(node: fx.Node) -> str | None:
@@ -264,8 +264,8 @@ def _write_out(node: fx.Node) -> str | None:
     assert call is not None
     query, key, mask = call["query"], call["key"], call["attn_mask"]
     shape = shape_of(query)
-    if call["dropout_p"] or call["is_causal"] or call["enable_gqa"]:
-        return "it drops out, is causal, or groups its queries"
+    if (call["dropout_p"] and node.op != "call_module") or call["is_causal"] or call["enable_gqa"]:
+        return "it drops out in any mode, is causal, or groups its queries"
     if mask is not None and (not isinstance(mask, fx.Node) or mask.meta.get("tensor_meta") is None):
         return "its mask is not known"
     if shape is None:
@@ -275,6 +275,6 @@ def _write_out(node: fx.Node) -> str | None:
         found = _Mask(hidden=edit.insert_before(node, torch.logical_not, (mask,)))
     else:
         found = _Mask(added=mask)
-    weights = _weights(node, query, key, scale, found)
+    weights = _weights(node, query, key, scale, found, call["dropout_p"])
     edit.replace(node, edit.insert_before(node, torch.matmul, (weights, call["value"])))
     return None

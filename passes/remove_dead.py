@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import fx, nn
 
 from fxcompress.graph import edit, ops
+from fxcompress.graph.attention import forget_dropout
 from fxcompress.graph.inplace import drop_dead
 from fxcompress.graph.shapes import dtype_of, module_of
 from fxcompress.pass_base import EXACT, STAGES, Context, Pass, Promise
@@ -19,7 +20,8 @@ __all__ = ["RemoveDead"]
 class RemoveDead(Pass):
     """Remove nodes whose result nobody uses, identities (``x + 0``, ``x * 1`` too), and on request dropout in eval mode.
 
-    Options: ``dropout``, also remove dropout that is in eval mode (a model that will be trained again needs it).
+    Options: ``dropout``, also remove dropout that is in eval mode, that of attention too (a model that will be trained again
+    needs it).
     """
 
     name: ClassVar[str] = "remove-dead"
@@ -32,6 +34,8 @@ class RemoveDead(Pass):
         for node in list(module.graph.nodes):
             if self._passes_through(node):
                 edit.bypass(node)
+            elif self.dropout:
+                forget_dropout(node)
         drop_dead(module)
 
     def _passes_through(self, node: fx.Node) -> bool:

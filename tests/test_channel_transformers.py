@@ -254,24 +254,23 @@ def test_transformers_run_in_integers_layer_by_layer() -> None:
     assert output_snr(model(x), result(x)) > 25
 
 
-@pytest.mark.parametrize(
-    ("build", "change", "reason"),
-    [
-        (attention(plain, dropout=0.1), lambda model: model.att.train(), "its dropout is active"),
-        (attention(lambda self, x: (self.out(self.embed(x) * 2), attends(self, x))), None, "passed on whole"),
-    ],
-)
-def test_attention_that_stays_closed_is_frozen_and_named(build: Any, change: Any, reason: str) -> None:
-    model = lived_in(build())
-    if change is not None:
-        change(model)
+def test_attention_that_stays_closed_is_frozen_and_named() -> None:
+    model = lived_in(attention(lambda self, x: (self.out(self.embed(x) * 2), attends(self, x)))())
     small, pruner = prune(model, X)
-    assert reason in remarks(pruner)
+    assert "passed on whole" in remarks(pruner)
     assert small.get_parameter("embed.weight").shape == (8, 6)
     assert small.get_parameter("out.0.weight").shape == (5, 8)
     assert small.get_parameter("att.in_proj_weight").shape == (24, 8)
-    if not model.att.training:
-        assert error(silenced(model, small)(*X), small(*X)) <= 1e-10
+    assert error(silenced(model, small)(*X), small(*X)) <= 1e-10
+
+
+def test_attention_whose_dropout_is_active_is_pruned_and_drops_on() -> None:
+    model = lived_in(attention(plain, dropout=0.5)())
+    model.att.train()
+    small, _ = prune(model, X)
+    assert small.get_parameter("att.in_proj_weight").shape[0] < 24
+    assert not torch.equal(small(*X), small(*X))
+    assert error(silenced(model.eval(), small)(*X), small.eval()(*X)) <= 1e-10
 
 
 def test_a_mask_that_is_an_input_for_every_head_keeps_the_heads() -> None:

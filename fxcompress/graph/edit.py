@@ -21,6 +21,7 @@ __all__ = [
     "get_tensor",
     "insert_after",
     "insert_before",
+    "insert_layer",
     "is_stored",
     "orphans",
     "reached",
@@ -132,6 +133,17 @@ def insert_before(node: fx.Node, target: Callable[..., Any] | str, args: tuple[A
     """A call of ``target`` right before ``node``; its origin is ``node``'s."""
     with node.graph.inserting_before(node):
         return _inherit(_create(node.graph, target, args, kwargs), node)
+
+
+def insert_layer(node: fx.Node, name: str, layer: nn.Module, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
+    """A call of a new layer right before ``node``, called ``name`` inside the module that ``node`` belongs to.
+
+    It is in the mode of that module.
+    """
+    module = node.graph.owning_module
+    assert module is not None
+    owner = ops.owner_name(node)
+    return insert_before(node, add_module(module, f"{owner}.{name}".lstrip("."), layer), args, **kwargs)
 
 
 def _create(graph: fx.Graph, target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:

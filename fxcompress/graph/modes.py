@@ -1,7 +1,7 @@
 """Training mode: a graph is what a model's code computes in one mode, and must not silently forget the other.
 
 Layers of torch.nn switch by themselves. Code that asks ``self.training`` has decided once it is traced: where it only
-switches a normalisation or a dropout, that becomes a layer again; where it does more, the trace says so.
+switches a normalisation or a dropout (of attention too), that becomes a layer again; where it does more, the trace says so.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fxcompress.graph import edit, ops
+from fxcompress.graph.attention import attend
 from fxcompress.graph.rungs import Rung
 from fxcompress.graph.tree import kept_modes, submodule
 
@@ -77,7 +78,7 @@ def switching_layers(module: fx.GraphModule, model: nn.Module, other: fx.Graph) 
     for owner, nodes in _by_owner(module.graph).items():
         others = there.pop(owner, [])
         for node, twin in _switched(nodes, others):
-            name = _as_layer(module, model, owner, node)
+            name = _as_layer(module, model, owner, node, twin)
             if name is not None:
                 counter = counters.pop(f"{name}.{_COUNTER}", None)
                 if counter is not None:
@@ -111,16 +112,20 @@ def _by_owner(graph: fx.Graph) -> dict[str, list[fx.Node]]:
 def _switched(nodes: list[fx.Node], others: list[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
     """Normalisations and dropouts, matched in order, that take another training flag in the other mode."""
     found: list[tuple[fx.Node, fx.Node]] = []
-    for kind in ("batch_norm", "dropout"):
+    for kind in _FLAGS:
         sides = [[n for n in side if n.op == "call_function" and ops.kind(n) == kind] for side in (nodes, others)]
         if len(sides[0]) == len(sides[1]):
             found += [pair for pair in zip(*sides, strict=True) if _flag(pair[0]) != _flag(pair[1])]
     return found
 
 
+_FLAGS = {"batch_norm": "training", "dropout": "training", "scaled_dot_product_attention": "dropout_p"}
+"""Kind of operator → the argument that switches with the mode."""
+
+
 def _flag(node: fx.Node) -> Any:
     call = ops.read(node)
-    return call["training"] if call is not None else None
+    return call[_FLAGS[call.kind]] if call is not None else None
 
 
 def _steps(nodes: list[fx.Node]) -> Iterator[tuple[str, Any, str]]:
@@ -140,14 +145,29 @@ def _counts(node: fx.Node) -> bool:
 _COUNTER = "num_batches_tracked"
 
 
-def _as_layer(module: fx.GraphModule, model: nn.Module, owner: str, node: fx.Node) -> str | None:
+def _as_layer(module: fx.GraphModule, model: nn.Module, owner: str, node: fx.Node, twin: fx.Node) -> str | None:
     """Put a layer in the place of a function that takes the training flag; its name, or None where there is none for it."""
-    call = ops.read(node)
+    call, other = ops.read(node), ops.read(twin)
     assert call is not None
+    assert other is not None
+    if call.kind == "scaled_dot_product_attention":
+        made = _attention(call, other)
+        if made is not None:
+            edit.replace(node, made)
+        return str(made.target) if made is not None else None
     name = _normalisation(module, model, call) if call.kind == "batch_norm" else _dropout(module, owner, call)
     if name is not None:
         edit.replace(node, edit.insert_before(node, name, (call["input"],)))
     return name
+
+
+def _attention(call: ops.Call, other: ops.Call) -> fx.Node | None:
+    """Attention whose weights are dropped out in one mode alone, as a layer."""
+    shares = [share for share in (call["dropout_p"], other["dropout_p"]) if share]
+    if len(shares) != 1 or not isinstance(shares[0], float | int):
+        return None
+    options = {name: value for name, value in call.arguments.items() if name not in ("query", "key", "value", "dropout_p")}
+    return attend(call.node, shares[0], call["query"], call["key"], call["value"], **options)
 
 
 def _dropout(module: fx.GraphModule, owner: str, call: ops.Call) -> str | None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import rnn
 
 from fxcompress.graph import fused
+from fxcompress.graph.attention import ScaledDotProductAttention
 from fxcompress.graph.frozen import FROZEN
 from fxcompress.graph.spellings import Op
 from fxcompress.graph.taps import tap
@@ -158,6 +159,7 @@ TABLE: tuple[Op, ...] = (
         "attention",
         "scaled_dot_product_attention",
         "query key value attn_mask dropout_p is_causal scale enable_gqa",
+        modules=(ScaledDotProductAttention,),
     ),
     Op("multihead_attention", "attention", "", "query key value", (nn.MultiheadAttention,)),
     Op("lstm", "recurrent", "", "input state", (nn.LSTM,)),

@@ -181,8 +181,8 @@ class DynamicQuantizer(Quantizer):
 
 def _fold(*, matmuls: bool = False) -> list[Any]:
     """What comes first whatever the numbers are; ``matmuls`` where the backend multiplies activations in integers."""
-    plain = ["cast-single", "settle-weights", {"remove-dead": {"dropout": True}}]
-    return [*plain, {"open-attention": {"matmuls": matmuls}}, "fold-batchnorm"]
+    plain = ["cast-single", "settle-weights", {"open-attention": {"matmuls": matmuls}}]
+    return [*plain, {"remove-dead": {"dropout": True}}, "fold-batchnorm"]
 
 
 def _half(chosen: Mapping[str, Any]) -> tuple[Plan, Plan]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import fx, nn
 
+from fxcompress import backends
 from fxcompress.errors import ConfigError
 from fxcompress.graph.frozen import freeze_statistics
 from fxcompress.graph.select import Layer
@@ -28,9 +29,11 @@ class _TrainingQuantizer(Quantizer):
         if isinstance(freeze_bn_epochs, bool) or not isinstance(freeze_bn_epochs, int) or freeze_bn_epochs < -1:
             raise ConfigError(f"freeze_bn_epochs is {freeze_bn_epochs!r}; it is an epoch from 0 on, or -1 for never.")
         self.freeze_bn_epochs = freeze_bn_epochs
+        opened = {"open-attention": {"matmuls": "matmul" in backends.find(insert["backend"]).rules}}
+        prepare = ["cast-single", {"settle-weights": {"trains": True}}, opened, "remove-dead", {"insert-fake-quant": insert}]
         convert = ["freeze-scales", {"remove-dead": {"dropout": True}}, "fold-batchnorm", "fuse-activations"]
         super().__init__(
-            Plan.parse(["cast-single", {"settle-weights": {"trains": True}}, "remove-dead", {"insert-fake-quant": insert}]),
+            Plan.parse(prepare),
             Plan.parse([*convert, "fold-quantization", "lower"]),
             verify=verify,
             progress=progress,
@@ -43,9 +46,9 @@ class _TrainingQuantizer(Quantizer):
         """
         prepared = self._run(self._prepare, in_eval_mode(model), example_inputs)
         flags = {name: module.training for name, module in model.named_modules()}
-        prepared.train(model.training)
-        for name, module in prepared.named_modules():
-            module.training = flags.get(name, module.training)
+        for name, module in prepared.named_modules():  # a new layer is in the mode of what it is part of
+            flags.setdefault(name, flags[name.rpartition(".")[0]])
+            module.training = flags[name]
         return prepared
 
     def enable_fake_quant(self, model: nn.Module) -> nn.Module:
