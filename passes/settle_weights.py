@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from torch import fx
 
+from fxcompress.graph.meta_run import propagate
+from fxcompress.graph.projections import spell_projections
 from fxcompress.graph.settling import fold_computed, settle
 from fxcompress.pass_base import Context, Pass, Promise, close
 from fxcompress.pruning.sites import Mask, bake_masks
@@ -19,7 +21,8 @@ class SettleWeights(Pass):
     """Compute once what is computed from parameters alone: normed, masked, standardized weights, joined biases.
 
     Weight norm, spectral norm, parametrizations and what the graph itself computes for a convolution or linear layer are
-    written into a plain weight, which then is quantized and trains like any other.
+    written into a plain weight, which then is quantized and trains like any other. Products with a stored weight (``x @ w``,
+    ``addmm``, ``bmm``, ``einsum``) become linear layers, or grouped convolutions where each group has a weight of its own.
 
     Masks of this package and of ``torch.nn.utils.prune`` become zeros.
 
@@ -40,5 +43,10 @@ class SettleWeights(Pass):
     def run(self, module: fx.GraphModule, context: Context) -> None:
         for layer, what in settle(module, Mask, pruned=not self.trains):
             context.note(layer, what)
+        spelled = list(spell_projections(module))
+        for node, what in spelled:
+            context.note(node, what)
+        if spelled and (example := context.example()) is not None:
+            propagate(module, example)
         for node, what in fold_computed(module, shared=not self.trains):
             context.note(node, what)

@@ -14,7 +14,7 @@ from fxcompress.graph import edit, inplace, ops
 from fxcompress.graph.hooks import computes_a_weight
 from fxcompress.graph.shapes import describe
 
-__all__ = ["fold_computed", "settle"]
+__all__ = ["computed", "constants", "fold_computed", "settle"]
 
 
 def settle(model: nn.Module, keep: type[nn.Module] | tuple[()] = (), *, pruned: bool = True) -> Iterator[tuple[str, str]]:
@@ -60,27 +60,28 @@ def fold_computed(module: fx.GraphModule, *, shared: bool = True) -> Iterator[tu
     """Compute once the weights and biases that the graph computes from tensors alone, in place; yields what was done.
 
     Standardized weights, joined biases, scaled and transposed weights: whatever no input reaches. The result keeps the name
-    of the tensor it was made from, where nothing else reads that; without ``shared``, what it was made from must not be read
-    anywhere else.
+    of the tensor it was made from, where nothing else reads that and the elements stay in order; without ``shared``, what it
+    was made from must not be read anywhere else.
     """
-    constants = _constants(module)
+    known = constants(module)
     for node in list(module.graph.nodes):
         call = ops.read(node) if node.op == "call_function" else None
         if call is None or call.op.family != "contraction":
             continue
         for argument in ("weight", "bias"):
             value = call[argument]
-            if isinstance(value, fx.Node) and value in constants:
+            if isinstance(value, fx.Node) and value in known:
                 cone = _cone(value)
                 sources = list(dict.fromkeys(str(n.target) for n in cone if n.op == "get_attr"))
                 own = _read_alone(module, sources, cone)
                 if len(own) < len(sources) and not shared:
                     continue
+                own = [] if any(ops.kind(source) in _TURNING for source in cone) else own
                 _store(module, value, _name(module, value, own, f"{node.name}_{argument}"))
                 yield node, f"its {argument} is now computed once, from {', '.join(sources)}"
 
 
-def _constants(module: fx.GraphModule) -> set[fx.Node]:
+def constants(module: fx.GraphModule) -> set[fx.Node]:
     """Nodes whose values depend on parameters and buffers alone."""
     found: set[fx.Node] = set()
     written = inplace.overwritten(module)
@@ -91,6 +92,9 @@ def _constants(module: fx.GraphModule) -> set[fx.Node]:
             found.add(node)
     return found
 
+
+_TURNING = ("t", "transpose", "permute", "movedim")
+"""Kinds that put elements in another order, in which a checkpoint does not have them."""
 
 _RANDOM = ("dropout", "rand", "randn", "bernoulli")
 
@@ -122,7 +126,7 @@ def _read_alone(module: fx.GraphModule, sources: list[str], cone: list[fx.Node])
 
 def _name(module: fx.GraphModule, value: fx.Node, own: list[str], fresh: str) -> str:
     """The name of the parameter that ``value`` is made from, if it is of its size and read for nothing else."""
-    size, parameters = _computed(module, value).numel(), dict(module.named_parameters(remove_duplicate=False))
+    size, parameters = computed(module, value).numel(), dict(module.named_parameters(remove_duplicate=False))
     for name in own:
         if name in parameters and parameters[name].numel() == size:
             return name
@@ -131,10 +135,11 @@ def _name(module: fx.GraphModule, value: fx.Node, own: list[str], fresh: str) ->
     return fresh
 
 
-def _computed(module: fx.GraphModule, node: fx.Node) -> Any:
+def computed(module: fx.GraphModule, node: fx.Node) -> Any:
+    """The value of a node that depends on parameters and buffers alone."""
     if node.op == "get_attr":
         return edit.get_tensor(module, str(node.target))
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _computed(module, source))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: computed(module, source))
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -143,8 +148,11 @@ def _computed(module: fx.GraphModule, node: fx.Node) -> Any:
 def _store(module: fx.GraphModule, value: fx.Node, name: str) -> None:
     """Put a parameter with what ``value`` computes in its place."""
     with torch.no_grad():
-        found: Tensor = _computed(module, value).detach().clone()
-    edit.set_tensor(module, name, found)
+        found: Tensor = computed(module, value).detach().clone()
+    learned = [
+        n for n in _cone(value) if n.op == "get_attr" and isinstance(edit.get_tensor(module, str(n.target)), nn.Parameter)
+    ]
+    edit.set_tensor(module, name, found, buffer=not learned)
     with module.graph.inserting_before(value):
         fetched = module.graph.get_attr(name)
     fetched.meta["tensor_meta"] = describe(edit.get_tensor(module, name))
