@@ -132,7 +132,7 @@ class _Twin:
     def __init__(self, module: fx.GraphModule, context: Context, placing: InsertObservers, widths: Any) -> None:
         copied = copy.deepcopy(module).eval()
         quiet = Context(inputs=context.inputs, region=context.region)
-        FoldBatchNorm().run(copied, quiet)
+        FoldBatchNorm(beyond=False).run(copied, quiet)
         FuseActivations().run(copied, quiet)
         overrides = widths(copied, context.region)
         replace(placing, overrides=overrides).run(copied, context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxcompress import PassManager
+from fxcompress import PassManager, QATQuantizer
 from fxcompress.graph import kind
 
 LAYERS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
@@ -121,6 +122,142 @@ def test_what_cannot_be_folded_is_left_with_its_reason(name: str) -> None:
     result, manager = run(model, torch.randn(2, 3, 4, 4), "fold-batchnorm")
     assert kinds(result).count("batch_norm") == 1
     assert any(reason in remark.reason for remark in manager.ledger.remarks("fold-batchnorm"))
+
+
+class Moved(nn.Module):
+    """A layer and a normalisation with something between them, or behind both."""
+
+    def __init__(self, layer: nn.Module, norm: nn.Module, code: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.norm, self.code = layer, settled(norm), code
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.code(self, x)
+
+
+def levit(m: Any, x: Tensor) -> Tensor:
+    y = m.layer(x)
+    return m.norm(y.flatten(0, 1)).reshape_as(y)
+
+
+MOVED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear, flattened, and back": (lambda: Moved(nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6), levit), (3, 4, 5)),
+    "linear, transposed": (
+        lambda: Moved(nn.Linear(5, 6), nn.BatchNorm1d(6), lambda m, x: m.norm(m.layer(x).transpose(1, 2))),
+        (3, 4, 5),
+    ),
+    "convolution, flattened": (
+        lambda: Moved(nn.Conv2d(3, 6, 4), nn.BatchNorm1d(6), lambda m, x: m.norm(m.layer(x).flatten(1))),
+        (2, 3, 4, 4),
+    ),
+    "convolution, its channels shuffled": (
+        lambda: Moved(
+            nn.Conv2d(3, 6, 1, bias=False),
+            nn.BatchNorm2d(6),
+            lambda m, x: m.norm(m.layer(x).unflatten(1, (2, 3)).transpose(1, 2).flatten(1, 2)),
+        ),
+        (2, 3, 4, 4),
+    ),
+    "transposed convolution, without a bias": (
+        lambda: Moved(nn.ConvTranspose1d(4, 6, 3, groups=2, bias=False), nn.BatchNorm1d(6), lambda m, x: m.norm(m.layer(x))),
+        (2, 4, 5),
+    ),
+    "twice": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), settled(nn.BatchNorm2d(4)), settled(nn.BatchNorm2d(4))),
+        (2, 3, 4, 4),
+    ),
+    "before a linear layer": (
+        lambda: nn.Sequential(nn.ReLU(), settled(nn.BatchNorm1d(5)), nn.Dropout(), nn.Linear(5, 3, bias=False)),
+        (4, 5),
+    ),
+    "before a grouped convolution": (
+        lambda: nn.Sequential(nn.ReLU(), settled(nn.BatchNorm2d(4)), nn.Conv2d(4, 6, 3, groups=2)),
+        (2, 4, 5, 5),
+    ),
+    "before a convolution that pads with what is there": (
+        lambda: nn.Sequential(nn.ReLU(), settled(nn.BatchNorm2d(3)), nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect")),
+        (2, 3, 5, 5),
+    ),
+    "before a linear layer on flattened images": (
+        lambda: nn.Sequential(nn.ReLU(), settled(nn.BatchNorm2d(3)), nn.Flatten(), nn.Linear(48, 5)),
+        (2, 3, 4, 4),
+    ),
+    "before a linear layer on tokens": (
+        lambda: Moved(nn.Linear(5, 6), nn.BatchNorm1d(5), lambda m, x: m.layer(m.norm(x.relu().mT).mT)),
+        (2, 4, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_normalisation_folds_past_what_moves_values_and_into_the_layer_after_it(name: str) -> None:
+    torch.manual_seed(0)
+    build, shape = MOVED[name]
+    model, x = build().eval(), torch.randn(shape)
+    folded, _ = run(model, x, {"remove-dead": {"dropout": True}}, "fold-batchnorm")
+    assert "batch_norm" not in kinds(folded)
+    for batch in (x, torch.randn(5, *shape[1:])):
+        found = folded(batch).double()
+        torch.testing.assert_close(found, model.double()(batch.double()), rtol=1e-5, atol=1e-5)
+        model.float()
+
+
+STAYS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
+    "before zeros at the edges": (
+        lambda: nn.Sequential(nn.ReLU(), settled(nn.BatchNorm2d(3)), nn.Conv2d(3, 4, 3, padding=1)),
+        (2, 3, 5, 5),
+        "pads with zeros",
+    ),
+    "before a transposed convolution": (
+        lambda: nn.Sequential(nn.ReLU(), settled(nn.BatchNorm2d(3)), nn.ConvTranspose2d(3, 4, 3)),
+        (2, 3, 5, 5),
+        "no convolution or linear layer alone follows it",
+    ),
+    "over tokens": (
+        lambda: nn.Sequential(nn.Linear(5, 6), settled(nn.BatchNorm1d(4))),
+        (2, 4, 5),
+        "another axis",
+    ),
+    "over more than channels": (
+        lambda: nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten(), settled(nn.BatchNorm1d(32))),
+        (2, 3, 4, 4),
+        "several channels for an output",
+    ),
+    "read twice on the way": (
+        lambda: Moved(nn.Linear(5, 6), nn.BatchNorm1d(6), lambda m, x: m.norm((y := m.layer(x)).mT) + y.mT),
+        (2, 4, 5),
+        "also used elsewhere",
+    ),
+    "its result read twice": (
+        lambda: Moved(nn.Linear(5, 5), nn.BatchNorm1d(5), lambda m, x: m.layer(y := m.norm(x.relu())) + y),
+        (4, 5),
+        "no convolution or linear layer alone follows it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_normalisation_that_no_weight_can_take_stays(name: str) -> None:
+    torch.manual_seed(0)
+    build, shape, reason = STAYS[name]
+    model, x = build().eval(), torch.randn(shape)
+    result, manager = run(model, x, "fold-batchnorm")
+    assert kinds(result).count("batch_norm") == 1
+    assert torch.equal(result(x), model(x))
+    assert any(reason in remark.reason for remark in manager.ledger.remarks("fold-batchnorm"))
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_conversion_keeps_what_training_saw_of_normalisation_that_is_not_beside_its_layer(name: str) -> None:
+    torch.manual_seed(0)
+    build, shape = MOVED[name]
+    quantizer, x = QATQuantizer(), torch.randn(8, *shape[1:])
+    prepared = quantizer.prepare(build().train(), x)
+    prepared(x).square().mean().backward()
+    prepared.eval()
+    with torch.no_grad():
+        expected, found = prepared(x), quantizer.convert(prepared, x)(x)
+    assert ((expected - found).abs() <= expected.abs().max() / 60).double().mean() >= 0.999
 
 
 def test_frozen_normalisation_folds() -> None:

@@ -112,15 +112,20 @@ def is_layer(node: fx.Node) -> bool:
 
 def value_readers(node: fx.Node) -> list[fx.Node]:
     """The users of a node but those that only ask for its shape or type, which a pass may go past."""
-    return [user for user in node.users if not _asks(user)]
+    return [user for user in node.users if not _asks(user, node)]
 
 
-def _asks(node: fx.Node) -> bool:
-    found = lookup(node)
-    return found is not None and found.kind in _QUESTIONS and not (node.target is getattr and node.args[1] in _TENSORS)
+def _asks(user: fx.Node, node: fx.Node) -> bool:
+    found = lookup(user)
+    if found is None:
+        return False
+    if found.kind in _SHAPED_LIKE:
+        return user.args[0] is not node
+    return found.kind in _QUESTIONS and not (user.target is getattr and user.args[1] in _TENSORS)
 
 
 _QUESTIONS = ("shape", "getattr", "like", "new")
+_SHAPED_LIKE = ("view_as", "expand_as")
 _TENSORS = ("T", "H", "mT", "mH", "data", "real", "imag", "grad")
 """Attributes of a tensor that are tensors."""
 
