@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
@@ -23,6 +23,8 @@ __all__ = [
     "Positive",
     "Seed",
     "Weight",
+    "check_given",
+    "check_whole",
     "fault",
     "located",
     "no_such",
@@ -145,6 +147,28 @@ def validated(made: Callable[..., Any], values: Mapping[str, Any], path: Where) 
         if option.required and name not in values:
             raise fault(path, f"{name!r} is missing.")
     return dict(values)
+
+
+def check_given(made: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """ConfigError for a value ``given`` to ``made`` that is of another type, or out of its range.
+
+    What cannot be written as plain data is not looked at; a set may stand for a list. A constructor calls it first, with its
+    ``locals()``.
+    """
+    for name, option in options_of(made).items():
+        if name not in given:
+            continue
+        value = list(given[name]) if isinstance(given[name], Set) else given[name]
+        try:
+            option.checker.validate_python(value, strict=True)
+        except pydantic.ValidationError as error:
+            raise ConfigError(f"{name} is {shown(given[name])}: {error.errors()[0]['msg'].lower()}.") from error
+
+
+def check_whole(name: str, value: object, least: int = 0) -> None:
+    """Raise ConfigError unless the value of ``name`` is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} is {value!r}; it is a whole number of at least {least}.")
 
 
 def no_such(kind: str, name: Any, known: Iterable[str], path: Where) -> ConfigError:

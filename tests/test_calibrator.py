@@ -325,10 +325,37 @@ def test_calibrators_that_do_not_fit_are_refused() -> None:
             MinMaxCalibrator().load_state_dict(state)
     with pytest.raises(DataError, match="shown a list; it collects tensors"):
         coarse.collect([1.0])  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="complex64 values; it collects real numbers"):
+        coarse.collect(torch.ones(2) * 1j)
+    with pytest.raises(DataError, match=r"channels of axis 2 was shown a shape of \(3, 4\)"):
+        MinMaxCalibrator(per_channel=True, axis=2).collect(torch.randn(3, 4))
     channels = MinMaxCalibrator(per_channel=True)
     channels.collect(torch.randn(3, 4))
     with pytest.raises(DataError, match="seen 3 channels was shown 5"):
         channels.collect(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"count": -1}, "damaged"),
+        ({"count": "many"}, "damaged"),
+        ({"minimum": torch.tensor(torch.nan)}, "damaged"),
+        ({"minimum": torch.tensor(1e9)}, "damaged"),
+        ({"maximum": torch.zeros(3)}, "damaged"),
+        ({"maximum": 1.0}, "damaged"),
+        ({"histogram": None}, "damaged"),
+        ({"histogram": {"top": 3}}, "damaged"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(changed: dict[str, Any], message: str) -> None:
+    x = torch.randn(8)
+    calibrator = fed("histogram", x)
+    with pytest.raises(ConfigError, match=message):
+        HistogramCalibrator().load_state_dict({**calibrator.state_dict(), **changed})
+    with pytest.raises(ConfigError, match="is a dict; this is a NoneType"):
+        calibrator.load_state_dict(None)  # type: ignore[arg-type]
+    assert calibrator.compute_range() == fed("histogram", x).compute_range()
 
 
 def test_minmax_per_channel() -> None:
@@ -350,6 +377,7 @@ def test_minmax_per_channel() -> None:
         ("percentile", {"percentile": 0.0}, "percentile"),
         ("minmax", {"symmetric": "no"}, "symmetric is 'no'"),
         ("minmax", {"per_channel": 1}, "per_channel is 1"),
+        ("minmax", {"axis": 1.5}, "axis is 1.5"),
         ("entropy", {"num_quantized_bins": 1}, "from 2 to num_bins"),
         ("entropy", {"num_bins": 64, "num_quantized_bins": 128}, "from 2 to num_bins"),
     ],

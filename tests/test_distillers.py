@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -491,6 +492,9 @@ NUMBERS: Any = [3]
         (lambda t, s: LogitDistiller(t), ConfigError, "needs teacher and student, or neither"),
         (lambda t, s: LogitDistiller(WRONG, s), ConfigError, "teacher is a str; it is a module"),
         (lambda t, s: RelationDistiller(t, s, "angels"), ConfigError, "relation_type is 'angels'"),
+        (lambda t, s: RelationDistiller(t, s, {"angle": -1.0}), ConfigError, "a weight is 0 or more"),
+        (lambda t, s: LogitDistiller(t, s, task_loss=WRONG), ConfigError, "it is a function"),
+        (lambda t, s: LogitDistiller(t, s).set_epoch(-1), ConfigError, "epoch is -1"),
         (lambda t, s: CRDDistiller(t, s, mode="bank"), ConfigError, "samples=len"),
         (lambda t, s: CRDDistiller(t, s, momentum=1.0), ConfigError, "momentum is 1.0"),
         (lambda t, s: BaseDistiller(t, s, distillers=[LogitDistiller(t, s)]), ConfigError, "without models of their own"),
@@ -527,7 +531,28 @@ def test_outputs_that_hold_several_things_must_be_named() -> None:
 
     with pytest.raises(ConfigError, match="with first, second: say where the logits are with output=name"):
         LogitDistiller(Strange(), Strange())(torch.randn(2, 3))
+    for missing in ("third", 2):
+        with pytest.raises(ConfigError, match="with first, second: say where the logits are"):
+            LogitDistiller(Strange(), Strange(), output=missing)(torch.randn(2, 3))
     LogitDistiller(Strange(), Strange(), output="first")(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("make", [OFDDistiller, RKDDistiller, lambda: FeatureDistiller(teacher_layers="stage*.0")])
+def test_models_may_be_bound_anew_and_layers_are_looked_up_in_them_anew(make: Any) -> None:
+    def deep(*widths: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise((3, *widths)):
+            layers.append(nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()))
+        named = {f"stage{n}": layer for n, layer in enumerate(layers)}
+        return nn.Sequential(
+            OrderedDict(named, pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), head=nn.Linear(widths[-1], 5))
+        )
+
+    distiller = make().register_hooks(deep(8, 8, 8), deep(4, 4, 4))
+    distiller(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
+    rebound, fresh = distiller.register_hooks(deep(6, 6), deep(3, 3)), make().register_hooks(deep(6, 6), deep(3, 3))
+    rebound(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
+    assert rebound.layout() == fresh.layout()
 
 
 def test_a_layer_inside_code_that_was_not_traced_is_refused() -> None:

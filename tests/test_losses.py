@@ -495,6 +495,9 @@ def test_close_rows_keep_their_true_distances() -> None:
         (lambda: losses.dkd_loss(S, T, torch.tensor([0, 1, 2, 3, 7])), "label 7 is out of range"),
         (lambda: losses.dkd_loss(S, T, torch.tensor([0, 1, 2, 3, -1])), "label -1 is out of range"),
         (lambda: losses.dkd_loss(S, T, torch.rand(5)), "class numbers"),
+        (lambda: losses.dkd_loss(S, T, None), "labels are a NoneType"),  # type: ignore[arg-type]
+        (lambda: losses.feature_loss(S[0], T[0]), "single axis"),
+        (lambda: losses.angle_loss(ES[:, 0], ET[:, 0]), r"embeddings are \(B, D\)"),
         (lambda: losses.dkd_loss(S, T, Y[:2]), "2 labels for 5 rows"),
         (lambda: losses.dkd_loss(S[:, :1], T[:, :1], torch.zeros(5, dtype=torch.long)), "two classes"),
         (lambda: losses.hint_loss(FS, FT[:, :2]), "project and resize it first"),

@@ -128,6 +128,15 @@ def test_a_schedule_drives_masks_during_training_and_ends_exact() -> None:
     assert reached[-1] == 0.75
 
 
+@pytest.mark.parametrize("cls", ALL)
+def test_epochs_passed_over_are_made_up_for_at_the_next_one_entered(cls: Any) -> None:
+    model, pruner = small(), MagnitudePruner()
+    schedule = cls(0.0, 0.75, 2, 8, 2, pruner=pruner, model=model)
+    for epoch in (5, 7, 20):
+        asked = schedule.step(epoch)
+        assert asked > 0.0 and pruner.get_sparsity(model) == pytest.approx(asked, abs=0.01)
+
+
 def small() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4))

@@ -392,6 +392,9 @@ def test_conversion_before_training_and_out_of_turn_is_refused() -> None:
         quantizer.convert(quantizer.prepare(model, images()[0]))
     with pytest.raises(ConfigError, match="no layer is called 'fc'"):
         QATQuantizer(exclude_layers=["fc"]).prepare(model, images()[0])
+    for epoch in (-1, 1.5, "first"):
+        with pytest.raises(ConfigError, match="epoch is"):
+            quantizer.on_epoch(model, epoch)  # type: ignore[arg-type]
 
 
 def test_a_plan_holds_its_promises_for_a_model_in_training_mode() -> None:

@@ -158,6 +158,10 @@ def test_scales_per_channel_run_along_their_axis() -> None:
         (lambda: tools.quantize_tensor([1.0], 1.0, 0), ConfigError, "it is a torch.Tensor"),  # type: ignore[arg-type]
         (lambda: tools.compute_scale_zp("low", 1.0), ConfigError, "min_val is 'low'"),  # type: ignore[arg-type]
         (lambda: tools.compute_scale_zp(torch.zeros(2), torch.ones(3)), ConfigError, "min_val has shape"),
+        (lambda: tools.compute_scale_zp(0.0, 1.0, symmetric="no"), ConfigError, "symmetric is 'no'"),  # type: ignore[arg-type]
+        (lambda: tools.quantize_tensor(torch.ones(2) * 1j, 1.0, 0), ConfigError, "it is of real numbers"),
+        (lambda: tools.compute_snr({"a": torch.ones(2)}, {"b": torch.ones(2)}), ConfigError, "the keys are"),
+        (lambda: tools.fuse_modules(nn.Identity(), [1, 2]), ConfigError, "a list of names"),  # type: ignore[list-item]
     ],
 )
 def test_what_cannot_be_meant_is_refused(call: Any, error: type[Exception], message: str) -> None:
@@ -170,6 +174,20 @@ def test_snr_is_the_ratio_of_energies_in_decibels() -> None:
     expected = 10 * math.log10(float((x.double() ** 2).sum() / ((x.double() - y.double()) ** 2).sum()))
     assert tools.compute_snr(x, y) == pytest.approx(expected)
     assert tools.compute_snr(x, x) == math.inf
+
+
+def test_snr_takes_torchs_quantized_tensors_for_what_they_stand_for() -> None:
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    quantized = torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+    assert tools.compute_snr(x, quantized) == tools.compute_snr(x, quantized.dequantize())
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.7, 1e-6, 3e4, 1 / 3])
+def test_a_range_as_wide_on_both_sides_has_torchs_zero_point_whatever_its_width(bound: float) -> None:
+    for dtype, middle in (("int8", 0), ("uint8", 128)):
+        assert tools.compute_scale_zp(-bound, bound, dtype, symmetric=False)[1] == middle
+        zero_points = tools.compute_scale_zp(torch.tensor([-bound]), torch.tensor([bound]), dtype, symmetric=False)[1]
+        assert zero_points.tolist() == [middle]
 
 
 def test_sizes_are_counted_by_hand() -> None:
@@ -192,6 +210,20 @@ def test_latency_counts_its_runs() -> None:
     timing = tools.benchmark_latency(Noted(), [(2, 3), (4,)], runs=7, warmup=2)
     assert timing.runs == 7 and calls == [(2, 3, 4)] * 9
     assert 0 < timing.min <= timing.median <= timing.p90
+
+
+def test_timing_a_model_in_training_leaves_it_as_it_was() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    before = copy.deepcopy(model.state_dict())
+    tools.benchmark_latency(model, (2, 3, 8, 8), runs=2, warmup=1)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_is_timed_on_numbers_of_its_own_type() -> None:
+    halved = DynamicQuantizer(dtype="fp16").quantize(nn.Linear(4, 2).eval(), example_inputs=torch.randn(1, 4))
+    for model in (nn.Linear(4, 2).bfloat16(), nn.Linear(4, 2).double(), halved):
+        assert tools.benchmark_latency(model, (2, 4), runs=2).runs == 2
 
 
 def test_models_without_integers_are_compared_layer_by_layer() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxcompress import PassManager, PTQQuantizer, coverage
+from fxcompress import DynamicQuantizer, LSQQuantizer, PassManager, PTQQuantizer, QATQuantizer, coverage
 from fxcompress.errors import ConfigError
 from fxcompress.graph import qdq
 from fxcompress.graph.results import output_snr
@@ -108,13 +108,41 @@ def test_a_layer_may_stay_in_float_by_an_override() -> None:
         ({"stem": {"bits": True}}, "integer from 2 to 8"),
         ({"stem": {"calibrator": "hist"}}, "'stem'.*no calibration method 'hist'"),
         ({"stem": {"float": "yes"}}, "float is 'yes'; it is a bool"),
-        ({"stem": 4}, "it is a mapping of options"),
+        ({"stem": 4}, "overrides is {.stem.: 4}: input should be a valid dictionary"),
         ({"stem": {"calibrator_options": {"percentile": 99}}}, "without a calibrator"),
     ],
 )
 def test_overrides_that_cannot_be_meant_are_refused(overrides: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PTQQuantizer(overrides=overrides)
+
+
+@pytest.mark.parametrize("make", [PTQQuantizer, DynamicQuantizer, QATQuantizer, LSQQuantizer])
+@pytest.mark.parametrize(
+    "option", [{"verify": "no"}, {"progress": "no"}, {"overrides": [1]}, {"per_channel": 1}, {"symmetric": 0}]
+)
+def test_options_of_another_type_are_refused_when_they_enter(make: Any, option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^{next(iter(option))} is "):
+        make(**option)
+
+
+@pytest.mark.parametrize("option", [{"recover": 3}, {"never_slower": "no"}, {"calibrator_options": 3}])
+def test_options_of_calibration_of_another_type_are_refused_too(option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^{next(iter(option))} is "):
+        PTQQuantizer(**option)
+
+
+def test_layers_may_be_given_as_a_set() -> None:
+    model, batches = net()
+    names = {"stem"}
+    assert "stem" in {row.node for row in coverage(portable(model, batches, exclude_layers=names)).floats}
+
+
+def test_a_model_is_quantized_in_inference_mode_as_outside_it() -> None:
+    model, batches = net()
+    expected = portable(model, batches)(batches[0])
+    with torch.inference_mode():
+        assert torch.equal(portable(model, batches)(batches[0]), expected)
 
 
 def test_an_override_for_no_layer_is_an_error_with_the_closest_names() -> None:

@@ -87,6 +87,10 @@ def test_a_plan_that_does_not_fit_names_every_mismatch() -> None:
         ({"round_to": 0}, "round_to"),
         ({"target": {"macs": 0.0}}, "target"),
         ({"layers": {"0": 1.5}}, "layers"),
+        ({"layers": 3}, "layers is 3"),
+        ({"target": 0.5}, "target is 0.5"),
+        ({"whole_groups": 3}, "whole_groups is 3"),
+        ({"progress": "no"}, "progress is 'no'"),
     ],
 )
 def test_bad_numbers_are_refused_when_they_enter(options: dict[str, object], message: str) -> None:

@@ -23,7 +23,7 @@ from fxcompress.errors import ConfigError, DataError, FxCompressError
 from fxcompress.graph import taps
 from fxcompress.graph.feature_view import Features, features
 from fxcompress.graph.inputs import Arguments, arguments
-from fxcompress.options import Seed, Weight, validated
+from fxcompress.options import Seed, Weight, check_whole, validated
 from fxcompress.registry import Registry
 from fxcompress.weighted import Weighted
 from fxcompress.weights import load_weights
@@ -93,6 +93,8 @@ class BaseDistiller(Assignable):
         self._last: Step | None = None
         self._losses: list[tuple[float, Tensor]] = []
         self._own_taps: list[str] = []
+        if self.task_loss is not None and not callable(self.task_loss):
+            raise ConfigError(f"task_loss is {self.task_loss!r}; it is a function of (output, targets).")
         if (self.teacher is None) != (self.student is None):
             raise ConfigError(f"{type(self).__name__} needs teacher and student, or neither (and register_hooks later).")
         if self.is_bound:
@@ -213,6 +215,7 @@ class BaseDistiller(Assignable):
 
     def set_epoch(self, epoch: int) -> None:
         """Enter ``epoch``, counted from 0 as training loops do; warm-ups count it from 1."""
+        check_whole("epoch", epoch)
         for part in self._parts():
             part.epoch = epoch + 1
 

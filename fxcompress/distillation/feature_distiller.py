@@ -160,7 +160,7 @@ class OFDDistiller(ProjectedDistiller):
     projector: Projector = None
 
     def choose(self, teacher: fx.GraphModule, student: fx.GraphModule) -> tuple[Sequence[str], Sequence[str]]:
-        if self.teacher_layers:
+        if self.asked[0]:
             chosen = super().choose(teacher, student)
             self.teacher_layers, self.student_layers = preactivation(chosen[0]), preactivation(chosen[1])
         else:

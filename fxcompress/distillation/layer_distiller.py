@@ -56,13 +56,11 @@ class LayerDistiller(BaseDistiller):
             raise ConfigError(f"{type(self).__name__} needs teacher_layers and student_layers: names of layers to compare.")
         self.teacher_layers = _listed(first or ())
         self.student_layers = self.teacher_layers if self.student_layers is None else _listed(self.student_layers)
+        self.asked = self.teacher_layers, self.student_layers  # the fields become what that is in the models bound last
         self.pairs: list[tuple[Layer, Layer]] = []
 
     def choose(self, teacher: fx.GraphModule, student: fx.GraphModule) -> tuple[Sequence[str], Sequence[str]]:
-        layers = (
-            expand(teacher, _listed(self.teacher_layers)),
-            expand(student, _listed(self.student_layers)),
-        )
+        layers = expand(teacher, self.asked[0]), expand(student, self.asked[1])
         if len(layers[0]) != len(layers[1]):
             raise ConfigError(
                 f"teacher_layers names {len(layers[0])} values ({', '.join(layers[0])}) and student_layers {len(layers[1])} "

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Self, TypeVar, dataclass_transform
 
-import pydantic
 from torch import nn
 
-from fxcompress.errors import ConfigError
-from fxcompress.options import options_of
+from fxcompress.options import check_given, options_of
 
 __all__ = ["Assignable", "check_options", "distiller"]
 
@@ -41,11 +39,9 @@ class Assignable(nn.Module):
 def check_options(made: nn.Module) -> None:
     """ConfigError for an option of another type, or out of its range; what is no plain data is not looked at."""
     kind: Any = type(made)
-    for name, option in options_of(kind).items():
-        value = getattr(made, name)
-        if any(isinstance(leaf, nn.Module) for leaf in (value if isinstance(value, (list, tuple)) else [value])):
-            continue
-        try:
-            option.checker.validate_python(value, strict=True)
-        except pydantic.ValidationError as error:
-            raise ConfigError(f"{name} is {value!r}: {error.errors()[0]['msg'].lower()}.") from error
+    given = {name: getattr(made, name) for name in options_of(kind)}
+    check_given(kind, {name: value for name, value in given.items() if not _holds_module(value)})
+
+
+def _holds_module(value: Any) -> bool:
+    return any(isinstance(leaf, nn.Module) for leaf in (value if isinstance(value, (list, tuple)) else [value]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY
 from typing import ClassVar, Literal
@@ -62,9 +63,13 @@ class EmbeddingDistiller(BaseDistiller):
     teacher_layer: str | None = None
     student_layer: str | None = None
 
+    def prepare(self) -> None:
+        super().prepare()
+        self.asked = self.teacher_layer, self.student_layer  # the fields become what that is in the models bound last
+
     def choose(self, teacher: fx.GraphModule, student: fx.GraphModule) -> tuple[Sequence[str], Sequence[str]]:
-        self.teacher_layer = self.teacher_layer or embedding(teacher)
-        self.student_layer = self.student_layer or embedding(student)
+        self.teacher_layer = self.asked[0] or embedding(teacher)
+        self.student_layer = self.asked[1] or embedding(student)
         return (self.teacher_layer,), (self.student_layer,)
 
     def build(self, teacher: Features, student: Features) -> list[Row]:
@@ -95,6 +100,9 @@ class RelationDistiller(EmbeddingDistiller):
         unknown = [name for name in self.relations if name not in _RELATIONS]
         if unknown or not self.relations:
             raise ConfigError(f"relation_type is {self.relation_type!r}; known: {', '.join(_RELATIONS)}.")
+        wrong = [name for name, weight in self.relations.items() if not 0.0 <= weight < math.inf]
+        if wrong:
+            raise ConfigError(f"relation_type is {self.relation_type!r}; a weight is 0 or more, and finite.")
 
     def factors(self) -> dict[str, float]:
         return self.relations

@@ -50,12 +50,22 @@ class Row:
     how: str
 
 
+def _at(output: Any, key: str | int) -> Any:
+    """What an output holds at ``key``; None where it has no such key or position."""
+    if isinstance(key, str) and not isinstance(output, Mapping):
+        return getattr(output, key, None)
+    try:
+        return output[key]
+    except (LookupError, TypeError):
+        return None
+
+
 def logits_of(output: Any, key: str | int | None = None) -> Tensor:
     """The class scores in a model's output; ConfigError where ``key`` must say which they are."""
     if isinstance(output, Tensor):
         return output
     if key is not None:
-        found = getattr(output, key, None) if isinstance(key, str) and not isinstance(output, Mapping) else output[key]
+        found = _at(output, key)
     elif isinstance(output, Mapping):
         found = next((output[name] for name in ("out", "logits") if name in output), None)
         found = next(iter(output.values())) if found is None and len(output) == 1 else found

@@ -46,9 +46,17 @@ class TracedModule(fx.GraphModule):
     @property
     def code(self) -> str:
         """The code of ``forward``."""
+        self._generate()
+        return super().code
+
+    def __str__(self) -> str:
+        """The modules, and the code of ``forward``."""
+        self._generate()
+        return super().__str__()
+
+    def _generate(self) -> None:
         if isinstance(vars(type(self)).get("forward"), _OnDemand):
             self.recompile()
-        return super().code
 
     def __reduce__(self) -> Any:
         """Pickle as a saved model: graph as data, tensors, no generated code; islands pickle as fx does it."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import fx
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import VerificationError
@@ -148,9 +148,14 @@ class Content(NamedTuple):
 
 def fingerprint(module: fx.GraphModule) -> Content:
     """The content of a graph module, equal while it computes the same."""
-    held = [(name, id(tensor), tensor._version) for name, tensor, _ in tensors(module)]
+    held = [(name, id(tensor), _writes(tensor)) for name, tensor, _ in tensors(module)]
     layers = [(name, id(m), m.training, vars(m).get("activation")) for name, m in parts(module).items()]
     return Content(calls(module.graph), held, layers)
+
+
+def _writes(tensor: Tensor) -> int:
+    """How often a tensor was written; nobody counts that of one made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def check_metadata(found: dict[fx.Node, Any]) -> None:

@@ -13,7 +13,7 @@ from fxcompress.graph.select import Layer, listed, resolved_step
 from fxcompress.graph.trace import region_inputs
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager, example_call, tried_call
-from fxcompress.options import Seed
+from fxcompress.options import Seed, check_given
 from fxcompress.pass_base import Context
 from fxcompress.plan import Plan
 from fxcompress.pruning.depth import least
@@ -48,6 +48,7 @@ class LayerPruner:
         seed: Seed = 0,
         progress: bool | None = None,
     ) -> None:
+        check_given(LayerPruner, locals())
         self.options: dict[str, Any] = {
             "sparsity": sparsity,
             "criterion": criterion,

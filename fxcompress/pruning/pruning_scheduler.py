@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 
 from fxcompress.errors import ConfigError
+from fxcompress.options import check_whole
 from fxcompress.pruning.masks import check_sparsity
 from fxcompress.registry import Registry
 
@@ -35,9 +36,9 @@ class PruningScheduler:
 
     Between them the sparsity follows :attr:`power` of the progress p = (epoch − start) / (end − start) as
     ``s_f + (s_i − s_f)·(1 − p)^power``, and changes only at epochs that :meth:`should_prune` names: every ``frequency``
-    epochs after the start, and at the end. Given a ``pruner`` and a ``model``, :meth:`step` prunes the model then:
-    in place where the pruner has ``apply_mask``; one with ``prune_step`` makes a smaller model, which is then :attr:`model`
-    (an optimizer must be told of its parameters).
+    epochs after the start, and at the end. Given a ``pruner`` and a ``model``, :meth:`step` prunes the model then, or at
+    the next epoch entered where one of them was passed over: in place where the pruner has ``apply_mask``; one with
+    ``prune_step`` makes a smaller model, which is then :attr:`model` (an optimizer must be told of its parameters).
 
     Raises ConfigError for sparsities outside [0, 1), a target below the initial sparsity, negative or reversed epochs.
     """
@@ -59,7 +60,7 @@ class PruningScheduler:
         if self.target_sparsity < self.initial_sparsity:
             raise ConfigError(f"target_sparsity {target_sparsity} is below initial_sparsity {initial_sparsity}.")
         for name, value in (("start_epoch", start_epoch), ("end_epoch", end_epoch), ("frequency", frequency)):
-            _check_whole(name, value)
+            check_whole(name, value)
         if end_epoch < start_epoch:
             raise ConfigError(f"start_epoch {start_epoch} and end_epoch {end_epoch}: 0 <= start <= end.")
         if frequency < 1:
@@ -90,7 +91,7 @@ class PruningScheduler:
 
     def should_prune(self, epoch: int) -> bool:
         """Whether the sparsity may change at ``epoch``."""
-        _check_whole("epoch", epoch)
+        check_whole("epoch", epoch)
         return self._changes_at(epoch)
 
     def _changes_at(self, epoch: int) -> bool:
@@ -100,10 +101,11 @@ class PruningScheduler:
 
     def step(self, epoch: int) -> float:
         """Enter ``epoch``; returns the sparsity in force, after pruning the model where there is one."""
-        _check_whole("epoch", epoch)
+        check_whole("epoch", epoch)
+        before, sparsity = self.get_current_sparsity(), self.sparsity_at(epoch)
         self.epoch = epoch
-        sparsity = self.sparsity_at(epoch)
-        if self._pruner is not None and self.model is not None and self.should_prune(epoch):
+        due = self.should_prune(epoch) or sparsity != before
+        if self._pruner is not None and self.model is not None and due:
             if hasattr(self._pruner, "prune_step"):
                 self.model = self._pruner.prune_step(self.model, sparsity)
             else:
@@ -130,7 +132,7 @@ class PruningScheduler:
         if missing:
             raise ConfigError(f"this is no saved schedule: it has no {', '.join(missing)}.")
         saved = type(self)(**{name: state[name] for name in _OPTIONS})
-        _check_whole("epoch", state["epoch"], least=-1)
+        check_whole("epoch", state["epoch"], least=-1)
         for name in _OPTIONS:
             if getattr(saved, name) != getattr(self, name):
                 log.warning("%s is %r, as it was saved, and no longer %r", name, getattr(saved, name), getattr(self, name))
@@ -138,11 +140,6 @@ class PruningScheduler:
         self.epoch = state["epoch"]
         if "pruner" in state and hasattr(self._pruner, "load_state_dict"):
             self._pruner.load_state_dict(state["pruner"])
-
-
-def _check_whole(name: str, value: object, least: int = 0) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} is {value!r}; it is a whole number of at least {least}.")
 
 
 _OPTIONS = ("initial_sparsity", "target_sparsity", "start_epoch", "end_epoch", "frequency")

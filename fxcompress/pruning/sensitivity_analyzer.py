@@ -23,6 +23,7 @@ from fxcompress.files import write_text
 from fxcompress.graph.digest import digest, state_of
 from fxcompress.graph.tree import device_of
 from fxcompress.manager import PassManager, example_call
+from fxcompress.options import check_given, check_whole
 from fxcompress.plan import Plan
 from fxcompress.pruning import sensitivity_report as report
 from fxcompress.pruning.sensitivity_report import Recommendation
@@ -66,10 +67,10 @@ class SensitivityAnalyzer:
         pruner_options: Mapping[str, Any] | None = None,
         progress: bool | None = None,
     ) -> None:
+        check_given(SensitivityAnalyzer, locals())
         if not _is_range(sparsity_range):
             raise ConfigError(f"sparsity_range is {sparsity_range!r}; it is [low, high] with 0 < low <= high < 1.")
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-            raise ConfigError(f"num_steps is {num_steps!r}; it is a whole number of at least 1.")
+        check_whole("num_steps", num_steps, least=1)
         if pruning_type not in TYPES:
             raise ConfigError(f"pruning_type is {pruning_type!r}; it is one of {', '.join(TYPES)}.")
         if not callable(metric):

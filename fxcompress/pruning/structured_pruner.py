@@ -17,7 +17,7 @@ from fxcompress.graph.trace import is_traced, region_inputs
 from fxcompress.graph.tree import check_module
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager, tried_call
-from fxcompress.options import Seed
+from fxcompress.options import Seed, check_given
 from fxcompress.pass_base import Context
 from fxcompress.plan import Plan
 from fxcompress.pruning.finetuning import finetune
@@ -70,6 +70,7 @@ class StructuredPruner:
         seed: Seed = 0,
         progress: bool | None = None,
     ) -> None:
+        check_given(StructuredPruner, locals())
         if pruning_dim not in (0, 1) or isinstance(pruning_dim, bool):
             raise ConfigError(f"pruning_dim is {pruning_dim!r}; it is 0 (output channels) or 1 (input channels).")
         self.sparsity, self.pruning_dim, self.criterion = sparsity, pruning_dim, criterion

@@ -7,6 +7,7 @@ that saw other data, and saves its state. Empty tensors are ignored; NaN and inf
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +65,8 @@ class Calibrator:
         """
         if not isinstance(tensor, Tensor):
             raise DataError(f"a calibrator was shown a {type(tensor).__name__}; it collects tensors.")
+        if tensor.is_complex() or tensor.is_quantized:
+            raise DataError(f"a calibrator was shown {tensor.dtype} values; it collects real numbers.")
         if tensor.numel() == 0:
             return
         values = tensor.detach()
@@ -124,14 +127,18 @@ class Calibrator:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state of :meth:`state_dict`. Raises ConfigError for what is none of this class."""
+        if not isinstance(state, Mapping):
+            raise ConfigError(f"the state of a {type(self).__name__} is a dict; this is a {type(state).__name__}.")
         extremes = {"minimum", "maximum"}
         keys = (set(self.state_dict()) - extremes) | (extremes if state.get("count") else set())
         if set(state) != keys:
             held = ", ".join(sorted(map(str, state))) or "nothing"
             raise ConfigError(f"the state of a {type(self).__name__} holds {', '.join(sorted(keys))}; this one {held}.")
+        if not _is_range(**{key: state[key] for key in state if key != "histogram"}):
+            raise ConfigError(f"the state of a {type(self).__name__} is damaged: its count or extremes cannot be meant.")
         self.reset()
         if state["count"]:
-            self.count = int(state["count"])
+            self.count = state["count"]
             self._widen(state["minimum"].clone(), state["maximum"].clone())
 
     def _extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,11 +174,15 @@ class MinMaxCalibrator(Calibrator):
 
     def __init__(self, symmetric: bool = True, per_channel: bool = False, axis: int = 0) -> None:
         super().__init__(symmetric)
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise ConfigError(f"axis is {axis!r}; it is the number of a dimension.")
         self.per_channel, self.axis = _flag("per_channel", per_channel), axis
 
     def _extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
         if not self.per_channel:
             return super()._extremes(values)
+        if values.dim() != 1 and not -values.dim() <= self.axis < values.dim():
+            raise DataError(f"a calibrator of the channels of axis {self.axis} was shown a shape of {tuple(values.shape)}.")
         rows = values.movedim(self.axis, 0).flatten(1) if values.dim() > 1 else values[:, None]
         return rows.amin(1), rows.amax(1)
 
@@ -312,6 +323,17 @@ class MSECalibrator(_HistogramBased):
         bins = self.histogram.bins(float(minimum), float(maximum))
         low, high = mse_range(float(minimum), float(maximum), target, bins)
         return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
+
+
+def _is_range(count: Any, minimum: Any = None, maximum: Any = None) -> bool:
+    """Whether these can have been observed together."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        return False
+    if minimum is None and maximum is None:
+        return count == 0
+    if not isinstance(minimum, Tensor) or not isinstance(maximum, Tensor) or minimum.shape != maximum.shape:
+        return False
+    return bool((torch.isfinite(minimum) & torch.isfinite(maximum) & (minimum <= maximum)).all())
 
 
 def _flag(name: str, value: bool) -> bool:

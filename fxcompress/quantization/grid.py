@@ -76,8 +76,10 @@ def compute_scale_zp(minimum: Tensor, maximum: Tensor, grid: Grid) -> tuple[Tens
         scale = largest / torch.where(low < 0, float(grid.quant_max - middle), float(grid.quant_max))
         zero_point = torch.where(low < 0, float(middle), 0.0)
     else:
-        scale = (high - low) / grid.levels
-        zero_point = (grid.quant_min - low / torch.where(scale > 0, scale, 1.0)).round()
+        extent = high - low
+        scale = extent / grid.levels
+        share = low / torch.where(extent > 0, extent, 1.0)  # a half where both sides are equal, whatever the range
+        zero_point = (grid.quant_min - share * grid.levels).round()
     finite = torch.finfo(torch.float32)
     scale = torch.where(scale > 0, scale.clamp(finite.tiny, finite.max), 1.0).to(torch.float32)
     return scale, zero_point.clamp(grid.quant_min, grid.quant_max).to(torch.int32)

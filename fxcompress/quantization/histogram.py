@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -133,13 +134,16 @@ class Histogram:
         return {"top": self.top, "counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["counts"].shape != self._counts.shape:
+        top, counts = (state.get(key) if isinstance(state, Mapping) else None for key in ("top", "counts"))
+        if not isinstance(top, int) or not isinstance(counts, Tensor) or counts.dtype != self._counts.dtype:
+            raise ConfigError("the state of a histogram holds top and counts, integers; this one is damaged.")
+        if counts.shape != self._counts.shape:
             raise ConfigError(
-                f"the state has {tuple(state['counts'].shape)} bins and this histogram {tuple(self._counts.shape)}: "
+                f"the state has {tuple(counts.shape)} bins and this histogram {tuple(self._counts.shape)}: "
                 "build the calibrator with the num_bins it was saved with."
             )
         self._waiting_count = 0
-        self.top, self._counts = int(state["top"]), state["counts"].clone()
+        self.top, self._counts = top, counts.clone()
 
 
 def _octave(magnitude: float) -> int:

@@ -13,6 +13,7 @@ from fxcompress.errors import ConfigError
 from fxcompress.graph.select import Layer
 from fxcompress.graph.trace import trace
 from fxcompress.manager import example_call
+from fxcompress.options import check_given
 from fxcompress.pass_base import Context
 from fxcompress.plan import Plan
 from fxcompress.quantization.quantizer import (
@@ -73,6 +74,7 @@ class PTQQuantizer(Quantizer):
         verify: bool = True,
         progress: bool | None = None,
     ) -> None:
+        check_given(PTQQuantizer, locals())
         backends.find(backend)
         check_dtype(dtype)
         check_method("calibration_method", calibration_method, calibrator_options)
@@ -156,6 +158,7 @@ class DynamicQuantizer(Quantizer):
         verify: bool = True,
         progress: bool | None = None,
     ) -> None:
+        check_given(DynamicQuantizer, locals())
         backends.find(backend)
         check_dtype(dtype)
         self.backend, self.dtype, self.per_channel, self.symmetric = backend, dtype, per_channel, symmetric

@@ -12,6 +12,7 @@ from fxcompress.errors import ConfigError
 from fxcompress.graph.frozen import freeze_statistics
 from fxcompress.graph.select import Layer
 from fxcompress.graph.tree import check_module
+from fxcompress.options import check_given, check_whole
 from fxcompress.plan import Plan
 from fxcompress.quantization.fake_quant import fake_quantizers
 from fxcompress.quantization.quantizer import Quantizer, check_dtype, check_method, chosen_layers, in_eval_mode
@@ -69,6 +70,7 @@ class _TrainingQuantizer(Quantizer):
 
     def on_epoch(self, model: nn.Module, epoch: int) -> None:
         """Called by a training loop before each epoch: freezes batch normalisation from epoch ``freeze_bn_epochs`` on."""
+        check_whole("epoch", epoch)
         if 0 <= self.freeze_bn_epochs <= epoch:
             self.freeze_bn(model)
 
@@ -120,6 +122,7 @@ class QATQuantizer(_TrainingQuantizer):
         verify: bool = True,
         progress: bool | None = None,
     ) -> None:
+        check_given(QATQuantizer, locals())
         check_dtype(dtype, ("int8", "uint8"))
         check_method("observer", observer, observer_options)
         self.backend, self.dtype, self.per_channel, self.symmetric = backend, dtype, per_channel, symmetric
@@ -169,6 +172,7 @@ class LSQQuantizer(_TrainingQuantizer):
         verify: bool = True,
         progress: bool | None = None,
     ) -> None:
+        check_given(LSQQuantizer, locals())
         self.bits, self.per_channel, self.symmetric, self.learn_scale = bits, per_channel, symmetric, learn_scale
         self.backend = backend
         insert = {

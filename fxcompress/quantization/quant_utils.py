@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from fxcompress import backends
 from fxcompress.errors import ConfigError, DataError, did_you_mean
 from fxcompress.graph import spellings
 from fxcompress.graph.cost import stored_bytes
-from fxcompress.graph.inputs import Arguments, arguments
+from fxcompress.graph.inputs import Arguments, arguments, tensors_in
 from fxcompress.graph.island import regions
 from fxcompress.graph.qdq import along
 from fxcompress.graph.results import output_snr
+from fxcompress.graph.shapes import example_of
 from fxcompress.graph.trace import trace
-from fxcompress.graph.tree import check_module, device_of
+from fxcompress.graph.tree import check_module, device_of, evaluating
 from fxcompress.manager import PassManager
 from fxcompress.quantization import grid as grids
 from fxcompress.quantization.compare import ActivationRow, Comparison, WeightRow, compare_activations, compare_weights
@@ -66,10 +67,7 @@ def fuse_modules(
     ``modules_to_fuse`` is one group of qualified names, or a list of groups, each in the order it runs. The fused layer has
     the first one's name. Raises ConfigError for a group that is no such sequence in the graph, with the reason.
     """
-    if isinstance(modules_to_fuse, str) or not isinstance(modules_to_fuse, Iterable):
-        raise ConfigError(f"modules_to_fuse is {modules_to_fuse!r}; it is a list of names, or a list of such lists.")
-    names: list[Any] = list(modules_to_fuse)
-    groups: list[list[str]] = [names] if all(isinstance(name, str) for name in names) else [list(group) for group in names]
+    groups = _groups(modules_to_fuse)
     traced = trace(in_eval_mode(model), example_inputs)
     folds, fuses = [], []
     for group in groups:
@@ -90,6 +88,13 @@ def fuse_modules(
                 reason = reasons.get(str(user.target), "it was left alone")
                 raise ConfigError(f"{' + '.join(group)} did not fuse at {user.target!r}: {reason}.")
     return fused
+
+
+def _groups(modules_to_fuse: Any) -> list[list[str]]:
+    listed = list(modules_to_fuse) if isinstance(modules_to_fuse, Iterable) else modules_to_fuse
+    if isinstance(modules_to_fuse, str) or not isinstance(listed, list) or not all(isinstance(g, Iterable) for g in listed):
+        raise ConfigError(f"modules_to_fuse is {modules_to_fuse!r}; it is a list of names, or a list of such lists.")
+    return [listed] if all(isinstance(name, str) for name in listed) else [list(group) for group in listed]
 
 
 def _calls(model: fx.GraphModule, layer: str) -> list[fx.Node]:
@@ -141,6 +146,8 @@ def compute_scale_zp(
     max|x| / 127 and zero point 0; symmetric uint8 zero point 128, or 0 where no value is negative; an affine grid holds 0
     exactly. A range without extent gets scale 1. Raises ConfigError where min exceeds max, DataError for NaN.
     """
+    if not isinstance(symmetric, bool):
+        raise ConfigError(f"symmetric is {symmetric!r}; it is True or False.")
     target = grids.grid(_dtype_name(dtype), symmetric=symmetric, bits=bits)
     low, high = (_numbers(n, v, torch.float64) for n, v in (("min_val", min_val), ("max_val", max_val)))
     if low.shape != high.shape and low.dim() and high.dim():
@@ -178,6 +185,8 @@ def dequantize_tensor(tensor: Tensor, scale: float | Tensor, zp: int | Tensor, *
 def _along(tensor: Tensor, scale: float | Tensor, zp: int | Tensor, axis: int) -> tuple[Tensor, Tensor]:
     if not isinstance(tensor, Tensor):
         raise ConfigError(f"the tensor is a {type(tensor).__name__}; it is a torch.Tensor.")
+    if tensor.is_complex() or tensor.is_quantized:
+        raise ConfigError(f"the tensor is of {tensor.dtype}; it is of real numbers.")
     scales, zeros = (_numbers(name, value, torch.float32) for name, value in (("scale", scale), ("zp", zp)))
     if not bool(((scales > 0) & torch.isfinite(scales)).all()):
         raise ConfigError(f"the scale is {scale}; a scale is positive and finite.")
@@ -241,38 +250,53 @@ def benchmark_latency(
 ) -> Timing:
     """Seconds per call on random inputs of ``input_shape`` (or of several shapes): median, p90, minimum, number of runs.
 
-    Calls ``model`` as it is, ``warmup`` times first; stops early after ``seconds``. On a GPU every call is synchronised.
-    ``example_inputs`` are used instead of random ones where they are given: token numbers, masks, keywords.
+    Calls ``model`` in eval mode, ``warmup`` times first; stops early after ``seconds``; leaves it in the mode it came in. On
+    a GPU every call is synchronised. Random inputs are of the number type that the model was traced with, or of its
+    parameters; ``example_inputs`` are used instead where they are given: token numbers, masks, keywords.
     """
     check_module(model)
     if runs < 1 or warmup < 0:
         raise ConfigError(f"runs is {runs} and warmup {warmup}; runs is at least 1, warmup at least 0.")
-    call = arguments(example_inputs) if example_inputs is not None else Arguments(tuple(_random(input_shape)), {})
+    call = arguments(example_inputs) if example_inputs is not None else _random(input_shape, _number_type(model))
     call = call.to(device_of(model))
     try:
-        return interleaved({"model": lambda: call(model)}, runs=runs, warmup=warmup, seconds=seconds)["model"]
+        with evaluating(model):
+            return interleaved({"model": lambda: call(model)}, runs=runs, warmup=warmup, seconds=seconds)["model"]
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"inputs of shape {input_shape} do not run through the model: {reason}") from error
 
 
-def _random(shapes: Any) -> list[Tensor]:
+def _number_type(model: nn.Module) -> torch.dtype:
+    example = example_of(model) if isinstance(model, fx.GraphModule) else None
+    known = list(model.parameters()) if example is None else tensors_in(tuple(example))
+    return next((t.dtype for t in known if t.is_floating_point()), torch.float32)
+
+
+def _random(shapes: Any, dtype: torch.dtype) -> Arguments:
     several = list(shapes) if isinstance(shapes, Sequence) and shapes and not isinstance(shapes[0], int) else [shapes]
     for shape in several:
         if not isinstance(shape, Sequence) or not shape or not all(isinstance(size, int) and size > 0 for size in shape):
             raise ConfigError(f"input_shape is {shapes!r}; it is a shape of positive integers, or a list of shapes.")
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(tuple(shape), generator=generator) for shape in several]
+    return Arguments(tuple(torch.randn(tuple(shape), generator=generator).to(dtype) for shape in several), {})
 
 
 def compute_snr(original: Any, quantized: Any) -> float:
     """10·log₁₀(Σx² / Σ(x − y)²) in dB over all tensors of the two together; inf for equal values.
 
-    Raises ConfigError where shapes differ, DataError for NaN or infinite values.
+    Tensors of torch's quantized types count as what they stand for. Raises ConfigError where shapes or keys differ,
+    DataError for NaN or infinite values.
     """
-    first, second = ([t for t in pytree.tree_leaves(v) if isinstance(t, Tensor)] for v in (original, quantized))
+    first, second = ([_dequantized(t) for t in tensors_in(value)] for value in (original, quantized))
+    if isinstance(original, Mapping) and isinstance(quantized, Mapping) and set(original) != set(quantized):
+        raise ConfigError(f"the keys are {list(original)} and {list(quantized)}.")
     if [t.shape for t in first] != [t.shape for t in second] or not first:
         raise ConfigError(f"the shapes are {[tuple(t.shape) for t in first]} and {[tuple(t.shape) for t in second]}.")
     if not all(bool(torch.isfinite(t).all()) for t in (*first, *second)):
         raise DataError("NaN or infinite values have no signal-to-noise ratio.")
     return output_snr(first, second)
+
+
+def _dequantized(tensor: Tensor) -> Tensor:
+    return tensor.dequantize() if tensor.is_quantized else tensor

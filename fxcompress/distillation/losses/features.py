@@ -55,6 +55,8 @@ def feature_loss(
         raise ConfigError(f"there is no loss_type {loss_type!r}; known: {', '.join(_DIFFERENCES)}.")
     if axis not in ("channel", "spatial", "flat"):
         raise ConfigError(f"there is no axis {axis!r}; known: channel, spatial, flat.")
+    if any(s.dim() < 2 for s, _ in layers(student, teacher)):
+        raise DataError("a feature is (B, C) or (B, C, *positions); one given has a single axis.")
     pairs = [(_vectors(s, axis, channel_dim), _vectors(t, axis, channel_dim)) for s, t in _alike(student, teacher)]
     if normalize:
         pairs = [(unit(s), unit(t)) for s, t in pairs]

@@ -104,6 +104,8 @@ def _centred(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def check_labels(targets: Tensor, classes: int, ignore_index: int = -100) -> None:
     """DataError unless every label is a whole number in [0, classes), or ``ignore_index``."""
+    if not isinstance(targets, Tensor):
+        raise DataError(f"labels are a {type(targets).__name__}; they are a tensor of class numbers (int64).")
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise DataError(f"labels are {targets.dtype}; they are class numbers (int64).")
     wrong = ((targets < 0) | (targets >= classes)) & (targets != ignore_index)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxcompress.distillation.losses.precision import full_precision, same_batch, unit
+from fxcompress.errors import DataError
 
 __all__ = ["angle_loss", "correlation_congruence_loss", "distance_loss", "pkt_loss", "similarity_loss"]
 
@@ -94,4 +95,6 @@ def _correlations(x: Tensor, gamma: float, order: int) -> Tensor:
 
 def _embeddings(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     same_batch(student, teacher)
+    if not student.dim() > 1 < teacher.dim():
+        raise DataError(f"embeddings are (B, D), not {tuple(student.shape)} and {tuple(teacher.shape)}.")
     return student.flatten(1), teacher.flatten(1)
