@@ -94,7 +94,7 @@ class InsertObservers(Pass):
         module.meta["quantization"] = self._settings(backend)
 
     def _observe(self, module: fx.GraphModule, node: fx.Node, asked: list[LayerOptions], context: Context) -> None:
-        readers = list(node.users)
+        readers = ops.value_readers(node)
         bits = max((o.activation_bits or o.bits or 8 for o in asked), default=8)
         chosen = [(o.calibrator, o.calibrator_options) for o in asked if o.calibrator]
         if any(choice != chosen[0] for choice in chosen):

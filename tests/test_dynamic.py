@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils import _pytree as pytree
 
 from fxcompress import DynamicQuantizer, PassManager, coverage, load, save
 from fxcompress.errors import BackendError, ConfigError
@@ -252,3 +253,45 @@ def test_prepare_and_convert_are_quantize_in_parts() -> None:
     quantizer = DynamicQuantizer()
     parts = quantizer.convert(quantizer.calibrate(quantizer.prepare(model)))
     assert torch.equal(parts(TOKENS), quantizer.quantize(model)(TOKENS))
+
+
+BARE: dict[str, tuple[Any, int]] = {
+    "lstm": (lambda: nn.LSTM(16, 8, 2, bidirectional=True), 1),
+    "gru": (lambda: nn.GRU(16, 8, batch_first=True), 1),
+    "multihead_attention": (lambda: nn.MultiheadAttention(16, 2), 3),
+    "linear": (lambda: nn.Linear(16, 8), 1),
+}
+
+
+@pytest.mark.parametrize("kind", BARE)
+def test_one_layer_as_the_whole_model_is_quantized(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made, inputs = BARE[kind]
+    model, x = made().eval(), torch.randn(5, 3, 16)
+    call = (x,) * inputs
+    quantized = DynamicQuantizer().quantize(model, example_inputs=call)
+    with torch.no_grad():
+        expected, found = pytree.tree_leaves(model(*call)), pytree.tree_leaves(quantized(*call))
+    assert len(expected) == len(found)
+    assert all(output_snr(before, after) > 25 for before, after in zip(expected, found, strict=True))
+    assert coverage(quantized).mac_share > 0.7
+    save(quantized, tmp_path / "model")
+    again = pytree.tree_leaves(load(tmp_path / "model")(*call))
+    assert all(torch.equal(after, loaded) for after, loaded in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_one_recurrent_layer_needs_no_example_and_takes_its_state(kind: Any) -> None:
+    torch.manual_seed(0)
+    model, x = kind(16, 8).eval(), torch.randn(5, 3, 16)
+    assert not any(parameter.is_floating_point() for parameter in _levels(DynamicQuantizer().quantize(model)))
+    state = model(x)[1]
+    quantized = DynamicQuantizer().quantize(model, example_inputs=(x, state))
+    assert output_snr(model(x, state)[0], quantized(x, state)[0]) > 25
+
+
+def _levels(quantized: Any) -> list[Tensor]:
+    state = quantized.meta["portable"].state_dict()
+    found = [tensor for name, tensor in state.items() if name.rpartition(".")[2] in ("weight_ih_l0", "weight_hh_l0")]
+    assert len(found) == 2
+    return found

@@ -12,7 +12,9 @@ from torch import Tensor, fx, nn
 
 from fxcompress.backends.onnx_graph import Flat, casts_edge, flatten, in_half, to_onnx
 from fxcompress.errors import BackendError
+from fxcompress.graph import ops
 from fxcompress.graph.cost import macs
+from fxcompress.graph.guards import CHECKS, guard_fixed
 from fxcompress.graph.shapes import tensor_meta
 
 __all__ = ["Engine", "Runtime", "Session", "lower_to"]
@@ -104,8 +106,11 @@ def _install(module: fx.GraphModule, flat: Flat, engine: Engine) -> None:
     values: dict[fx.Node, Any] = {}
     nodes = list(module.graph.nodes)
     for node in nodes:
-        if node.op == "placeholder" or (casts_edge(node) and node.args[0] in values):
+        if node.op == "placeholder" or ((casts_edge(node) or node.target in CHECKS) and node.args[0] in values):
             values[node] = graph.node_copy(node, values.__getitem__)
+    for node, value in values.items():
+        if node.op == "placeholder" and tensor_meta(node) is None and ops.value_readers(node):
+            guard_fixed(value, str(node.target), *(node.args or (None,)))
     inputs = tuple(value for value in values.values() if value.name in flat.inputs)
     module.add_module("engine", engine.train(module.training))
     call = graph.call_module("engine", inputs)

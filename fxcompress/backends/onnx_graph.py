@@ -19,6 +19,7 @@ from fxcompress.backends.embedding_bags import is_bag, open_bag
 from fxcompress.errors import BackendError
 from fxcompress.graph import ops, qdq
 from fxcompress.graph.containers import plain
+from fxcompress.graph.guards import CHECKS
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.quiet import quiet
 from fxcompress.graph.shapes import dtype_of, tensor_meta
@@ -62,7 +63,7 @@ def flatten(module: fx.GraphModule) -> Flat:
     names: list[str] = []
     examples: list[Tensor] = []
     for node in module.graph.nodes:
-        if node.op == "placeholder" and any(casts_edge(user) for user in node.users):
+        if node.target in CHECKS or (node.op == "placeholder" and any(casts_edge(user) for user in node.users)):
             continue
         if node.op == "placeholder" or (casts_edge(node) and node.args[0] not in values):
             example = _example(node)
@@ -124,7 +125,7 @@ def casts_edge(node: fx.Node) -> bool:
     source, dtype = node.args
     assert isinstance(source, fx.Node)
     if source.op == "placeholder":
-        return dtype is torch.float32 and dtype_of(source) in _OTHERS and len(source.users) == 1
+        return dtype is torch.float32 and dtype_of(source) in _OTHERS and len(ops.value_readers(source)) == 1
     return dtype in _OTHERS and dtype_of(source) == torch.float32 and all(user.op == "output" for user in node.users)
 
 

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import TraceError
 from fxcompress.graph.containers import containers
+from fxcompress.graph.guards import guard
 from fxcompress.graph.inputs import Arguments, autocast_refused, bind, frozen_state, preserved_attributes
 from fxcompress.graph.quiet import quiet
 from fxcompress.graph.rungs import join
@@ -154,17 +155,19 @@ def inline(graph: fx.Graph, root: nn.Module, prefix: str, program: torch.export.
     """Copy ``program`` into ``graph`` at its insertion point; returns its result as a structure of nodes.
 
     ``call`` holds the nodes (or literals) the module was called with; ``prefix`` is the module's qualified name, under
-    which its tensors live in ``root``.
+    which its tensors live in ``root``. What the program was captured for is guarded.
     """
     owner = root.get_submodule(prefix) if prefix else root
     values = _bind_tensors(graph, owner, prefix, program)
-    user_names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    given = {spec.arg.name: spec.arg for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
     leaves = _spread(graph, tuple(call), program.call_spec.in_spec)
-    by_name = dict(zip(user_names, leaves, strict=True))
+    by_name = dict(zip(given, leaves, strict=True))
     for node in program.graph.nodes:
         if node.op == "placeholder":
             if node.name in by_name:
-                values[node] = by_name[node.name]
+                values[node] = leaf = by_name[node.name]
+                if isinstance(leaf, fx.Node):
+                    guard(leaf, node.name, getattr(given[node.name], "value", node.meta["val"]))
         elif node.op == "output":
             results = [values.get(leaf, leaf) if isinstance(leaf, fx.Node) else leaf for leaf in node.args[0]]
             return containers(graph, pytree.tree_unflatten(results, program.call_spec.out_spec))

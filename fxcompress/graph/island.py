@@ -86,7 +86,7 @@ def around_island(model: nn.Module, rungs: list[Rung]) -> fx.GraphModule:
     island.training = model.training
     root.add_module(TOP, island)
     graph = fx.Graph()
-    nodes = placeholders(graph, model, starred=False)
+    nodes = placeholders(graph, model)
     graph.output(graph.call_module(TOP, *forwarded(model, nodes)))
     module = TracedModule(root, graph, type(model).__name__)
     for name, value in {**root._modules, **root._parameters, **root._buffers}.items():

@@ -124,7 +124,7 @@ def _asks(user: fx.Node, node: fx.Node) -> bool:
     return found.kind in _QUESTIONS and not (user.target is getattr and user.args[1] in _TENSORS)
 
 
-_QUESTIONS = ("shape", "getattr", "like", "new")
+_QUESTIONS = ("shape", "getattr", "like", "new", "assert")
 _SHAPED_LIKE = ("view_as", "expand_as")
 _TENSORS = ("T", "H", "mT", "mH", "data", "real", "imag", "grad")
 """Attributes of a tensor that are tensors."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,22 +12,18 @@ from torch.fx._symbolic_trace import PH
 from torch.utils import _pytree as pytree
 
 from fxcompress.graph.hooks import forwarding
-from fxcompress.graph.inputs import (
-    Arguments,
-    bind,
-)
+from fxcompress.graph.inputs import Arguments, bind
 
 __all__ = [
-    "STARS",
     "concrete_arguments",
     "forwarded",
-    "is_decorated",
+    "left_out",
     "name_placeholders",
+    "named_arguments",
     "nested_arguments",
     "placeholder_target",
     "placeholders",
     "stars",
-    "undecorated",
 ]
 
 
@@ -44,8 +40,6 @@ def name_placeholders(graph: fx.Graph, model: nn.Module) -> None:
     """Give arguments that were fixed their own names back, which fx numbers; flattened containers are named elsewhere."""
     nodes = [node for node in graph.nodes if node.op == "placeholder"]
     parameters = list(inspect.signature(model.forward).parameters.values())
-    if is_decorated(model):
-        parameters = [parameter for parameter in parameters if parameter.kind not in STARS]
     if len(nodes) != len(parameters):
         return
     for node, parameter in zip(nodes, parameters, strict=True):
@@ -58,25 +52,50 @@ def is_decorated(model: nn.Module) -> bool:
 
 
 @contextmanager
-def undecorated(model: nn.Module) -> Iterator[None]:
-    """Give a decorated ``forward`` a function around it with the parameters that it says it has, but those with stars.
+def named_arguments(model: nn.Module, call: Arguments | None) -> Iterator[list[str]]:
+    """Give a ``forward`` that takes any number of arguments those of ``call`` by name; yields a note for each star.
 
-    fx reads the parameters off the code object, and gives a decorator's ``*args, **kwargs`` no values.
+    A decorated ``forward`` gets the parameters that it says it has, and none for its stars where there is no ``call``: fx
+    reads the parameters off the code object, and gives ``*args, **kwargs`` no values.
     """
-    if not is_decorated(model):
-        yield
+    starred = stars(model)
+    if not is_decorated(model) and (call is None or not starred):
+        yield []
         return
-    parameters = [p.replace(annotation=p.empty) for p in inspect.signature(model.forward).parameters.values()]
-    kept = [p for p in parameters if p.kind not in STARS]
-    passed = ", ".join(p.name if p.kind is p.POSITIONAL_ONLY else f"{p.name}={p.name}" for p in kept)
-    names = ", ".join(["self", *(p.name for p in kept)])
+    given = bind(model, call).arguments if call is not None else {}
+    more = {parameter.name: _spelled(parameter, given.get(parameter.name)) for parameter in starred}
+    own = [p.replace(annotation=p.empty) for p in inspect.signature(model.forward).parameters.values()]
+    kept = [made for p in own for made in more.get(p.name, [p])]
+    by_position = any(p.kind is p.VAR_POSITIONAL and more[p.name] for p in starred)
+    passed = ", ".join(_passed(p, by_position) for p in kept)
     space = {"call": type(model).forward}
-    exec(f"def forward({names}):\n    return call(self, {passed})", space)
+    exec(f"def forward({', '.join(['self', *(p.name for p in kept)])}):\n    return call(self, {passed})", space)
     forward: Any = space["forward"]
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = inspect.Signature([own, *kept])
+    forward.__defaults__ = tuple(p.default for p in kept)
+    forward.__signature__ = inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *kept])
     with forwarding(model, forward):
-        yield
+        yield [left_out(p, more[p.name]) for p in starred]
+
+
+def _spelled(star: inspect.Parameter, given: Any) -> list[inspect.Parameter]:
+    """Parameters for what a call gives for ``*args`` or ``**kwargs``."""
+    if star.kind is star.VAR_KEYWORD:
+        return [inspect.Parameter(name, star.KEYWORD_ONLY) for name in given or ()]
+    return [inspect.Parameter(f"{star.name}_{n}", star.POSITIONAL_OR_KEYWORD) for n, _ in enumerate(given or ())]
+
+
+def _passed(parameter: inspect.Parameter, by_position: bool) -> str:
+    either = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    named = parameter.kind is parameter.KEYWORD_ONLY or (either and not by_position)
+    return f"{parameter.name}={parameter.name}" if named else parameter.name
+
+
+def left_out(star: inspect.Parameter, kept: Sequence[inspect.Parameter] = ()) -> str:
+    """What a graph says of a parameter that takes any number of arguments, of which it takes those in ``kept``."""
+    if not kept:
+        return f"{placeholder_target(star)} is not taken any more"
+    names = ", ".join(parameter.name for parameter in kept)
+    return f"of {placeholder_target(star)}, what the examples give is taken and nothing else: {names}"
 
 
 def concrete_arguments(model: nn.Module, call: Arguments | None) -> dict[str, Any]:
@@ -104,19 +123,17 @@ def nested_arguments(model: nn.Module, call: Arguments) -> dict[str, Any]:
     }
 
 
-def placeholders(graph: fx.Graph, model: nn.Module, *, starred: bool = True) -> dict[str, fx.Node]:
-    """Placeholders with the names and defaults of ``forward``; ``starred``: those of ``*args`` and ``**kwargs`` as well."""
+def placeholders(graph: fx.Graph, model: nn.Module) -> dict[str, fx.Node]:
+    """Placeholders with the names and defaults of ``forward``, but for those of ``*args`` and ``**kwargs``."""
     nodes: dict[str, fx.Node] = {}
     for name, parameter in inspect.signature(model.forward).parameters.items():
-        if parameter.kind in STARS and not starred:
-            continue
-        target = placeholder_target(parameter)
-        default = () if parameter.default is inspect.Parameter.empty else (parameter.default,)
-        nodes[name] = graph.create_node("placeholder", target, default, {}, name=name)
+        if parameter.kind not in STARS:
+            default = () if parameter.default is inspect.Parameter.empty else (parameter.default,)
+            nodes[name] = graph.create_node("placeholder", name, default, {}, name=name)
     return nodes
 
 
-def forwarded(model: nn.Module, nodes: dict[str, fx.Node]) -> Arguments:
+def forwarded(model: nn.Module, nodes: dict[str, Any]) -> Arguments:
     """The arguments with which a call hands the placeholders ``nodes`` on to the model, those with stars left out."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}

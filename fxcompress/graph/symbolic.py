@@ -13,9 +13,9 @@ from torch.nn.utils import rnn
 
 from fxcompress.graph import spellings
 from fxcompress.graph.containers import mapping
+from fxcompress.graph.guards import guard_decision, replace_checks
 from fxcompress.graph.hooks import around, has_hooks, with_own_hooks
 from fxcompress.graph.inputs import autocast_refused, preserved_attributes
-from fxcompress.graph.signatures import undecorated
 from fxcompress.graph.transformers import PLAIN, plain_transformers
 from fxcompress.graph.tree import tensors
 
@@ -52,10 +52,9 @@ class LadderTracer(fx.Tracer):
         spellings.known_classes()  # the op table is read before tracing puts its own functions in the place of torch's
         graph = super().trace(root, concrete_args)
         for node in list(graph.nodes):
-            if getattr(node.target, "__name__", "") == "_assert_is_none":
-                graph.erase_node(node)  # fx's check of an argument that is fixed to None
-            elif node.target in _SEQUENCES:
+            if node.target in _SEQUENCES:
                 node.meta.pop("is_wrapped", None)  # generated code would wrap it by a dotted name, and no trace go on after
+        replace_checks(graph)
         return graph
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -66,7 +65,16 @@ class LadderTracer(fx.Tracer):
         except LookupError:
             return super().to_bool(obj)
         self.notes += [("", DECIDED.format(name)) for name in sorted(asked) if ("", DECIDED.format(name)) not in self.notes]
+        self._guard(obj.node, decided)
         return decided
+
+    def _guard(self, test: fx.Node, outcome: bool) -> None:
+        """Guard a decision by one comparison of an argument's fact with a constant."""
+        fact, other = test.args if len(test.args) == 2 else (None, None)
+        asked = fact.args[0] if isinstance(fact, fx.Node) and not isinstance(other, fx.Node) else None
+        if isinstance(fact, fx.Node) and isinstance(asked, fx.Node) and asked.op == "placeholder":
+            name = str(fact.args[1]) if fact.target is getattr else "ndim"
+            guard_decision(asked, name, test.target.__name__, other, outcome)  # type: ignore[union-attr]
 
     def _fact(self, value: Any, asked: set[str]) -> Any:
         """What ``value`` is for every call like the example; LookupError where that depends on more."""
@@ -164,7 +172,6 @@ def symbolic(tracer: LadderTracer, model: nn.Module, concrete: dict[str, Any]) -
             preserved_attributes(model),
             plain_transformers(),
             with_own_hooks(model),
-            undecorated(model),
             autocast_refused(),
         ):
             return tracer.trace(model, concrete or None), ""

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import rnn
 
-from fxcompress.graph import fused
+from fxcompress.graph import fused, guards
 from fxcompress.graph.attention import ScaledDotProductAttention
 from fxcompress.graph.frozen import FROZEN
 from fxcompress.graph.spellings import Op
@@ -412,7 +412,13 @@ TABLE: tuple[Op, ...] = (
     Op("shape", "query", "size dim ndimension numel sym_size sym_numel stride is_contiguous", "input dim"),
     Op("getattr", "query", "", "input name", functions=((getattr, None),)),
     Op("container", "query", "", "items", functions=((OrderedDict, None), (slice, "*bounds"))),
-    Op("assert", "query", "_assert _assert_async _assert_tensor_metadata _assert_scalar", "condition message"),
+    Op(
+        "assert",
+        "query",
+        "_assert _assert_async _assert_tensor_metadata _assert_scalar",
+        "condition message",
+        functions=((guards.fixed, "*condition"), (guards.decided, "*condition")),
+    ),
     Op("factory", "query", "zeros ones full empty arange linspace eye tensor scalar_tensor rand randn", "*size"),
     Op("like", "query", "zeros_like ones_like full_like empty_like rand_like randn_like", "input"),
     Op("new", "query", "new_zeros new_ones new_full new_empty new_tensor", "input *size"),

@@ -11,37 +11,40 @@
 
 from __future__ import annotations
 
-import inspect
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
 from fxcompress.errors import TraceError
-from fxcompress.graph import edit, inplace
+from fxcompress.graph import edit, inplace, spellings
 from fxcompress.graph.capture import capture, inline
 from fxcompress.graph.collector import collector_paused
 from fxcompress.graph.containers import open_mappings
 from fxcompress.graph.copying import copied_model
 from fxcompress.graph.functions import inline_call, open_functions
+from fxcompress.graph.guards import guard_fixed
 from fxcompress.graph.hooks import ONCE, drop_hooks, has_hooks
 from fxcompress.graph.inputs import Arguments, arguments, bind, record_calls, tensors_in
 from fxcompress.graph.island import around_island, regions
 from fxcompress.graph.meta_run import propagate
 from fxcompress.graph.modes import flipped, noted_mode, only, switching_layers
 from fxcompress.graph.module import TracedModule
-from fxcompress.graph.recorder import placeholder_values
+from fxcompress.graph.recorder import Recorder, placeholder_values
 from fxcompress.graph.rungs import Rung, join
 from fxcompress.graph.select import classes_of
 from fxcompress.graph.shapes import describe
 from fxcompress.graph.signatures import (
     concrete_arguments,
-    is_decorated,
+    forwarded,
+    left_out,
     name_placeholders,
+    named_arguments,
     nested_arguments,
-    placeholder_target,
     placeholders,
     stars,
 )
@@ -84,7 +87,7 @@ def trace(model: nn.Module, example_inputs: Any = None, *, copied: bool = False,
     classes = classes_of(model)
     traced = model if is_traced(model) else _trace(model, call)
     assert isinstance(traced, fx.GraphModule)
-    traced.meta["classes"] = classes
+    traced.meta.setdefault("classes", classes)
     if unwrapped(wrapped) is not wrapped:
         traced.meta["rungs"] = (Rung("", "note", f"{type(wrapped).__name__} was taken off"), *traced.meta["rungs"])
     if call is not None:
@@ -117,17 +120,22 @@ def _trace(model: nn.Module, call: Arguments | None) -> fx.GraphModule:
     starred = stars(model)
     if call is not None and any(bind(model, call).arguments.get(parameter.name) for parameter in starred):
         raise TraceError(f"{type(model).__name__}.forward was given {starred[0]}; an island needs named arguments.")
-    return around_island(model, [Rung("", "island", reason), *_not_taken(starred), *_compile_children(model, call)])
-
-
-def _not_taken(starred: list[inspect.Parameter]) -> list[Rung]:
-    return [Rung("", "note", f"{placeholder_target(parameter)} is not taken any more") for parameter in starred]
+    notes = [Rung("", "note", left_out(star)) for star in starred]
+    return around_island(model, [Rung("", "island", reason), *notes, *_compile_children(model, call)])
 
 
 def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphModule | None, str]:
     """``model`` as one graph, by the first two rungs; or None, and why both refuse its own forward."""
     if call is not None and any(isinstance(value, PackedSequence) for value in [*call.args, *call.kwargs.values()]):
         return None, "it takes a packed sequence, whose shape depends on its data"
+    with named_arguments(model, call) as notes:
+        module, reason = _capture_named(model, call)
+    if module is not None:
+        module.meta["rungs"] += tuple(Rung("", "note", note) for note in notes)
+    return module, reason
+
+
+def _capture_named(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphModule | None, str]:
     hooked = [name for name, part in parts(model).items() if has_hooks(part)]
     concrete = bound = concrete_arguments(model, call)
     examples = bind(model, call).arguments if call is not None else {}
@@ -137,12 +145,11 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
         if graph is None and call is not None and (nested := nested_arguments(model, call)):
             tracer, bound = LadderTracer(examples), {**concrete, **nested}
             graph, failure = symbolic(tracer, model, bound)
-    rungs = [Rung("", "note", f"argument {name!r} is fixed to {value!r}") for name, value in concrete.items()]
+    rungs = [Rung("", "note", FIXED.format(name, value)) for name, value in concrete.items()]
     module: fx.GraphModule
     if graph is not None:
         name_placeholders(graph, model)
         module = TracedModule(tracer.root, graph, type(model).__name__)
-        rungs += _not_taken(stars(model) if is_decorated(model) else [])
         rungs += [Rung(name, "note", note) for name, note in tracer.notes]
         rungs += _other_mode(module, model, LadderTracer(examples), bound) if mode.asked else []
         rungs += _resolve(module, model, tracer.defeated, call)
@@ -151,6 +158,8 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
             if node.op == "call_module" and (layer := module.get_submodule(node.target)) in tracer.opened:
                 drop_hooks(layer)
         return _finish(module, model, [*rungs, *_hook_notes(hooked, rungs)]), ""
+    if spellings.module_kind(model) in _LAYERS and not hooked:
+        return _around_layer(model, concrete), ""
     if call is None:
         return None, join(failure, "without example_inputs torch.export cannot capture it")
     try:
@@ -160,6 +169,30 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
         return None, join(failure, str(error))
     rungs += [Rung("", "exported", join(failure, fixed)), *_hook_notes(hooked, rungs)]
     return _finish(module, model, rungs), ""
+
+
+def _around_layer(model: nn.Module, concrete: dict[str, Any]) -> fx.GraphModule:
+    """One layer whose code is not for symbolic tracing (LSTM, MultiheadAttention): a graph that calls it."""
+    name = spellings.module_kind(model)
+    root, graph = nn.Module(), fx.Graph()
+    root.add_module(name, model)
+    nodes = placeholders(graph, model)
+    for argument, value in concrete.items():
+        guard_fixed(nodes[argument], argument, value)
+    args, kwargs = forwarded(model, {**nodes, **concrete})
+    called = graph.create_node("call_module", name, args, kwargs)
+    graph.output(tuple(graph.call_function(operator.getitem, (called, number)) for number in (0, 1)))
+    notes = [Rung("", "note", FIXED.format(argument, value)) for argument, value in concrete.items()]
+    notes.append(Rung("", "note", f"it is one layer, which the graph calls {name!r}: its tensors are {name}.…"))
+    module = _finish(TracedModule(root, graph, type(model).__name__), root.train(model.training), notes)
+    module.meta["classes"] = classes_of(module)
+    return module
+
+
+FIXED = "argument {!r} is fixed to {!r}"
+
+_LAYERS = ("lstm", "gru", "rnn", "multihead_attention")
+"""Layers that return two values, by code that asks for shapes."""
 
 
 def _other_mode(module: fx.GraphModule, model: nn.Module, tracer: LadderTracer, bound: dict[str, Any]) -> list[Rung]:
@@ -217,6 +250,9 @@ def _from_export(model: nn.Module, call: Arguments, program: torch.export.Export
     for name in bound.signature.parameters:
         if name in bound.arguments:
             args.append(nodes[name])
+    for name, parameter in bound.signature.parameters.items():
+        if name not in bound.arguments:
+            guard_fixed(nodes[name], name, parameter.default)
     positional = tuple(args[: len(call.args)])
     kwargs = {name: nodes[name] for name in call.kwargs}
     graph.output(inline(graph, model, "", program, Arguments(positional, kwargs)))
@@ -225,28 +261,35 @@ def _from_export(model: nn.Module, call: Arguments, program: torch.export.Export
 
 def _resolve(module: fx.GraphModule, model: nn.Module, defeated: dict[str, str], call: Arguments | None) -> list[Rung]:
     """Second and third rung for every call of a module that defeated symbolic tracing."""
-    if not defeated:
-        return []
-    calls = record_calls(model, call, set(defeated)) if call is not None else {}
+    nodes = {name: [n for n in module.graph.nodes if n.op == "call_module" and n.target == name] for name in defeated}
+    recorder = Recorder(module, keep={node for calls in nodes.values() for node in calls})
+    if call is not None and recorder.keep:
+        recorder.record(call)
     rungs: list[Rung] = []
     for name, reason in defeated.items():
-        nodes = [node for node in module.graph.nodes if node.op == "call_module" and node.target == name]
-        if not nodes:
+        calls = [(node, Arguments(*recorder.kept[node])) for node in nodes[name] if node in recorder.kept]
+        if not calls and nodes[name]:
+            rungs.append(Rung(name, "island", join(reason, "without example_inputs torch.export cannot capture it")))
+        if not calls:
             continue
         part = module.get_submodule(name)
-        if name not in calls:
-            rungs.append(Rung(name, "island", join(reason, "without example_inputs torch.export cannot capture it")))
-            continue
         try:
-            program, fixed = capture(part, calls[name][0])
+            programs = _programs(part, [given for _, given in calls])
         except TraceError as error:
             rungs.append(Rung(name, "island", join(reason, str(error))))
-            rungs += _compile_children(part, calls[name][0], prefix=name)
+            rungs += _compile_children(part, calls[0][1], prefix=name)
             continue
-        for node in nodes:
+        for (node, _), (program, _) in zip(calls, programs, strict=True):
             inline_call(module, node, program, prefix=name)
-        rungs.append(Rung(name, "exported", join(reason, fixed)))
+        rungs.append(Rung(name, "exported", join(reason, *dict.fromkeys(fixed for _, fixed in programs))))
     return rungs
+
+
+def _programs(part: nn.Module, calls: list[Arguments]) -> list[tuple[torch.export.ExportedProgram, str]]:
+    """What ``part`` computes at each of its calls, and what is fixed there: captured anew for every form of arguments."""
+    forms = [repr(pytree.tree_map_only(torch.Tensor, lambda leaf: (leaf.shape, leaf.dtype), tuple(call))) for call in calls]
+    made = {form: capture(part, call) for form, call in dict(zip(forms, calls, strict=True)).items()}
+    return [made[form] for form in forms]
 
 
 def _compile_children(part: nn.Module, call: Arguments | None, prefix: str = "") -> list[Rung]:
