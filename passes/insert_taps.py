@@ -19,8 +19,9 @@ class InsertTaps(Pass):
     """Tap values of the graph, so that ``features(model)`` returns them beside the output.
 
     ``layers`` are addresses: ``layer1`` is what the module returns, ``layer1:input`` what it is given, and
-    ``layer1:preactivation`` what enters the activation it ends in; ``relu@1`` is the second call of a module that is called
-    several times. Glob patterns take the outermost modules they match; names of graph nodes are addresses too.
+    ``layer1:preactivation`` what enters the activation it ends in (of a normalisation or an addition, its result);
+    ``relu@1`` is the second call of a module that is called several times. Glob patterns take the outermost modules they
+    match; names of graph nodes are addresses too.
 
     A tapped value is safe: it is a copy where a later operator overwrites it. A tap holds through every later pass; one that
     would take the value away leaves it, and says so.

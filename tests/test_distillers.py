@@ -334,6 +334,22 @@ def test_overhaul_finds_what_enters_the_last_activations_and_its_margins() -> No
     assert [row.teacher for row in named.rows] == ["stage1:preactivation", "relu:preactivation"]
 
 
+def test_overhaul_takes_a_batchnorm_by_name_for_its_own_result() -> None:
+    teacher, student = models()
+    norm = teacher.stage1[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    with torch.no_grad():
+        norm.bias.uniform_(-1, 1)
+    by_norm, by_stage = (OFDDistiller(teacher, student, [name]) for name in ("stage1.1", "stage1"))
+    for distiller in (by_norm, by_stage):
+        distiller(X, Y)
+    values = [next(iter(distiller.get_teacher_features().values())) for distiller in (by_norm, by_stage)]
+    assert torch.equal(*values) and float(values[0].min()) < 0
+    assert torch.equal(by_norm.get_buffer("margin_0"), by_stage.get_buffer("margin_0"))
+    with pytest.raises(ConfigError, match="which is no activation, normalisation or addition"):
+        OFDDistiller(teacher, student, ["stage1.0"])
+
+
 def test_overhaul_measures_margins_where_the_teacher_has_no_batchnorm() -> None:
     teacher, student = models()
     folded = PassManager(["fold-batchnorm"], reproducer=False).run(teacher.eval(), X)

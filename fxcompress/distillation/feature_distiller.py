@@ -146,10 +146,10 @@ class FSPDistiller(ProjectedDistiller):
 class OFDDistiller(ProjectedDistiller):
     """Learn the teacher's features before their ReLU, as far as they matter (overhaul, Heo 2019).
 
-    Layers named here stand for what enters their last activation; None: the last value before a ReLU at every resolution,
-    found in the graphs (BatchNorm → ReLU, or addition → ReLU). Margins come from the teacher's BatchNorm, or, where it has
-    none, from the first batch. The student goes through a 1×1 convolution and BatchNorm. Other options:
-    :class:`ProjectedDistiller`.
+    Layers named here stand for what enters their last activation, a BatchNorm for its result; None: the last value before a
+    ReLU at every resolution, found in the graphs (BatchNorm → ReLU, or addition → ReLU). Margins come from the teacher's
+    BatchNorm, or, where it has none, from the first batch. The student goes through a 1×1 convolution and BatchNorm. Other
+    options: :class:`ProjectedDistiller`.
     """
 
     term: ClassVar[str] = "ofd"

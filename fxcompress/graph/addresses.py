@@ -1,8 +1,8 @@
 """Addresses of values: which value of a graph a name means.
 
 ``layer1`` is what the module returns, ``layer1:input`` what it is given, ``layer1:preactivation`` what enters the activation
-it ends in. A module that is called several times is addressed by call: ``relu@0``, ``relu@1``. The name of a graph node is
-an address too.
+it ends in; of a normalisation or an addition, its result. A module that is called several times is addressed by call:
+``relu@0``, ``relu@1``. The name of a graph node is an address too.
 """
 
 from __future__ import annotations
@@ -137,8 +137,10 @@ def _before_activation(module: fx.GraphModule, address: str, call: list[fx.Node]
             "Put insert-taps before fuse-activations."
         )
     found = ops.lookup(node)
+    if found is not None and (found.family == "normalisation" or found.kind == "add"):
+        return node
     if (found is None or found.family != "activation") and not _is_clamp_at_zero(node):
-        raise ConfigError(f"{address!r}: it ends in {ops.kind(node)!r}, which is no activation.")
+        raise ConfigError(f"{address!r}: it ends in {ops.kind(node)!r}, which is no activation, normalisation or addition.")
     return node.all_input_nodes[0]
 
 
