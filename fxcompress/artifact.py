@@ -5,6 +5,7 @@ A saved model is a folder:
     graph.json          every compiled region: nodes, layers with their plain attributes, metadata, stage
     tensors.safetensors parameters, buffers and calibration state
     history.json        the plan and the ledger of every run that made it
+    digests.json        the SHA-256 of each of these, so that damage is an error and not another model
 
 Operators and layer classes are resolved from an allow-list when the model is read back; nothing in the files is executed. A
 lowered model is saved in its portable form and lowered again when loaded. Islands are code: their tensors are saved, and the
@@ -13,6 +14,7 @@ modules are handed to :func:`load`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -27,7 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 from fxcompress import serial
-from fxcompress.errors import ArtifactError, BackendError
+from fxcompress.errors import ArtifactError, BackendError, ConfigError, brief, shown
+from fxcompress.files import make_folder, path_of, writing
 from fxcompress.graph import edit
 from fxcompress.graph.island import regions
 from fxcompress.graph.trace import Rung, is_traced
@@ -38,26 +41,28 @@ __all__ = ["check_target", "load", "reduced", "save"]
 
 FORMAT = 1
 _GRAPH, _TENSORS, _HISTORY = "graph.json", "tensors.safetensors", "history.json"
+_DIGESTS = "digests.json"
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a traced model of any stage as a folder at ``path``; it appears whole or not at all.
 
-    Raises ArtifactError where the model was not traced, holds something that has no code-free form, or ``path`` is a file.
+    Raises ArtifactError where the model was not traced, holds something that has no code-free form, or ``path`` is a file;
+    ConfigError where it cannot be written.
     """
     if not is_traced(model):
         raise ArtifactError(f"save() takes a traced model, got a {type(model).__name__}; trace() it first.")
     assert isinstance(model, fx.GraphModule)
-    target = Path(path)
-    check_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        _write(partial, model)
-        _replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    target = path_of(path, "save()")
+    with writing(target):
+        check_target(target)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=make_folder(target.parent)))
+        try:
+            _write(partial, model)
+            _replace(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def check_target(target: Path) -> None:
@@ -81,6 +86,15 @@ def _write(folder: Path, model: fx.GraphModule) -> None:
     (folder / _GRAPH).write_text(json.dumps(_describe(model, tensors)), encoding="utf-8")
     (folder / _HISTORY).write_text(json.dumps(model.meta.get("history", []), indent=1), encoding="utf-8")
     save_file(tensors.stored(), folder / _TENSORS)
+    (folder / _DIGESTS).write_text(json.dumps({name: _digest(folder / name) for name in _FILES}), encoding="utf-8")
+
+
+_FILES = (_GRAPH, _TENSORS, _HISTORY)
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _describe(model: fx.GraphModule, tensors: serial.Tensors) -> dict[str, Any]:
@@ -101,7 +115,10 @@ def load(path: str | os.PathLike[str], *, modules: Mapping[str, nn.Module] | Non
     freshly built; they are given the saved tensors. Raises ArtifactError where files are missing or damaged, an operator
     or class is not in the allow-list, or an island's module is not supplied (naming each).
     """
-    folder = Path(path)
+    folder = path_of(path, "load()")
+    if not isinstance(modules, Mapping | None):
+        raise ConfigError(f"modules maps the names of islands to modules; it is {shown(modules)}.")
+    _check_whole(folder)
     document = _read_json(folder, _GRAPH)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else None
@@ -159,9 +176,28 @@ def _restored(document: dict[str, Any], tensors: dict[str, Tensor], history: lis
     return model
 
 
+def _check_whole(folder: Path) -> None:
+    """Raise ArtifactError where ``folder`` is no saved model, or one of its files is not what was written."""
+    if os.path.isfile(folder):
+        raise ArtifactError(
+            f"{shown(str(folder))} is a file; load() reads the folders that fxcompress.save() writes. A weights file goes "
+            "into a freshly built model, by its load_state_dict."
+        )
+    for name in (*_FILES, _DIGESTS):
+        if not os.path.isfile(folder / name):
+            raise ArtifactError(f"there is no saved model at {shown(str(folder))}: {name} is missing.")
+    written = _read_json(folder, _DIGESTS)
+    try:
+        damaged = [name for name in _FILES if written[name] != _digest(folder / name)]
+    except (OSError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{str(folder / _DIGESTS)!r} is damaged: {brief(error)}.") from error
+    if damaged:
+        raise ArtifactError(
+            f"{str(folder)!r} is damaged: {' and '.join(damaged)} is not what was written. Save or copy the model again."
+        )
+
+
 def _read_json(folder: Path, name: str) -> Any:
-    if not (folder / name).is_file():
-        raise ArtifactError(f"there is no saved model at {str(folder)!r}: {name} is missing.")
     try:
         return json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

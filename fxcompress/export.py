@@ -17,7 +17,7 @@ from fxcompress.backends.engine import Session
 from fxcompress.backends.onnx_graph import Flat, flatten, in_half, missing, to_onnx
 from fxcompress.backends.onnxruntime import onnxruntime
 from fxcompress.errors import BackendError, ConfigError, VerificationError
-from fxcompress.files import whole
+from fxcompress.files import make_folder, path_of, whole
 from fxcompress.graph.inputs import Arguments, arguments, tensors_in
 from fxcompress.graph.island import TOP
 from fxcompress.graph.meta_run import propagate
@@ -117,14 +117,14 @@ def _typed(make: Callable[[bool], bytes], half: bool | None, quantized_for: str 
 
 
 def _file(path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
+    target = path_of(path, "an export")
     if target.is_dir():
         raise ConfigError(f"{str(target)!r} is a folder; give the name of a file.")
     return target
 
 
 def _written(data: bytes, target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     with whole(target) as draft:
         draft.write_bytes(data)
     return target

@@ -6,10 +6,37 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from fxcompress.errors import ConfigError
+from fxcompress.errors import ConfigError, shown
 
-__all__ = ["read_text", "target_file", "target_folder", "whole", "write_text"]
+__all__ = ["make_folder", "path_of", "read_text", "target_file", "target_folder", "whole", "write_text", "writing"]
+
+
+def path_of(path: Any, what: str) -> Path:
+    """``path`` as a Path; ConfigError where it cannot name a file, ``what`` saying what it is for."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise ConfigError(f"{what} takes a path, a str or a pathlib.Path, not {shown(path)}.")
+    if not os.fspath(path) or "\0" in os.fspath(path):
+        raise ConfigError(f"{what}: {shown(path)} is no path; name a file or folder.")
+    return Path(path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise ConfigError where the system does not let ``path`` be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError(f"{shown(str(path))} cannot be written: {reason}. Choose another place.") from error
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder and those above it, if they are not there; ConfigError where that cannot be."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextmanager
@@ -21,22 +48,23 @@ def whole(path: Path) -> Iterator[Path]:
     if not path.parent.is_dir():
         raise ConfigError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}.")
     draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield draft
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            yield draft
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str, newline: str | None = None) -> None:
-    """Write ``text`` in UTF-8."""
-    with whole(path) as draft:
+def write_text(path: str | os.PathLike[str], text: str, newline: str | None = None) -> None:
+    """Write ``text`` in UTF-8; ConfigError where that cannot be."""
+    with whole(path_of(path, "writing")) as draft:
         draft.write_text(text, encoding="utf-8", newline=newline)
 
 
-def read_text(path: Path, most: int = 1 << 26) -> str:
+def read_text(path: str | os.PathLike[str], most: int = 1 << 26) -> str:
     """A text file in UTF-8 of at most ``most`` bytes; OSError or ValueError (whose message says it) where it is none."""
-    with open(path, "rb") as file:
+    with open(path_of(path, "reading"), "rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"it has more than {most >> 20} MiB")
@@ -48,7 +76,7 @@ def target_file(path: str | os.PathLike[str], what: str, endings: Sequence[str] 
 
     ``endings``  how its name may end; ``made``: folders on the way to it will be made
     """
-    target = Path(path)
+    target = path_of(path, what)
     if endings and target.suffix.lower() not in endings:
         raise ConfigError(f"{what} {str(path)!r} does not end in {' or '.join(endings)}.")
     if target.is_dir():
@@ -59,7 +87,7 @@ def target_file(path: str | os.PathLike[str], what: str, endings: Sequence[str] 
 
 def target_folder(path: str | os.PathLike[str], what: str, *, made: bool = False) -> Path:
     """Where a folder is going to be written; ConfigError where it cannot be."""
-    target = Path(path)
+    target = path_of(path, what)
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{what} {str(path)!r} is a file; name a folder.")
     _check_place(target, what, made)

@@ -8,7 +8,6 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -99,7 +98,7 @@ class Ledger:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ledger as JSON; the file appears whole or not at all."""
-        write_text(Path(path), json.dumps(self.as_data(), indent=1))
+        write_text(path, json.dumps(self.as_data(), indent=1))
 
 
 _ALIGN = ("left", *("right",) * (len(HEADERS) - 1))

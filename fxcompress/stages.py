@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from torch import fx, nn
 
 from fxcompress import artifact
 from fxcompress.distributed import gather, is_main
-from fxcompress.errors import ArtifactError, ConfigError
-from fxcompress.files import write_text
+from fxcompress.errors import ArtifactError, ConfigError, brief
+from fxcompress.files import make_folder, path_of, read_text, write_text
 from fxcompress.graph.digest import digest, state_of
 from fxcompress.graph.island import TOP, Island
 from fxcompress.ledger import Ledger
@@ -29,7 +31,7 @@ class Stages:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, plan: str, model: nn.Module, resume: bool) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else path_of(folder, "keep")
         self.done, self.rows = 0, Ledger()
         if self.folder is None:
             return
@@ -44,11 +46,15 @@ class Stages:
         if not resume:
             raise ConfigError(f"{str(self.folder)!r} holds a run: resume it, or choose another folder.")
         try:
-            state = json.loads(self._path.read_text(encoding="utf-8"))
+            state = json.loads(read_text(self._path))
+            if state.pop("digest") != _digest(state):
+                raise ValueError("it is not what was written")
             self.done, self.rows = int(state["done"]), Ledger.from_data(state["ledger"])
             identity = state["identity"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{str(self._path)!r} is damaged: {error}.") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(
+                f"{str(self._path)!r} is damaged: {brief(error)}. Delete {str(self.folder)!r} to begin the run anew."
+            ) from error
         for what, mine in self._identity.items():
             if identity.get(what) != mine:
                 raise ConfigError(f"{str(self.folder)!r} holds a run of another {what}; choose another folder.")
@@ -67,9 +73,9 @@ class Stages:
     def _write(self) -> None:
         if not is_main():
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path.parent)
         state = {"identity": self._identity, "done": self.done, "ledger": self.rows.as_data()}
-        write_text(self._path, json.dumps(state, indent=1))
+        write_text(self._path, json.dumps({**state, "digest": _digest(state)}, indent=1))
 
     def _model(self, number: int) -> Path:
         assert self.folder is not None
@@ -83,7 +89,10 @@ class Stages:
         """The model after the last step that was kept; ``original`` lends the code of its islands."""
         islands = {name: module.model for name, module in original.named_modules() if isinstance(module, Island)}
         modules = {name.removesuffix(TOP).removesuffix("."): module for name, module in islands.items()}
-        loaded = artifact.load(self._model(self.done), modules=modules)
+        try:
+            loaded = artifact.load(self._model(self.done), modules=modules)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error} Delete {str(self.folder)!r} to begin the run anew.") from error
         loaded.meta["history"] = original.meta.get("history", [])
         return loaded
 
@@ -100,3 +109,7 @@ class Stages:
         shutil.rmtree(self._model(before), ignore_errors=True)
         for step in range(before + 1, number + 1):
             shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -12,10 +13,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from fxcompress import PassManager, load, save, trace
-from fxcompress.errors import ArtifactError, FxCompressError
+from fxcompress.errors import ArtifactError, ConfigError, FxCompressError
 from tests.test_trace import AroundDataDependent, DataDependent, Outputs, Shared
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -92,10 +94,72 @@ def test_damaged_files_are_one_clear_error(saved: Path, file: str, damage: str) 
         load(saved)
 
 
+@pytest.mark.parametrize("file", ["graph.json", "tensors.safetensors", "history.json", "digests.json"])
+def test_one_flipped_bit_is_an_error_and_never_another_model(saved: Path, file: str) -> None:
+    content = (saved / file).read_bytes()
+    for place in range(0, len(content), max(1, len(content) // 40)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        (saved / file).write_bytes(flipped)
+        with pytest.raises(ArtifactError, match=r"damaged"):
+            load(saved)
+
+
+@pytest.mark.parametrize("path", [None, 3, [], b"model", "", "\0"])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(ConfigError, match=r"load\(\)"):
+        load(path)
+    with pytest.raises(ConfigError, match=r"save\(\)"):
+        save(trace(small(), X), path)
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file" / "model", tmp_path / "file" / "deep" / "model", tmp_path / ("x" * 300)):
+        with pytest.raises(ConfigError, match=r"cannot be written: .* Choose another place"):
+            save(trace(small(), X), place)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_foreign_files_and_empty_folders_are_no_saved_models(tmp_path: Path) -> None:
+    torch.save(small().state_dict(), tmp_path / "weights.pt")
+    save_file({"weight": X}, tmp_path / "weights.safetensors")
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x07")
+    (tmp_path / "folder").mkdir()
+    for name in ("weights.pt", "weights.safetensors", "model.onnx"):
+        with pytest.raises(ArtifactError, match=r"is a file; load\(\) reads the folders"):
+            load(tmp_path / name)
+    with pytest.raises(ArtifactError, match=r"no saved model at .*: graph.json is missing"):
+        load(tmp_path / "folder")
+
+
+def test_modules_for_islands_come_as_a_mapping(saved: Path) -> None:
+    wrong: Any = [nn.ReLU()]
+    with pytest.raises(ConfigError, match="modules maps the names of islands to modules"):
+        load(saved, modules=wrong)
+
+
+def test_a_loaded_model_is_saved_as_it_was(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    for number, plan in enumerate((INT8[:3], ["insert-fake-quant"], INT8)):
+        save(PassManager(plan).run(model, X, [X]), tmp_path / f"first-{number}")
+        save(load(tmp_path / f"first-{number}"), tmp_path / f"second-{number}")
+        first, second = ((tmp_path / f"{name}-{number}" / "graph.json").read_text() for name in ("first", "second"))
+        assert first == second
+
+
+def sign(saved: Path) -> None:
+    """Give a folder that was changed on purpose the digests of what it holds now."""
+    names = ("graph.json", "tensors.safetensors", "history.json")
+    found = {name: hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in names}
+    (saved / "digests.json").write_text(json.dumps(found))
+
+
 def edit(saved: Path, change: Any) -> None:
     document = json.loads((saved / "graph.json").read_text())
     change(document)
     (saved / "graph.json").write_text(json.dumps(document))
+    sign(saved)
 
 
 TAMPERED: list[Any] = [
@@ -138,6 +202,7 @@ def test_any_change_of_the_description_loads_or_is_an_error_of_ours(saved: Path,
         target = target[key]
     target[path[-1]] = data.draw(st.none() | st.integers(-2, 2) | st.text(max_size=4) | st.just([]) | st.just({}))
     (saved / "graph.json").write_text(json.dumps(document))
+    sign(saved)
     try:
         load(saved)
     except FxCompressError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress import build_compression_pipeline
+from fxcompress.errors import FxCompressError
 from fxcompress.graph.coverage import coverage
 
 X = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -113,3 +116,32 @@ def test_a_run_that_ends_between_steps_goes_on_to_the_same_result(
     result = build_compression_pipeline(CONFIG).run(small(), BATCHES, X[:8], keep=tmp_path / "run", resume=True)
     assert torch.equal(result(X), expected(X))
     assert not list((tmp_path / "run").glob(".stage*"))
+
+
+def outcome(folder: Path, expected: Any) -> str:
+    try:
+        result = build_compression_pipeline(CONFIG).run(small(), BATCHES, X[:8], keep=folder, resume=True)
+    except FxCompressError as error:
+        return str(error)
+    return "the same" if torch.equal(result(X), expected(X)) else "another model"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
+def test_a_run_whose_files_are_damaged_is_refused_or_redone_and_never_another_model(
+    whole: tuple[Any, Any], tmp_path: Path, damage: str
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build_compression_pipeline(CONFIG).run(small(), Failing(14), X[:8], keep=tmp_path / "run")
+    files = [path.relative_to(tmp_path / "run") for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()]
+    assert {"stages.json", "tensors.safetensors"} < {file.name for file in files}
+    for number, file in enumerate(files):
+        damaged = shutil.copytree(tmp_path / "run", tmp_path / str(number))
+        content = (damaged / file).read_bytes()
+        middle = len(content) // 2
+        (damaged / file).unlink()
+        if damage != "missing":
+            rest = bytes([content[middle] ^ 1]) + content[middle + 1 :] if damage == "flipped" else b""
+            (damaged / file).write_bytes(content[:middle] + rest)
+        said = outcome(damaged, whole[1])
+        assert said == "the same" or re.search(r"(damaged|missing|is not a file).*|cannot be read", said), (file, said)
+        assert damage == "missing" or said != "the same", file

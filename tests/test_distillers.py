@@ -448,6 +448,15 @@ def test_files_that_are_missing_or_hold_code_are_refused(tmp_path: Path, capsys:
     torch.save({"weight": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_weights(Net(8), tmp_path / "evil.pth")
+    with pytest.raises(ConfigError, match=r"holds more than tensors.* save model.state_dict\(\)") as caught:
+        load_weights(Net(8), tmp_path / "evil.pth")
+    assert "weights_only" not in str(caught.value)
+    torch.save(Net(8).state_dict(), tmp_path / "flipped.pth")
+    content = bytearray((tmp_path / "flipped.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "flipped.pth").write_bytes(content)
+    with pytest.raises(ConfigError, match="it is damaged"):
+        load_weights(Net(8), tmp_path / "flipped.pth")
     (tmp_path / "noise.pth").write_bytes(b"noise")
     with pytest.raises(ConfigError):
         load_weights(Net(8), tmp_path / "noise.pth")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import ConfigError, DataError
-from fxcompress.files import write_text
+from fxcompress.files import make_folder, write_text
 from fxcompress.graph.digest import digest, state_of
 
 __all__ = ["TeacherCache", "frozen"]
@@ -94,7 +94,7 @@ class TeacherCache:
         self.spec = spec
         self.rows = [torch.empty(0, *leaf.shape[1:], dtype=leaf.dtype) for leaf in leaves]
         if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             header = {
                 "teacher": self._teacher,
                 "spec": pytree.treespec_dumps(spec),

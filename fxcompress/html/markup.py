@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from xml.etree.ElementTree import Element, tostring
 
-from fxcompress.errors import ConfigError
 from fxcompress.files import write_text
 from fxcompress.html.style import SHEET
 
@@ -78,9 +77,5 @@ def write(path: str | os.PathLike[str], text: str) -> Path:
 
     Half a character (a lone surrogate, as a damaged name may hold) becomes a question mark.
     """
-    target = Path(path)
-    try:
-        write_text(target, text.encode("utf-8", "replace").decode("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"the page {str(target)!r} cannot be written: {error.strerror}.") from error
-    return target
+    write_text(path, text.encode("utf-8", "replace").decode("utf-8"))
+    return Path(path)

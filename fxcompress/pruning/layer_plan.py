@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 from tabulate import tabulate
 
-from fxcompress.errors import ConfigError, did_you_mean
+from fxcompress.errors import ConfigError, did_you_mean, shown
 from fxcompress.files import read_text, write_text
 from fxcompress.yaml_text import read_yaml
 
@@ -49,17 +48,17 @@ class LayerPlan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as YAML; the file appears whole or not at all."""
         parts = {name: {"score": part.score, "remove": part.remove} for name, part in self.parts.items()}
-        write_text(Path(path), yaml.safe_dump({"units": self.units, "parts": parts}, sort_keys=False))
+        write_text(path, yaml.safe_dump({"units": self.units, "parts": parts}, sort_keys=False))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerPlan:
         """Read a plan that :meth:`save` wrote; ConfigError where the file is missing or damaged."""
         try:
-            data = read_yaml(read_text(Path(path)))
+            data = read_yaml(read_text(path))
         except (OSError, ValueError) as error:  # PlanError is one
-            raise ConfigError(f"{os.fspath(path)!r} is not a plan of layers: {error}") from error
+            raise ConfigError(f"{shown(path)} is not a plan of layers: {error}") from error
         if not isinstance(data, Mapping) or not isinstance(data.get("parts"), Mapping):
-            raise ConfigError(f"{os.fspath(path)!r} is not a plan of layers: it has no 'parts'.")
+            raise ConfigError(f"{shown(path)} is not a plan of layers: it has no 'parts'.")
         return cls(
             {str(name): _part(str(name), entry) for name, entry in data["parts"].items()}, str(data.get("units", "auto"))
         )

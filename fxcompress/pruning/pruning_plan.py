@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 from tabulate import tabulate
 
-from fxcompress.errors import ConfigError, did_you_mean
+from fxcompress.errors import ConfigError, did_you_mean, shown
 from fxcompress.files import read_text, write_text
 from fxcompress.graph.channels import ChannelGroup
 from fxcompress.yaml_text import read_yaml
@@ -79,15 +78,15 @@ class PruningPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as YAML; the file appears whole or not at all."""
-        write_text(Path(path), yaml.safe_dump(self.as_data(), sort_keys=False))
+        write_text(path, yaml.safe_dump(self.as_data(), sort_keys=False))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
         """Read a plan that :meth:`save` wrote; ConfigError where the file is missing or damaged."""
         try:
-            data = read_yaml(read_text(Path(path)))
+            data = read_yaml(read_text(path))
         except (OSError, ValueError) as error:  # PlanError is one
-            raise ConfigError(f"{os.fspath(path)!r} is not a pruning plan: {error}") from error
+            raise ConfigError(f"{shown(path)} is not a pruning plan: {error}") from error
         return cls.from_data(data)
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fxcompress.data import fed, fitting
 from fxcompress.distributed import gather, rank, spread, world
 from fxcompress.errors import ConfigError, DataError
-from fxcompress.files import write_text
+from fxcompress.files import make_folder, write_text
 from fxcompress.graph.digest import digest, state_of
 from fxcompress.graph.tree import device_of
 from fxcompress.manager import PassManager, example_call
@@ -263,7 +263,7 @@ class SensitivityAnalyzer:
         target = self._own_cache()
         if target is None:
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         assert self._trials is not None
         about = {"metric": self._metric_name(), "pruning_type": self.pruning_type, "less_is_better": self.sign < 0}
         kept = {"fingerprint": self._fingerprint, **about, "parts": self._trials.names, "values": self._values}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompress.errors import ConfigError
-from fxcompress.files import write_text
+from fxcompress.files import make_folder, write_text
 from fxcompress.graph.digest import digest, state_of
 from fxcompress.graph.inputs import Arguments, tensors_in
 from fxcompress.quantization.confidence import share, share_at_most
@@ -156,7 +156,7 @@ class SweepFile:
     def put(self, name: str, cost: float) -> None:
         self.costs[name] = cost
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             write_text(self.path, json.dumps({"key": self.key, "costs": self.costs}, indent=1))
 
 

@@ -127,9 +127,8 @@ def _build_graph_module(
     root = nn.Module()
     _restore(root, data, tensors, modules, prefix)
     module = TracedModule(root, build_graph(data), str(data["name"]))
-    flags = {name: part.training for name, part in root.named_modules(remove_duplicate=False)}
-    for name, part in module.named_modules(remove_duplicate=False):  # fx makes holders of tensors anew
-        part.training = flags.get(name, data["training"])
+    for table in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        setattr(module, table, getattr(root, table))  # fx makes holders of tensors anew
     module.meta.update(stage=data["stage"], rungs=())
     for key in ("quantization", "pruning"):
         if data.get(key) is not None:

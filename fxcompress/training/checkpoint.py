@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fxcompress.distributed import rank, world
 from fxcompress.errors import ArtifactError, ConfigError
-from fxcompress.files import whole
+from fxcompress.files import make_folder, whole
+from fxcompress.weights import read_saved, unreadable
 
 if TYPE_CHECKING:
     from fxcompress.training.callbacks import Callback
@@ -24,7 +25,7 @@ __all__ = ["captured", "read", "take_up", "write"]
 
 def write(state: Mapping[str, Any], path: Path) -> None:
     """Write ``state`` to ``path``; a process killed at any moment leaves the previous file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with whole(path) as draft, open(draft, "wb") as file:
         torch.save(dict(state), file)
         file.flush()
@@ -36,10 +37,9 @@ def read(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):  # older and foreign formats have other readers, which warn and guess
         raise ArtifactError(f"the checkpoint {str(path)!r} cannot be read: it is not a file that a training run wrote.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_saved(path)
     except Exception as error:  # whatever a damaged file breaks means the same
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ArtifactError(f"the checkpoint {str(path)!r} cannot be read: {reason}") from error
+        raise ArtifactError(f"the checkpoint {str(path)!r} cannot be read: {unreadable(error)}") from error
     if not isinstance(state, dict) or "recipe" not in state:
         raise ArtifactError(f"{str(path)!r} is not a checkpoint of a training run.")
     return state
