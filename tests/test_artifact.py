@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fxcompress import PassManager, load, save, trace
 from fxcompress.errors import ArtifactError, ConfigError, FxCompressError
@@ -228,3 +228,40 @@ def test_every_part_keeps_its_mode(tmp_path: Path, training: bool) -> None:
     save(prepared, tmp_path / "model")
     again = load(tmp_path / "model")
     assert {n: p.training for n, p in again.named_modules()} == {n: p.training for n, p in prepared.named_modules()}
+
+
+class Calling(nn.Module):
+    """A layer and a function of torch that is seldom seen."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self.layer(x))
+
+
+SELDOM: dict[str, Any] = {
+    "vector_norm": lambda x: torch.linalg.vector_norm(x, ord=2, dim=-1, keepdim=True),
+    "linalg.norm": lambda x: torch.linalg.norm(x, dim=1),
+    "clamp_min": lambda x: torch.clamp_min(x, 0.25),
+    "clamp_max": lambda x: x.clamp_max(0.25),
+    "atan2": lambda x: torch.atan2(x, x + 3).nan_to_num(),
+    "addcdiv": lambda x: torch.addcdiv(x, x, x.cosh(), value=0.5),
+    "triu": lambda x: torch.triu(x) + x.tril(-1),
+    "outer": lambda x: torch.outer(x[:, 0], x[0]),
+    "tensordot": lambda x: torch.tensordot(x, x, dims=([1], [1])),
+    "meshgrid": lambda x: torch.meshgrid(x[0], x[1], indexing="ij"),
+    "hstack": lambda x: torch.hstack((x, x.ravel()[None].expand(3, -1))),
+    "one_hot": lambda x: torch.nn.functional.one_hot(x.argmax(1), 4),
+    "diff": lambda x: x.diff(dim=1),
+}
+
+
+@pytest.mark.parametrize("name", SELDOM)
+def test_functions_seldom_seen_are_saved_by_name(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Calling(SELDOM[name]).eval(), torch.randn(3, 4)
+    save(trace(model, x), tmp_path / "model")
+    again = load(tmp_path / "model")
+    torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)

@@ -200,6 +200,7 @@ _PLACES = {
     "torch": torch,
     "torch.nn.functional": F,
     "torch.special": torch.special,
+    "torch.linalg": torch.linalg,
     "torch._C._nn": torch._C._nn,
     "operator": operator,
     "aten": torch.ops.aten,
