@@ -124,3 +124,23 @@ def test_an_exported_part_keeps_the_class_of_its_result_and_is_saved_without_its
     assert output_snr(model(X), quantized(X)) > 25
     fxcompress.save(quantized, tmp_path / "model")
     assert torch.equal(fxcompress.load(tmp_path / "model")(X), quantized(X))
+
+
+@pytest.mark.parametrize("backend", ["fbgemm", "onnxruntime", "openvino"])
+def test_a_model_whose_result_is_of_a_class_of_its_own_runs_in_engines_and_is_saved(backend: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("torch" if backend == "fbgemm" else backend)
+    torch.manual_seed(0)
+    model = Body().eval()
+    quantized = PTQQuantizer(backend, num_calibration_batches=1, progress=False).quantize(model, [X])
+    result = quantized(X)
+    assert type(result) is Output
+    assert output_snr(model(X).hidden, result.hidden) > 25
+    assert output_snr(model(X).pooled, result["pooled"]) > 25
+    for number in range(2):  # saved again, it is what it was
+        fxcompress.save(quantized, tmp_path / f"model{number}")
+        quantized = fxcompress.load(tmp_path / f"model{number}")
+        again = quantized(X[:3])
+        assert type(again).__name__ == "Output" and list(again) == ["hidden", "pooled"]
+        assert torch.equal(again.hidden, again[0]) and torch.equal(again["pooled"], again.pooled)
+        assert output_snr(model(X[:3]).pooled, again.pooled) > 25

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.backends.onnx_graph import Flat, casts_edge, flatten, in_half, to_onnx
 from fxcompress.errors import BackendError
-from fxcompress.graph import ops
+from fxcompress.graph import edit, ops
 from fxcompress.graph.cost import macs
 from fxcompress.graph.guards import CHECKS, guard_fixed
 from fxcompress.graph.shapes import tensor_meta
@@ -123,8 +123,7 @@ def _install(module: fx.GraphModule, flat: Flat, engine: Engine) -> None:
         call.meta["tensor_meta"] = tuple(tensor_meta(source) for source in flat.outputs)
     output = next(node for node in nodes if node.op == "output")
     for result in output.all_input_nodes:
-        if result not in values:
-            values[result] = graph.node_copy(result, values.__getitem__)
+        edit.copy_into(graph, result, values)
     graph.output(fx.node.map_arg(output.args[0], lambda node: values[node]))
     graph.set_codegen(module.graph._codegen)
     module.graph = graph

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.backends.embedding_bags import is_bag, open_bag
 from fxcompress.errors import BackendError
 from fxcompress.graph import ops, qdq
-from fxcompress.graph.containers import plain
+from fxcompress.graph.containers import leaves
 from fxcompress.graph.guards import CHECKS
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.quiet import quiet
@@ -130,11 +130,11 @@ def casts_edge(node: fx.Node) -> bool:
 
 
 def _results(output: fx.Node) -> list[fx.Node]:
-    leaves = dict.fromkeys(leaf for leaf in pytree.tree_leaves(plain(output.args[0])) if isinstance(leaf, fx.Node))
-    for leaf in leaves:
+    found = dict.fromkeys(leaves(output.args[0]))
+    for leaf in found:
         if tensor_meta(leaf) is None and "tensor_meta" in leaf.meta:
             raise BackendError(f"output {leaf.name!r} is no tensor, and an exported graph gives tensors only.")
-    return list(leaves)
+    return list(found)
 
 
 def _drop_redundant_activations(graph: fx.Graph) -> fx.Graph:

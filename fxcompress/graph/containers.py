@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from typing import Any
 
 from torch import fx
 from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.utils import _pytree as pytree
 
 from fxcompress.graph import spellings
 
-__all__ = ["containers", "mapping", "open_mappings", "plain"]
+__all__ = ["containers", "leaves", "makes_container", "mapping", "open_mappings", "plain"]
 
 
 def mapping(graph: fx.Graph, like: dict[Any, Any], items: dict[Any, Any]) -> fx.Node:
@@ -51,6 +53,21 @@ def containers(graph: fx.Graph, value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(containers(graph, item) for item in value)
     return value
+
+
+def makes_container(node: fx.Node) -> bool:
+    """Whether a node makes a mapping, a named tuple or a dataclass of values."""
+    made = node.target if node.op == "call_function" else None
+    return isinstance(made, type) and (issubclass(made, (dict, tuple)) or is_dataclass(made))
+
+
+def leaves(value: Any) -> Iterator[fx.Node]:
+    """The nodes in a structure, and in the containers that nodes make, that are no containers themselves."""
+    for leaf in pytree.tree_leaves(plain(value)):
+        if isinstance(leaf, fx.Node) and makes_container(leaf):
+            yield from leaves((leaf.args, leaf.kwargs))
+        elif isinstance(leaf, fx.Node):
+            yield leaf
 
 
 def plain(value: Any) -> Any:

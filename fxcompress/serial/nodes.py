@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import ArtifactError
 from fxcompress.graph import ops, spellings
+from fxcompress.serial.records import build_record, is_record, record_data
 from fxcompress.serial.values import decode, encode
 
 __all__ = ["build_graph", "graph_data"]
@@ -46,6 +47,8 @@ def _node_data(node: fx.Node) -> dict[str, Any]:
         if spellings.is_named_tuple(node.target):
             made: Any = node.target
             target = {"named": made.__name__, "fields": list(made._fields)}
+        elif is_record(node.target):
+            target = record_data(node.target)
         if target is None:
             raise ArtifactError(
                 f"node {node.name!r} calls {node.target!r}, which is not in the op table and cannot be saved without code."
@@ -80,7 +83,8 @@ def _build_node(graph: fx.Graph, entry: dict[str, Any], nodes: dict[str, fx.Node
     target = entry["target"]
     _check_target(entry["op"], target)
     if isinstance(target, dict):
-        target = _named_tuple(target["named"], tuple(target["fields"]))
+        build = _named_tuple if "named" in target else build_record
+        target = build(*(tuple(part) if isinstance(part, list) else part for part in target.values()))
     elif entry["op"] == "call_function":
         target = spellings.target_by_name(target)
     args, kwargs = decode(entry["args"], nodes), decode(entry["kwargs"], nodes)
