@@ -37,7 +37,9 @@ FRAGILE = {
         "normalisation needs the precision of fp32",
     ),
     **dict.fromkeys(("sum", "mean", "var", "norm", "cumsum", "adaptive_avg_pool2d"), "it sums over a large axis"),
-    **dict.fromkeys(("multihead_attention", "lstm", "gru", "rnn"), "its softmax or state is inside the layer"),
+    **dict.fromkeys(
+        ("multihead_attention", "lstm", "gru", "rnn", "recurrent_cell"), "its softmax or state is inside the layer"
+    ),
 }
 _FOLLOWS = ("movement", "pooling")
 _QUERIES = ("query", "other")

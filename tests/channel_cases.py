@@ -226,9 +226,13 @@ def silenced(dense: Any, small: fx.GraphModule) -> Any:
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             left = held.get(name, _split_projection(name, held))
-            if left is not None and left.shape != tensor.shape and tensor.is_floating_point():
-                tensor.copy_(torch.where(torch.isin(tensor, left), tensor, torch.zeros_like(tensor)))
+            if left is not None and left.shape != tensor.shape and (tensor.is_floating_point() or tensor.is_complex()):
+                tensor.copy_(torch.where(_is_in(tensor, left), tensor, torch.zeros_like(tensor)))
     return model
+
+
+def _is_in(tensor: Tensor, left: Tensor) -> Tensor:
+    return torch.isin(tensor.real, left.real) if tensor.is_complex() else torch.isin(tensor, left)
 
 
 def _split_projection(name: str, held: Mapping[str, Tensor]) -> Tensor | None:

@@ -251,7 +251,6 @@ MODELS = {
             o=linear(8, 3),
         ),
         *TOKENS,
-        frozen="GRUCell has no rule",
     ),
     "lstm cell loop": Hostile(
         lambda: net(
@@ -262,7 +261,6 @@ MODELS = {
             o=linear(8, 3),
         ),
         *TOKENS,
-        frozen="LSTMCell has no rule",
     ),
     "rnn one hidden to next lstm": Hostile(
         lambda: net(

@@ -254,7 +254,6 @@ MODELS = {
             o=linear(20, 3),
         ),
         *TOKENS,
-        frozen="outer has no rule",
     ),
     "tensordot": Hostile(
         lambda: net(
@@ -264,7 +263,6 @@ MODELS = {
             o=linear(5, 3),
         ),
         *TOKENS,
-        frozen="tensordot has no rule",
     ),
     "view as complex rope": Hostile(
         lambda: net(
@@ -277,7 +275,6 @@ MODELS = {
         ),
         T,
         [],
-        frozen="view_as_complex has no rule",
     ),
     "space to depth by reshape and permute": Hostile(
         lambda: net(

@@ -59,9 +59,13 @@ GROUPED = {
         {**HALF, "1.weight": (8, 1, 3, 3), "3.weight": (2, 8, 3, 3)},
     ),
     "depthwise on the model's input stays": Case(
-        lambda: nn.Sequential(c3(3, 6, groups=3), c3(6, 8), nn.ReLU(), c3(8, 2)),
-        {"0.weight": (6, 1, 3, 3), "1.weight": (4, 6, 3, 3)},
+        lambda: nn.Sequential(c3(3, 3, groups=3), c3(3, 8), nn.ReLU(), c3(8, 2)),
+        {"0.weight": (3, 1, 3, 3), "1.weight": (4, 3, 3, 3)},
         frozen={"0": "fixed size"},
+    ),
+    "several outputs of every channel of the model's input": Case(
+        lambda: nn.Sequential(c3(3, 12, groups=3), nn.ReLU(), c3(12, 8), nn.ReLU(), c3(8, 2)),
+        {"0.weight": (6, 1, 3, 3), "2.weight": (4, 6, 3, 3)},
     ),
     "groups on the model's input": Case(
         lambda: nn.Sequential(c3(4, 8, groups=2), nn.ReLU(), c3(8, 2)),

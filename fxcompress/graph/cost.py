@@ -6,6 +6,7 @@ counts none, as is customary. A node that stands for another one (a lowered kern
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from fxcompress.graph import ops
+from fxcompress.graph.index_notation import notation
 from fxcompress.graph.island import regions
 from fxcompress.graph.shapes import module_of, shape_of
 from fxcompress.graph.tree import submodule, tensors
@@ -177,6 +179,20 @@ def _matmul(call: ops.Call, shape: Shape) -> int:
     return shape(call, call.node).numel() * shape(call, call["input"])[-1]
 
 
+def _index_notation(call: ops.Call, shape: Shape) -> int:
+    """One for every combination of the indices, where something is summed."""
+    operands = call["operands"] if call.kind == "einsum" else [call["input"], call["other"]]
+    shapes = [shape(call, operand) for operand in operands]
+    found = notation(call, operands, [len(s) for s in shapes])
+    if found is None or len(shapes) < 2:
+        return 0
+    sizes: dict[str, int] = {}
+    for letters, own in zip(found[0], shapes, strict=True):
+        for letter, size in zip(letters, own, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+    return math.prod(sizes.values()) if sizes.keys() - set(found[1]) else 0
+
+
 def _attention(call: ops.Call, shape: Shape) -> int:
     query, key, value = (shape(call, call[name]) for name in ("query", "key", "value"))
     return query[:-1].numel() * key[-2] * (query[-1] + value[-1])
@@ -210,4 +226,7 @@ _COUNTS: dict[str, Callable[[ops.Call, Shape], int]] = {
     "lstm": _recurrent,
     "gru": _recurrent,
     "rnn": _recurrent,
+    "recurrent_cell": _recurrent,
+    "einsum": _index_notation,
+    "tensordot": _index_notation,
 }

@@ -135,6 +135,15 @@ def _pools(dims: int) -> list[Op]:
     ]
 
 
+_FOURIER = [f"{way}fft{dims}" for way in ("", "i", "r", "ir", "h", "ih") for dims in ("", "2", "n")]
+_SHIFTS = ["fftshift", "ifftshift"]
+
+
+def _fourier(names: list[str], order: str) -> list[tuple[Any, str]]:
+    """Fourier transforms as torch.fft and aten spell them."""
+    return [(place, order) for name in names for place in (getattr(torch.fft, name), getattr(aten, f"fft_{name}"))]
+
+
 TABLE: tuple[Op, ...] = (
     # contractions
     *(_conv(dims) for dims in (1, 2, 3)),
@@ -151,6 +160,8 @@ TABLE: tuple[Op, ...] = (
     Op("matmul", "contraction", "matmul bmm mm mv dot __matmul__", "input other"),
     Op("addmm", "contraction", "addmm baddbmm", "bias input other beta alpha"),
     Op("einsum", "contraction", "einsum", "equation *operands"),
+    Op("tensordot", "contraction", "tensordot", "input other dims"),
+    Op("outer", "contraction", "outer ger", "input other"),
     Op("bilinear", "contraction", "bilinear", "input other weight bias", (nn.Bilinear,), ("weight", "bias")),
     Op("mask", "pointwise", "", "input mask", ("fxcompress.pruning.sites.Mask",), ("mask",)),
     # attention and recurrence
@@ -165,6 +176,7 @@ TABLE: tuple[Op, ...] = (
     Op("lstm", "recurrent", "", "input state", (nn.LSTM,)),
     Op("gru", "recurrent", "", "input state", (nn.GRU,)),
     Op("rnn", "recurrent", "", "input state", (nn.RNN,)),
+    Op("recurrent_cell", "recurrent", "", "input state", (nn.LSTMCell, nn.GRUCell, nn.RNNCell)),
     Op(
         "pack_sequence",
         "other",
@@ -280,6 +292,7 @@ TABLE: tuple[Op, ...] = (
     _pointwise("clamp", "clamp clamp_ clip clip_ clamp_min clamp_min_", "input min max"),
     _pointwise("clamp_max", "clamp_max clamp_max_", "input max"),
     _pointwise("lerp", "lerp", "input end weight"),
+    _pointwise("complex", "complex polar"),
     _pointwise("addcmul", "addcmul addcmul_", "input tensor1 tensor2"),
     *(
         _pointwise(name, f"{name} {name}_ __{name}__")
@@ -384,6 +397,15 @@ TABLE: tuple[Op, ...] = (
         "input size scale_factor mode align_corners",
         modules=(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     ),
+    Op(
+        "fft",
+        "other",
+        "",
+        "input s dim norm",
+        functions=(*_fourier(_FOURIER, "input s dim norm"), *_fourier(_SHIFTS, "input dim")),
+    ),
+    Op("view_as_complex", "other", "view_as_complex"),
+    Op("view_as_real", "other", "view_as_real"),
     Op("grid_sample", "other", "grid_sample grid_sampler", "input grid"),
     Op(
         "max_unpool",

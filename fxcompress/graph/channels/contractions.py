@@ -9,6 +9,7 @@ import numpy as np
 from fxcompress.graph import ops
 from fxcompress.graph.channels.labels import Label, Value, aligned, alone, broadcast, join, moved
 from fxcompress.graph.channels.walk import Walk, place, rule
+from fxcompress.graph.index_notation import notation
 
 
 def contract(walk: Walk, labels: list[Label | None], where: str, *weights: Label | None) -> None:
@@ -179,69 +180,49 @@ def bilinear(walk: Walk, call: ops.Call) -> Value:
     return result
 
 
-@rule("einsum")
-def einsum(walk: Walk, call: ops.Call) -> Value:
-    equation, operands = call["equation"], call["operands"]
-    values = [walk.value(operand) for operand in operands]
-    if not isinstance(equation, str) or any(value is None for value in values):
-        return walk.give_up(call.node, "einsum in the form of lists has no rule")
+@rule("einsum", "tensordot", "outer")
+def index_notation(walk: Walk, call: ops.Call) -> Value:
+    operands = call["operands"] if call.kind == "einsum" else [call["input"], call["other"]]
+    values = [value for operand in operands if (value := walk.value(operand)) is not None]
+    found = notation(call, operands, [len(value.shape) for value in values])
+    if found is None:
+        return walk.give_up(call.node, f"{call.kind} in the form of lists has no rule")
+    inputs, output = found
     shape, where = walk.shape(call.node), place(call.node)
-    inputs, output = _letters(equation, [len(v.shape) for v in values if v is not None], len(shape))
-    rank = len(letters := sorted({letter for term in inputs for letter in term}))
-    place_of = {letter: i for i, letter in enumerate(letters)}
-    spread: list[Value] = []
-    for value, term in zip(values, inputs, strict=True):
-        assert value is not None
-        if len(set(term)) < len(term):
-            return walk.give_up(call.node, "einsum with a repeated index has no rule")
-        dims = {d: place_of[letter] for d, letter in enumerate(term)}
-        full = [1] * rank
-        for d, size in enumerate(value.shape):
-            full[dims[d]] = size
-        spread.append(
-            Value(
-                tuple(full), {dims[d]: label.with_array(moved(label.array, dims, rank)) for d, label in value.labels.items()}
-            )
-        )
+    place_of = {letter: i for i, letter in enumerate(sorted({letter for term in inputs for letter in term}))}
+    rank, summed = len(place_of), [d for letter, d in place_of.items() if letter not in output]
+    spread = [_laid_out(walk, value, [place_of[x] for x in term], rank) for value, term in zip(values, inputs, strict=True)]
     sizes = tuple(max(value.shape[d] for value in spread) for d in range(rank))
-    for letter in letters:
-        if letter not in output:
-            d = place_of[letter]
-            contract(walk, [v.labels.get(d) for v in spread if v.shape[d] > 1], where)
-    joined = broadcast(
-        walk.atoms, [v.without(*(place_of[x] for x in letters if x not in output)) for v in spread], sizes, where, "any"
-    )
+    for d in summed:
+        contract(walk, [v.labels.get(d) for v in spread if v.shape[d] > 1], where)
+    joined = broadcast(walk.atoms, [v.without(*summed) for v in spread], sizes, where, "any")
     if len(spread) > 1 and all(isinstance(walk.env.get(operand), Value) for operand in operands):
         walk.attention |= set().union(*(label.sites for v in spread for label in v.labels.values()))
-    result = Value(shape)
+    result, dims = Value(shape), {place_of[letter]: i for i, letter in enumerate(output)}
     for d, label in joined.items():
         array = label.array
-        for letter in letters:
-            if letter not in output:
-                array = walk.atoms.tie(array, place_of[letter])
-        dims = {place_of[letter]: i for i, letter in enumerate(output)}
+        for gone in summed:
+            array = walk.atoms.tie(array, gone)
         result.labels[dims[d]] = label.with_array(moved(array, dims, len(shape)))
     return result
 
 
-def _letters(equation: str, ranks: list[int], rank: int) -> tuple[list[list[str]], list[str]]:
-    """The index names of every operand and of the result; an ellipsis becomes names of its own, from the right."""
-    left, _, right = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-
-    def spell(term: str, size: int) -> list[str]:
-        if "..." not in term:
-            return list(term)
-        before, after = term.split("...")
-        hidden = size - len(before) - len(after)
-        return [*before, *(f".{hidden - i}" for i in range(hidden)), *after]
-
-    inputs = [spell(term, size) for term, size in zip(terms, ranks, strict=True)]
-    if "->" not in equation:
-        names = [letter for term in inputs for letter in term]
-        hidden = sorted({n for n in names if n.startswith(".")}, key=lambda n: -int(n[1:]))
-        return inputs, [*hidden, *sorted(n for n in set(names) if names.count(n) == 1 and not n.startswith("."))]
-    return inputs, spell(right, rank)
+def _laid_out(walk: Walk, value: Value, places: list[int], rank: int) -> Value:
+    """An operand with every dimension at the place of its index, of size one elsewhere; of an index that it names twice (a
+    diagonal) both dimensions lose the same."""
+    full, labels = [1] * rank, dict[int, Label]()
+    for d, size in enumerate(value.shape):
+        full[places[d]] = size
+    repeated = len(set(places)) < len(places)
+    for d, label in value.labels.items():
+        own = label.with_array(
+            walk.row_of(label, d, places[d], rank) if repeated else moved(label.array, dict(enumerate(places)), rank)
+        )
+        labels[places[d]] = join(walk.atoms, [own, labels[places[d]]], "a diagonal") if places[d] in labels else own
+    for d in range(len(places)):
+        if d not in value.labels and places.count(places[d]) > 1:
+            walk.freeze(labels.pop(places[d], None), "a diagonal with a dimension of fixed size")
+    return Value(tuple(full), labels)
 
 
 @rule("cosine_similarity", "cdist")

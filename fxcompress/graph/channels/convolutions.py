@@ -67,7 +67,8 @@ def _grouped(
 ) -> Value:
     """A grouped convolution is a batched product over groups: channels split into groups, sum within each, merge again.
 
-    Every group may keep inputs and outputs of its own as long as each keeps as many; or whole groups go.
+    Every group may keep inputs and outputs of its own as long as each keeps as many; or whole groups go, which is tried
+    first where groups have one input or one output.
     """
     where, groups = place(call.node), int(walk.plain(call["groups"]))
     per_input, per_output = value.shape[channel] // groups, result.shape[channel] // groups
@@ -75,14 +76,16 @@ def _grouped(
     flat = _line(walk, found, channel) if found is not None else None
     inputs = flat.array.reshape(groups, per_input) if flat is not None else None
     sites: frozenset[str] = flat.sites if flat is not None else frozenset()
-    whole = min(per_input, per_output) == 1
-    if not whole:
+    few, many = sorted((per_input, per_output))
+    whole = few == 1
+    if many > 1:
         site = f"{where}:groups"
-        walk.grouped[site] = groups
-        whole = walk.sites.choose(site, 2, weight.labels[0].array if inputs is None else inputs) == 1
+        if not whole:
+            walk.grouped[site] = groups
+        whole = (walk.sites.choose(site, 2, weight.labels[0].array if inputs is None else inputs) == 0) == whole
         sites |= {site}
     made = _whole_groups(walk, call, weight, inputs, groups, per_output, transposed) if whole else None
-    if made is None and 1 not in weight.labels:
+    if made is None and weight.shape[1] > 1 and 1 not in weight.labels:
         return walk.give_up(call.node, "its groups are of a fixed size")
     if made is None:
         rows, made = _group_weights(walk, weight, groups, per_input, per_output, transposed)
@@ -91,6 +94,8 @@ def _grouped(
             walk.sites.equal(inputs, 1, where)
         else:
             walk.atoms.freeze(rows, f"is summed with a value of fixed size at {where}")
+        if per_output == 1:
+            walk.atoms.freeze(made, f"the only one of its group at {where}")
         walk.sites.equal(made, 1, where)
     if flat is not None and not flat.zero:
         walk.atoms.doubt(flat.array, f"what it leaves behind is not zero at {where}")
@@ -115,6 +120,10 @@ def _group_weights(
     Every group of a parameter has inputs of its own; those of a weight that is computed are the same in all.
     """
     size = per_output if transposed else per_input
+    if weight.shape[1] == 1:  # the only one of its group stays
+        outer = weight.labels[0].array.reshape(groups, -1)
+        only = np.zeros((groups, 1), dtype=np.int64)
+        return (outer, only) if transposed else (only, outer)
     if weight.labels[1].array.shape[0] == 1:
         rows = walk.atoms.new(groups, size) if any(weight is v for v in walk.tensors.values()) else None
         if rows is None:

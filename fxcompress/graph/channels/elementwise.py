@@ -12,7 +12,7 @@ from fxcompress.graph import ops
 from fxcompress.graph.channels.labels import Label, Value, alone, broadcast, join, map_values, moved, row, values_in
 from fxcompress.graph.channels.walk import FAMILIES, Count, Walk, place, rule
 
-ZERO_IF_ALL = {"add", "sub", "rsub", "maximum", "minimum", "where", "lerp", "addcmul", "to"}
+ZERO_IF_ALL = {"add", "sub", "rsub", "maximum", "minimum", "where", "lerp", "addcmul", "to", "complex"}
 ZERO_IF_ANY = {"mul", "and"}
 ZERO_IF_FIRST = {"div", "pow", "masked_fill", "clamp", "floordiv", "mod"}
 """When the result of a binary operator is zero: if all its operands are, if any is, if the first is."""
@@ -253,6 +253,45 @@ def grid_sample(walk: Walk, call: ops.Call) -> Value:
         if dim > 1:
             walk.freeze(label, f"a grid runs over it at {place(call.node)}")
     return Value(walk.shape(call.node), {1: value.labels[1]} if 1 in value.labels else {})
+
+
+@rule("fft")
+def fourier(walk: Walk, call: ops.Call) -> Value:
+    """Dimensions that are transformed stay whole; every index of the others is transformed by itself."""
+    value = walk.operand(call["input"])
+    dims = _transformed(call, value)
+    for dim in dims & set(value.labels):
+        walk.freeze(value.labels[dim], f"it is transformed at {place(call.node)}")
+    labels = dict(value.without(*dims).labels)
+    for dim, label in labels.items():
+        array = label.array
+        for gone in dims:
+            array = walk.atoms.tie(array, gone)
+        labels[dim] = label.with_array(array)
+    return Value(walk.shape(call.node), labels)
+
+
+def _transformed(call: ops.Call, value: Value) -> set[int]:
+    """The dimensions a Fourier transform runs over: those it names, or as many of the last as its name and sizes say."""
+    if call["dim"] is not None:
+        return {value.dim(d) for d in ([call["dim"]] if isinstance(call["dim"], int) else call["dim"])}
+    name, sizes, rank = str(getattr(call.node.target, "__name__", "")).split(".")[0], call["s"], len(value.shape)
+    given = len(sizes) if isinstance(sizes, (tuple, list)) else rank
+    count = {"2": 2, "n": given}.get(name[-1:], rank if "shift" in name else 1)
+    return set(range(rank - count, rank))
+
+
+@rule("view_as_complex", "view_as_real")
+def pairs(walk: Walk, call: ops.Call) -> Value:
+    """The last dimension of a tensor of real numbers holds real and imaginary parts; the others are as they were."""
+    value, shape = walk.operand(call["input"]), walk.shape(call.node)
+    rest = min(len(value.shape), len(shape))
+    walk.freeze(value.labels.get(rest), f"real and imaginary parts at {place(call.node)}")
+    labels = {}
+    for dim, label in value.without(rest).labels.items():
+        array = walk.atoms.tie(label.array, rest) if label.array.ndim > rest else label.array
+        labels[dim] = label.with_array(array.reshape(*array.shape[:rest], *(1,) * (len(shape) - rest)))
+    return Value(shape, labels)
 
 
 ORDERED = ("argmax", "topk", "sort", "cumsum")

@@ -104,30 +104,29 @@ class _Place:
             self.atoms.freeze(table[np.unique(found)], f"one index is picked at {self.where}")
             return None
         varying.sort(key=lambda d: -_stride(own, d))
-        chosen, arranged, sites = varying[-1], table[found], label.sites
-        if len(varying) > 1 and (apart := self._copies_apart(arranged, varying)) is not None:
-            chosen, arranged = apart
-        elif len(varying) > 1:
+        arranged, sites, parts = table[found], label.sites, len(varying)
+        if parts > 1:
+            arranged, varying = self._without_copies(arranged, varying)
+        chosen = varying[-1]
+        if len(varying) > 1:
             site = f"{self.where}:{dim}"
             offset = self.sites.choose(site, len(varying), array)
             chosen, sites = varying[-1 - offset], sites | {site}
             for finer in varying[len(varying) - offset :]:
                 arranged = self.atoms.tie(arranged, finer)
             self.sites.equal(arranged, chosen, self.where)
-        elif array.size != max(array.shape):
+        elif parts == 1 and array.size != max(array.shape):
             arranged = self._keep_order(array, dim, found, arranged, chosen)
         arranged = self._fill_holes(found, arranged, chosen)
         return chosen, Label(self._tell_apart(arranged, chosen), label.zero, sites)
 
-    def _copies_apart(self, arranged: Ints, varying: list[int]) -> tuple[int, Ints] | None:
-        """Where a split only sets the copies of every index apart: the part that tells indices, by itself."""
+    def _without_copies(self, arranged: Ints, varying: list[int]) -> tuple[Ints, list[int]]:
+        """Where a split sets copies of indices apart: those parts tied, and the parts that tell indices."""
         origins = self.atoms.origins(arranged)
-        telling = [d for d in varying if _varies(origins, d)]
-        if len(telling) != 1:
-            return None
-        for other in varying:
-            arranged = self.atoms.tie(arranged, other) if other != telling[0] else arranged
-        return telling[0], arranged
+        telling = [d for d in varying if _varies(origins, d)] or varying
+        for other in set(varying) - set(telling):
+            arranged = self.atoms.tie(arranged, other)
+        return arranged, telling
 
     def one_of(self, labels: list[Label]) -> Label:
         """Of dimensions that end in one, only one can lose indices: the outermost."""

@@ -23,10 +23,20 @@ def movement(walk: Walk, call: ops.Call) -> Any:
     others = [node for node in call.node.all_input_nodes if node is not call["input"]] if call.kind in PICKS else []
     if any(isinstance(walk.env[node], Value) and _dtype(node) == torch.bool for node in others):
         return walk.give_up(call.node, "picks where a mask says so")
+    if _listed(walk, call) > 1:
+        return walk.give_up(call.node, "picks pairs of indices")
     result = walk.move(call)
     if any(varies(walk, node) for node in others):
         _keep_what_is_picked_from(walk, call, result)
     return result
+
+
+def _listed(walk: Walk, call: ops.Call) -> int:
+    """How many dimensions an index lists positions of: those lists go along together."""
+    parts = {"index": call["indices"], "getitem": call["index"]}.get(call.kind)
+    if not isinstance(parts, tuple if call.kind == "getitem" else (tuple, list)):
+        return 0
+    return sum(isinstance(part, list) or isinstance(walk.value(part), Value) for part in parts)
 
 
 def _dtype(node: fx.Node) -> Any:
@@ -68,6 +78,8 @@ def identity(walk: Walk, call: ops.Call) -> Value | None:
 def query(walk: Walk, call: ops.Call) -> Any:
     if call.kind == "container":
         return walk.evaluate_containers(call.node)
+    if call.kind == "getattr" and call["name"] in ("real", "imag") and walk.value(call["input"]) is not None:
+        return walk.value(call["input"])
     if call.kind == "getattr" and call["name"] in VIEWED and walk.value(call["input"]) is not None:
         return walk.move(call)
     held = walk.env.get(call["input"]) if call.kind == "getattr" and isinstance(call["input"], fx.Node) else None
@@ -79,7 +91,7 @@ def query(walk: Walk, call: ops.Call) -> Any:
     return found
 
 
-VIEWED = ("T", "mT", "H", "mH", "data", "real")
+VIEWED = ("T", "mT", "H", "mH", "data")
 """Attributes of a tensor that are its values, moved."""
 
 FIELDS = {"values": 0, "indices": 1}

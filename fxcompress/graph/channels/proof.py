@@ -242,7 +242,8 @@ def scattered(small: torch.Tensor, like: tuple[int, ...], masks: dict[int, Mask]
 def _sum(run: Silent, call: ops.Call) -> Any:
     replaced = {}
     for node in call.node.all_input_nodes:
-        if isinstance(run.env.get(node), torch.Tensor) and run.env[node].is_floating_point():
+        value = run.env.get(node)
+        if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
             replaced[node.name] = zeroed(run.env[node], run.masks(node))
     return run.again(call, **replaced)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from torch.utils import _pytree as pytree
 
 from fxcompress.graph import ops
 from fxcompress.graph.channels.atoms import Ints
@@ -75,6 +76,7 @@ def recurrent(walk: Walk, call: ops.Call) -> Any:
     cells = walk.atoms.new(part.num_layers * directions, size)
     outs = walk.atoms.new(part.num_layers * directions, projected) if projected else cells
     last = len(value.shape) - 1
+    walk.freeze(value.without(last), f"a recurrence runs over it, or it is a batch dimension, at {where}")
     below = value.labels.get(last)
     if below is not None:
         for dim in range(below.array.ndim):
@@ -84,7 +86,7 @@ def recurrent(walk: Walk, call: ops.Call) -> Any:
     for layer in range(part.num_layers):
         for direction in range(directions):
             row = layer * directions + direction
-            suffix = f"l{layer}" + ("_reverse" if direction else "")
+            suffix = f"_l{layer}" + ("_reverse" if direction else "")
             _cell(walk, f"{name}.", suffix, np.tile(cells[row], gates), outs[row], lower, where, bool(projected))
         lower = outs[layer * directions : (layer + 1) * directions].reshape(-1)
     walk.counts.append(Count(call.node, "hidden_size", cells[0]))
@@ -106,11 +108,54 @@ def recurrent(walk: Walk, call: ops.Call) -> Any:
     return _recurrent_results(walk, call, part, cells, outs, lower)
 
 
+@rule("recurrent_cell")
+def recurrent_cell(walk: Walk, call: ops.Call) -> Any:
+    """One step: a hidden unit owns its rows of gates, its column in the recurrent weights, and its place in the states."""
+    part: Any = module_of(call.node)
+    value, where = walk.operand(call["input"]), place(call.node)
+    units = walk.atoms.new(part.hidden_size)
+    walk.freeze(value.without(len(value.shape) - 1), f"a batch dimension at {where}")
+    below = value.labels.get(len(value.shape) - 1)
+    lower = walk.row_of(below, len(value.shape) - 1, 0, 1) if below is not None else None
+    gates = {"LSTMCell": 4, "GRUCell": 3}.get(type(part).__name__, 1)
+    _cell(walk, f"{call.node.target}.", "", np.tile(units, gates), units, lower, where, False)
+    walk.counts.append(Count(call.node, "hidden_size", units))
+    if lower is not None:
+        walk.counts.append(Count(call.node, "input_size", lower))
+    states = [v for v in walk.inputs(call.node) if v is not value]
+    for state in states:
+        _same_units(walk, state, units, where)
+    given = [label for v in (value, *states) if (label := v.labels.get(len(v.shape) - 1)) is not None]
+    for label in given:
+        if not label.zero:
+            walk.atoms.doubt(label.array, f"what it leaves behind is not zero at {where}")
+    shapes = walk.unlabelled(call.node)
+    zero = all(label.zero for label in given)
+    return pytree.tree_map_only(Value, lambda v: _with_units(v, units, zero), shapes)
+
+
+def _same_units(walk: Walk, state: Value, units: Ints, where: str) -> None:
+    last = len(state.shape) - 1
+    label = state.labels.get(last)
+    if label is not None:
+        walk.atoms.merge(walk.row_of(label, last, 0, 1), units, where)
+    elif state.shape[last] > 1:
+        walk.atoms.freeze(units, f"a state of fixed size at {where}")
+    for dim in set(state.labels) - {last}:
+        walk.freeze(state.labels[dim], f"a batch dimension at {where}")
+
+
+def _with_units(value: Value, units: Ints, zero: bool) -> Value:
+    last = len(value.shape) - 1
+    value.labels[last] = Label(units.reshape((1,) * last + (-1,)), zero)
+    return value
+
+
 def _cell(
     walk: Walk, prefix: str, suffix: str, rows: Ints, fed_back: Ints, lower: Ints | None, where: str, projected: bool
 ) -> None:
-    tensors = [f"{prefix}weight_ih_{suffix}", f"{prefix}weight_hh_{suffix}"]
-    tensors += [n for kind in ("bias_ih", "bias_hh") if (n := f"{prefix}{kind}_{suffix}") in walk.state]
+    tensors = [f"{prefix}weight_ih{suffix}", f"{prefix}weight_hh{suffix}"]
+    tensors += [n for kind in ("bias_ih", "bias_hh") if (n := f"{prefix}{kind}{suffix}") in walk.state]
     for tensor in tensors:
         label = walk.tensor(tensor).labels.get(0)
         if label is not None:
@@ -118,11 +163,11 @@ def _cell(
             walk.roles.setdefault((walk.canonical[tensor], 0), "out")
     columns = [(tensors[1], fed_back), (tensors[0], lower)]
     if projected:
-        columns.append((f"{prefix}weight_hr_{suffix}", rows[: len(rows) // 4]))
-        made = walk.tensor(f"{prefix}weight_hr_{suffix}").labels.get(0)
+        columns.append((f"{prefix}weight_hr{suffix}", rows[: len(rows) // 4]))
+        made = walk.tensor(f"{prefix}weight_hr{suffix}").labels.get(0)
         if made is not None:
             walk.atoms.merge(made.array.reshape(-1), fed_back, where)
-            walk.roles.setdefault((walk.canonical[f"{prefix}weight_hr_{suffix}"], 0), "out")
+            walk.roles.setdefault((walk.canonical[f"{prefix}weight_hr{suffix}"], 0), "out")
     for tensor, atoms in columns:
         label = walk.tensor(tensor).labels.get(1)
         walk.roles.setdefault((walk.canonical[tensor], 1), "in")

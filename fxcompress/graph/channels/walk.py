@@ -257,7 +257,7 @@ class Walk:
         if tensor is None:
             found = edit.get_tensor(self.module, str(node.target))
             return found if not found.is_floating_point() else Value(tuple(found.shape))
-        return self.tensor(str(node.target)) if tensor.is_floating_point() or tensor.dtype == torch.bool else tensor
+        return self.tensor(str(node.target)) if _has_channels(tensor) else tensor
 
     def role(self, argument: Any, dim: int, role: str) -> None:
         """Note how a layer uses a dimension of its parameter."""
@@ -403,7 +403,7 @@ def _repeats(call: ops.Call) -> bool:
 
 def _has_channels(tensor: torch.Tensor) -> bool:
     """Whether entries of a tensor may go; integers are indices and counts."""
-    return tensor.is_floating_point() or tensor.dtype == torch.bool
+    return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
