@@ -35,6 +35,7 @@ from fxcompress.components import (
 )
 from fxcompress.config import Config, read_config
 from fxcompress.errors import ConfigError, Where, shown
+from fxcompress.graph.tree import check_module
 from fxcompress.models import build_model
 from fxcompress.options import fault
 from fxcompress.pipeline import CompressionPipeline, assembled, check_layers, stages_of
@@ -110,6 +111,7 @@ def _single(config: Any, registry: Registry, model: nn.Module | None) -> Any:
         if registry is PRUNERS:
             component.scheduler = pruning_schedule(extra, own, where)
         if model is not None:
+            check_module(model)
             check_layers(model, own, where)
         return component
 

@@ -62,14 +62,14 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 @contextmanager
 def fitting(position: int) -> Iterator[None]:
-    """Say which batch it is that a model or a metric refuses: DataError for whatever torch raises inside the block."""
+    """Say which batch it is that a model, a loss or a metric refuses: DataError for whatever torch raises in the block."""
     try:
         yield
     except (FxCompressError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"batch {position} does not fit the model or the metric: {reason}") from error
+        raise DataError(f"batch {position} does not fit the model, the loss or the metric: {reason}") from error
 
 
 def batches(data: Iterable[Any], model: nn.Module, limit: int | None = None) -> Iterator[Arguments]:

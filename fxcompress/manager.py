@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +92,8 @@ class PassManager:
         PromiseError where a step fails, with the folder that replays it.
         """
         data = None if data is None else fed(data)
+        if data is not None and example_inputs is None and iter(data) is data:
+            example_inputs, data = _peeked(data)
         call, tried = self._call(model, example_inputs, data)
         self._check_needs(call is not None or data is not None, data, teacher)
         self.ledger.rows.clear()
@@ -210,7 +213,12 @@ def example_call(example_inputs: Any, data: Iterable[Any] | None) -> Arguments |
         return arguments(example_inputs)
     if data is None or iter(data) is data:  # an iterator's first batch is not ours to take
         return None
-    first = next(iter(data), None)
-    if first is None:
+    return _peeked(iter(data))[0]
+
+
+def _peeked(data: Iterator[Any]) -> tuple[Arguments, Iterator[Any]]:
+    """The call that an iterator's first batch is, and all of its batches."""
+    first = list(itertools.islice(data, 1))
+    if not first:
         raise DataError("the dataloader is empty: it yields no batch.")
-    return split_batch(first)[0]
+    return split_batch(first[0])[0], itertools.chain(first, data)

@@ -58,6 +58,11 @@ def test_a_quantizer_is_what_its_configuration_says(tmp_path: Path) -> None:
     assert isinstance(build_quantizer({"type": "PTQQuantizer"}, small()), PTQQuantizer)
 
 
+def test_a_model_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"it is an nn\.Module"):
+        build_quantizer({"type": "PTQQuantizer"}, "resnet18")  # type: ignore[arg-type]
+
+
 def test_a_pruner_carries_its_scheduler() -> None:
     pruner = build_pruner(
         {"type": "MagnitudePruner", "sparsity": 0.7, "scheduler": {"type": "AGPScheduler", "end_epoch": 5}}

@@ -184,7 +184,10 @@ def test_sensitivity_is_measured_and_reported(place: Path, capsys: pytest.Captur
             ["compress", "config.yaml", *MINE, "-o", "out", "--validation", "{type: random, shape: [1, 4, 4]}"],
             "batch 0 does not fit",
         ),
-        (["sensitivity", *MINE, "--model", "commands-test", *TOO_MANY], "batch 0 does not fit the model or the metric"),
+        (
+            ["sensitivity", *MINE, "--model", "commands-test", *TOO_MANY],
+            "batch 0 does not fit the model, the loss or the metric",
+        ),
         (["inspect", "."], "no saved model"),
         (["export", "nowhere", "-o", "x.onnx"], "no saved model"),
         (["replay", "nowhere"], "not a reproducer"),

@@ -176,6 +176,16 @@ def test_an_empty_dataloader_and_bad_batches_are_refused() -> None:
         manager(*steps).run(model(), X, data=7)  # type: ignore[arg-type]
 
 
+def test_an_iterator_tells_the_shapes_and_keeps_all_its_batches() -> None:
+    deep = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    pruned = {"prune-channels": {"sparsity": 0.5, "round_to": 1}}
+    steps: list[Any] = [pruned, "insert-observers", {"calibrate": {"num_batches": 2}}, "fold-quantization"]
+    once, again = manager(*steps).run(deep, data=iter([X, 9 * X])), manager(*steps).run(deep, data=[X, 9 * X])
+    assert torch.equal(once(X), again(X)) and not torch.equal(manager(*steps).run(deep, data=[X, X])(X), again(X))
+    with pytest.raises(DataError, match="the dataloader is empty"):
+        manager("insert-observers", "calibrate").run(model(), data=iter([]))
+
+
 def test_fewer_batches_than_asked_is_a_warning_with_both_numbers(caplog: pytest.LogCaptureFixture) -> None:
     m = manager("insert-observers", {"calibrate": {"num_batches": 9}})
     m.run(model(), data=[X, X])

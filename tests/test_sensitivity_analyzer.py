@@ -147,6 +147,13 @@ def test_a_share_of_macs_is_reached_with_the_least_harm(pruning_type: str) -> No
         macs = {"0": 6 * 16, "2": 16 * 12, "4": 12 * 4}
         left = sum(count * (1 - advice.shares[name]) for name, count in macs.items()) / sum(macs.values())
         assert advice.macs == pytest.approx(left)
+    for wrong in ("most", float("nan"), 0.0):
+        with pytest.raises(ConfigError, match="macs"):
+            analyzer.get_optimal_sparsity(macs=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="target_metric is 'best'"):
+        analyzer.get_optimal_sparsity("best")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="path is 3"):
+        analyzer.export_report(3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"cannot be had while it stays at 1"):
         analyzer.get_optimal_sparsity(1.0, macs=0.1)
 
@@ -258,6 +265,12 @@ def test_the_plot_shows_every_curve_and_every_score(tmp_path: Path) -> None:
         {"num_steps": 0},
         {"metric": "acuracy"},
         {"pruning_type": "blocks"},
+        {"maximize": "accuracy"},
+        {"progress": "no"},
+        {"pruner_options": 3},
+        {"pruner_options": {"criterium": "l2_norm"}},
+        {"pruner_options": {"n": 1}},
+        {"pruner_options": {"round_to": 2}, "pruning_type": "unstructured"},
     ],
 )
 def test_what_cannot_be_meant_is_refused(options: dict[str, Any]) -> None:

@@ -502,6 +502,9 @@ def test_options_that_do_not_fit_are_refused_by_name() -> None:
         (iter(BATCHES), DataError, "iterator"),
         ([X], DataError, "target"),
         ([3], DataError, "no tensor"),
+        ([BATCHES[0], (X, Y[:3])], DataError, "batch 1 does not fit the model, the loss or the metric: "),
+        ([(X[:, :2], Y)], DataError, "batch 0 does not fit"),
+        ([(X, Y + 9)], DataError, "batch 0 does not fit"),
     ],
 )
 def test_data_that_cannot_train_is_refused(data: Any, error: type[Exception], message: str) -> None:
@@ -512,12 +515,24 @@ def test_data_that_cannot_train_is_refused(data: Any, error: type[Exception], me
 def test_a_model_without_losses_or_parameters_is_refused() -> None:
     with pytest.raises(ConfigError, match="give loss="):
         train(Keywords(), [X], Recipe(epochs=1))
+    with pytest.raises(ConfigError, match=r"there is no loss, and Linear.forward does not take a whole batch"):
+        train(nn.Linear(5, 2), BATCHES, Recipe(epochs=1))
     with pytest.raises(ConfigError, match="nothing to train"):
         train(nn.ReLU(), BATCHES, Recipe(epochs=1), loss="mse")
     with pytest.raises(ConfigError, match="not a scalar"):
         trained(loss=lambda output, target: output)
     with pytest.raises(ConfigError, match="Give evaluate"):
         trained(Recipe(epochs=1, patience=1, metric="accuracy"))
+
+
+@pytest.mark.parametrize(
+    "option", [{"loss": 3}, {"optimizer": "sgd"}, {"evaluate": 1.0}, {"callbacks": 3}, {"callbacks": [len]}]
+)
+def test_parts_of_another_kind_are_refused_by_name(option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        train(nn.Linear(5, 2), BATCHES, Recipe(epochs=1), **{"loss": "cross_entropy", **option})
+    with pytest.raises(ConfigError, match="it is a Recipe"):
+        train(nn.Linear(5, 2), BATCHES, {"epochs": 1}, loss="cross_entropy")  # type: ignore[arg-type]
 
 
 def test_a_schedule_that_must_know_the_length_says_so() -> None:

@@ -27,7 +27,7 @@ from fxcompress.options import check_given, check_whole
 from fxcompress.plan import Plan
 from fxcompress.pruning import sensitivity_report as report
 from fxcompress.pruning.sensitivity_report import Recommendation
-from fxcompress.pruning.trials import Trials, trials
+from fxcompress.pruning.trials import Trials, check_options, trials
 from fxcompress.training import METRICS
 from fxcompress.training.order import batch_size
 from fxcompress.training.terms import split_target
@@ -73,6 +73,7 @@ class SensitivityAnalyzer:
         check_whole("num_steps", num_steps, least=1)
         if pruning_type not in TYPES:
             raise ConfigError(f"pruning_type is {pruning_type!r}; it is one of {', '.join(TYPES)}.")
+        check_options(pruning_type, pruner_options or {})
         if not callable(metric):
             METRICS[metric]  # an unknown name is an error here
         self.sparsity_range, self.num_steps = list(sparsity_range), num_steps
@@ -128,6 +129,7 @@ class SensitivityAnalyzer:
         :attr:`recommendation` has the shares, the metric and MACs measured with them, and the plan, which runs as it is.
         Raises ConfigError where both cannot be had, or the dense model misses the target.
         """
+        check_given(SensitivityAnalyzer.get_optimal_sparsity, locals())
         self._analysed()
         assert self._trials is not None
         if target_metric is None and macs is None:
@@ -161,6 +163,7 @@ class SensitivityAnalyzer:
 
     def export_report(self, path: str | os.PathLike[str]) -> None:
         """Scores, curves and the recommendation as JSON, CSV, Markdown or an HTML page, by the ending of ``path``."""
+        check_given(SensitivityAnalyzer.export_report, locals())
         report.write(self.summary(), Path(path))
 
     def summary(self) -> report.Summary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -15,12 +16,13 @@ from fxcompress.graph.cost import cost, macs
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.island import regions
 from fxcompress.manager import PassManager
+from fxcompress.options import only
 from fxcompress.plan import Plan
 from fxcompress.pruning.magnitude_pruner import MagnitudePruner, indivisible
 from fxcompress.pruning.sites import sites
 from fxcompress.pruning.structured_pruner import StructuredPruner
 
-__all__ = ["Channels", "Masks", "Trials", "trials"]
+__all__ = ["Channels", "Masks", "Trials", "check_options", "trials"]
 
 
 class Trials(Protocol):
@@ -50,6 +52,13 @@ def trials(pruning_type: str, model: fx.GraphModule, call: Arguments | None, opt
     if not found.names:
         raise ConfigError(f"the model has nothing that {pruning_type} pruning could take away; there is nothing to analyse.")
     return found
+
+
+def check_options(pruning_type: str, options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for options that the pruner of a pruning type does not have."""
+    pruner: type = StructuredPruner if pruning_type == "structured" else MagnitudePruner
+    known = [name for name in inspect.signature(pruner).parameters if name not in ("sparsity", "pruning_type")]
+    only(options, known, ("pruner_options",))
 
 
 class Masks:

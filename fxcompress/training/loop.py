@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
+from fxcompress.data import fitting
 from fxcompress.distributed import gather, is_main, local_device, share_buffers, world
-from fxcompress.errors import ConfigError, DataError, TrainingError
+from fxcompress.errors import ConfigError, DataError, TrainingError, shown
 from fxcompress.graph.tree import check_module, evaluating, kept_modes
 from fxcompress.training import checkpoint as files
 from fxcompress.training.average import Average, Best
@@ -83,6 +84,7 @@ class Trainer:
         progress: bool | None = None,
     ) -> None:
         check_module(model)
+        _check(recipe, loss, optimizer, evaluate, callbacks)
         self.model, self.recipe = model, recipe or Recipe()
         self.path = None if checkpoint is None else Path(checkpoint)
         self._found = self.path is not None and self.path.exists()
@@ -188,7 +190,7 @@ class Trainer:
         sizes = [batch_size(batch) for batch in group]
         for number, (batch, size) in enumerate(zip(group, sizes, strict=True), 1):
             with self._local(number < len(group)):
-                self._backward(batch, size, size / sum(sizes))
+                self._backward(batch, self.batch + number - 1, size, size / sum(sizes))
         self._descend()
         self.batch += len(group)
         self.step += 1
@@ -197,9 +199,10 @@ class Trainer:
         """Gradients of all but a step's last batch stay on this process."""
         return self._forward.no_sync() if more and isinstance(self._forward, DistributedDataParallel) else nullcontext()
 
-    def _backward(self, batch: Any, size: int, share: float) -> None:
+    def _backward(self, batch: Any, position: int, size: int, share: float) -> None:
         dtype = _PRECISIONS[self.recipe.precision]
-        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
+        half = nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+        with half, fitting(position):
             terms, weights = loss_terms(self._forward, self.model, self.loss, batch, self.device)
         total = weighted(terms, weights)
         self.record.add(self.step + 1, terms, total, size)
@@ -264,6 +267,23 @@ class Trainer:
         generators = gather(random_state())
         if is_main():
             files.write(files.captured(self, generators), self.path)
+
+
+def _check(recipe: Any, loss: Any, optimizer: Any, evaluate: Any, callbacks: Any) -> None:
+    """Raise ConfigError for a part of a training run that is of another kind."""
+    kinds: tuple[tuple[str, Any, Any, str], ...] = (
+        ("recipe", recipe, Recipe, "a Recipe"),
+        ("loss", loss, (str, Callable), "a function of (output, target), or its name"),
+        ("optimizer", optimizer, Optimizer, "an optimizer over the model's parameters; a recipe names one"),
+        ("evaluate", evaluate, Callable, "a function of the model"),
+        ("callbacks", callbacks, Iterable, "a list of Callback objects"),
+    )
+    for name, value, kind, meant in kinds:
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(f"{name} is {shown(value)}; it is {meant}.")
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ConfigError(f"callbacks holds {shown(callback)}; it is a list of Callback objects, such as OnEpoch.")
 
 
 def _steps(feed: Feed, accumulate: int) -> int | None:

@@ -15,6 +15,7 @@ from fxcompress.data import split_batch
 from fxcompress.distributed import average, gather
 from fxcompress.errors import ConfigError, DataError, TrainingError
 from fxcompress.graph.inputs import Arguments
+from fxcompress.graph.module import signature
 from fxcompress.weighted import Weighted
 
 __all__ = ["TermRecord", "Terms", "gradient_norms", "loss_terms", "split_target", "weighted"]
@@ -42,12 +43,28 @@ def _terms(
     forward: Callable[..., Any], model: nn.Module, loss: Callable[[Any, Any], Any] | None, batch: Any, device: torch.device
 ) -> Mapping[str, Tensor]:
     if loss is None:
-        return _own_terms(forward, model, _moved(batch, device))
+        try:
+            return _own_terms(forward, model, _moved(batch, device))
+        except TypeError:
+            _check_takes(model, batch)
+            raise
     call, target = split_target(model, batch, device)
     if target is None:
         raise DataError("a batch has no target; a dataloader for training yields (input, target).")
     value = loss(call(forward), target)
     return _checked(value if isinstance(value, Mapping) else {"loss": value}, "the loss")
+
+
+def _check_takes(model: nn.Module, batch: Any) -> None:
+    """Raise ConfigError where a model without a loss function does not take what a batch holds, targets and all."""
+    args = () if isinstance(batch, Mapping) else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    try:
+        signature(model).bind(*args, **(batch if isinstance(batch, Mapping) else {}))
+    except TypeError as error:
+        raise ConfigError(
+            f"there is no loss, and {type(model).__name__}.forward does not take a whole batch ({error}): give "
+            "loss=function(output, target), or its name."
+        ) from error
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
