@@ -13,8 +13,11 @@ from torch import Tensor, fx, nn
 
 from fxcompress.backends import tensorrt
 from fxcompress.backends.agreement import least_agreement
+from fxcompress.backends.base import missing
 from fxcompress.backends.engine import Session
-from fxcompress.backends.onnx_graph import Flat, flatten, in_half, missing, to_onnx
+from fxcompress.backends.flat import Flat, flatten
+from fxcompress.backends.half import in_half
+from fxcompress.backends.onnx_graph import to_onnx
 from fxcompress.backends.onnxruntime import onnxruntime
 from fxcompress.errors import BackendError, ConfigError, VerificationError
 from fxcompress.files import make_folder, path_of, whole

@@ -11,7 +11,7 @@ from torch import fx, nn
 from fxcompress import backends
 from fxcompress.backends.agreement import Agreement, compare
 from fxcompress.backends.base import Backend
-from fxcompress.backends.onnx_graph import examples
+from fxcompress.backends.flat import examples
 from fxcompress.errors import BackendError
 from fxcompress.graph import edit
 from fxcompress.graph.inputs import Arguments, frozen_state

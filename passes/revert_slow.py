@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor, fx
 
 from fxcompress import backends
-from fxcompress.backends.onnx_graph import examples
+from fxcompress.backends.flat import examples
 from fxcompress.errors import BackendError
 from fxcompress.graph import edit
 from fxcompress.graph.inputs import Arguments

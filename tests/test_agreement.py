@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress import DynamicQuantizer, PTQQuantizer, backends, coverage
-from fxcompress.backends import quantized_ops
+from fxcompress.backends import kernel_calls
 from fxcompress.backends.dynamic import DynamicLinear
 from fxcompress.graph.results import output_snr
 
@@ -52,7 +52,7 @@ def test_the_ledger_says_how_near_the_kernels_are_to_the_graph(backend: str) -> 
 
 def test_an_operator_whose_kernel_computes_something_else_runs_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = quantized()[0].meta["portable"](X)
-    monkeypatch.setitem(quantized_ops._KERNELS, "add", quantized_ops._mul)
+    monkeypatch.setitem(kernel_calls.KERNELS, "add", kernel_calls._mul)
     result, reasons = quantized()
     assert any("kernel's levels are off by up to" in reason and "runs in float" in reason for reason in reasons)
     assert output_snr(expected, result(X)) > 40
@@ -72,14 +72,14 @@ def test_a_kernel_with_a_float_result_is_held_against_the_graph_too(monkeypatch:
 
 def test_a_kernel_may_be_one_step_off(monkeypatch: pytest.MonkeyPatch) -> None:
     def nearly(to: Any, call: Any, scale: Any, zero_point: Any) -> Any:
-        made = quantized_ops._add(to, call, scale, zero_point)
+        made = kernel_calls._add(to, call, scale, zero_point)
         return to.call(shifted, made)
 
     def shifted(x: Tensor) -> Tensor:
         levels = (x.int_repr().to(torch.int16) + 1).clamp(max=255).to(torch.uint8)
         return torch._make_per_tensor_quantized_tensor(levels, x.q_scale(), x.q_zero_point())
 
-    monkeypatch.setitem(quantized_ops._KERNELS, "add", nearly)
+    monkeypatch.setitem(kernel_calls.KERNELS, "add", nearly)
     result, reasons = quantized()
     assert not any("runs in float" in reason for reason in reasons)
     assert output_snr(result.meta["portable"](X), result(X)) > 20

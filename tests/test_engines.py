@@ -20,7 +20,7 @@ from fxcompress import PassManager, PTQQuantizer, backends, coverage
 from fxcompress.backends import onnxruntime
 from fxcompress.backends.agreement import least_agreement
 from fxcompress.backends.engine import lower_to
-from fxcompress.backends.onnx_graph import flatten
+from fxcompress.backends.flat import flatten
 from fxcompress.errors import BackendError
 from fxcompress.graph import qdq
 from fxcompress.graph.inputs import Arguments

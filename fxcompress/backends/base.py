@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 from torch import fx
 
 from fxcompress.graph.ops import Call
 
-__all__ = ["Backend", "Rule"]
+__all__ = ["Backend", "Rule", "missing"]
 
 Output = Literal["own", "input", "shared"]
 
@@ -74,3 +75,9 @@ class Backend:
     device: str = "cpu"
     whole: bool = False
     optional: bool = False
+
+
+def missing(*packages: str) -> str | None:
+    """The reason why ``packages`` cannot be used, or None where all can be imported."""
+    absent = [name for name in packages if find_spec(name) is None]
+    return f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed" if absent else None

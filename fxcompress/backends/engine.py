@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.backends.onnx_graph import Flat, casts_edge, flatten, in_half, to_onnx
+from fxcompress.backends.flat import Flat, casts_edge, flatten
+from fxcompress.backends.half import in_half
+from fxcompress.backends.onnx_graph import to_onnx
 from fxcompress.errors import BackendError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.cost import macs

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from fxcompress.backends.cpu import has_vnni
 
-__all__ = ["FLOAT_RESULT", "LAYERS", "QuantizedLayer", "engine_of", "quantize_input", "quantized_weight", "x86_engine"]
+__all__ = [
+    "FLOAT_RESULT",
+    "LAYERS",
+    "QuantizedBatchNorm",
+    "QuantizedLayer",
+    "engine_of",
+    "quantize_input",
+    "quantized_weight",
+    "x86_engine",
+]
 
 
 def _hear_deprecation_once() -> None:
@@ -208,3 +217,24 @@ def quantize_input(input: Tensor, scale: float, zero_point: int) -> Tensor:
     elif input.dim() == 5:
         input = input.contiguous(memory_format=torch.channels_last_3d)
     return torch.quantize_per_tensor(input, scale, zero_point, torch.quint8)
+
+
+class QuantizedBatchNorm(nn.Module):
+    """Batch normalisation in eval mode on quint8 images (``dims`` 2) or volumes (3).
+
+    ``tensors``  weight, bias, running mean and running variance, [channels] each
+    ``scale``    of the result, with ``zero_point``
+    """
+
+    def __init__(
+        self, tensors: tuple[Tensor, Tensor, Tensor, Tensor], eps: float, dims: int, scale: float, zero_point: int
+    ) -> None:
+        super().__init__()
+        for name, value in zip(("weight", "bias", "running_mean", "running_var"), tensors, strict=True):
+            self.register_buffer(name, value.detach())
+        self.eps, self.dims, self.scale, self.zero_point = eps, dims, scale, zero_point
+
+    def forward(self, input: Tensor) -> Tensor:
+        kernel = _q.batch_norm2d if self.dims == 2 else _q.batch_norm3d
+        statistics = (self.weight, self.bias, self.running_mean, self.running_var)
+        return kernel(input, *statistics, self.eps, self.scale, self.zero_point)

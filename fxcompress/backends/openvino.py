@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxcompress.backends.base import Backend
+from fxcompress.backends.base import Backend, missing
 from fxcompress.backends.cpu import has_vnni
 from fxcompress.backends.engine import Session, lower_to
 from fxcompress.backends.fbgemm import RULES
-from fxcompress.backends.onnx_graph import missing
 
 __all__ = ["BACKEND", "openvino"]
 

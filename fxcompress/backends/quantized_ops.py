@@ -15,11 +15,12 @@ from torch.fx.passes.shape_prop import TensorMetadata
 
 from fxcompress.backends.agreement import GRID, OPERATOR, REFERENCE
 from fxcompress.backends.dynamic import DynamicLinear, DynamicRecurrent
+from fxcompress.backends.kernel_calls import KERNELS, Writer
 from fxcompress.backends.kernels import FLOAT_RESULT, LAYERS, QuantizedLayer, quantize_input
 from fxcompress.graph import edit, ops, qdq
 from fxcompress.graph.cost import macs
 from fxcompress.graph.recurrent import QuantizedRecurrent
-from fxcompress.graph.shapes import module_of, shape_of, tensor_meta
+from fxcompress.graph.shapes import module_of, tensor_meta
 
 __all__ = ["lower_to"]
 
@@ -27,7 +28,6 @@ Lower = Callable[[fx.GraphModule, Callable[[fx.Node, str], None]], None]
 
 _QUANTIZE, _DEQUANTIZE = qdq.quantize, qdq.dequantize
 _LATER = (qdq.dequantize, qdq.dequantize_per_channel, qdq.fake_quantize_dynamic)
-_q = torch.ops.quantized
 
 
 def lower_to(engine: Callable[[], str]) -> Lower:
@@ -52,18 +52,21 @@ def _install(module: nn.Module, name: str, layer: nn.Module) -> None:
     edit.ensure(module, prefix)._modules[leaf] = layer.train(module.training)
 
 
-class _Lowering:
-    """One walk over the old graph, writing the new one."""
+class _Lowering(Writer):
+    """One walk over the old graph, writing the new one.
+
+    ``floats``   old node → the new one that holds its value in float
+    ``layers``   the new layers by name
+    """
 
     def __init__(self, module: fx.GraphModule, engine: str) -> None:
-        self.module, self.engine = module, engine
-        self.graph = fx.Graph()
+        super().__init__(module)
+        self.engine = engine
         self.floats: dict[fx.Node, fx.Node] = {}
-        self.integers: dict[fx.Node, fx.Node] = {}
         self.layers: dict[str, nn.Module] = {}
-        self.readers = edit.readers(module)
 
     def visit(self, node: fx.Node) -> None:
+        """Write what one old node becomes."""
         if node.target is _QUANTIZE:
             self.integers[node] = self._quantize(node)
         elif node.op == "call_module" and isinstance(layer := module_of(node), QuantizedRecurrent):
@@ -144,24 +147,14 @@ class _Lowering:
         assert call is not None
         if call.kind in LAYERS:
             made = self._layer(call, scale, zero_point)
-        elif call.kind in _KERNELS:
-            made = _KERNELS[call.kind](self, call, scale, zero_point)
+        elif call.kind in KERNELS:
+            made = KERNELS[call.kind](self, call, scale, zero_point)
         else:
             made = self._keep_on_integers(node)
         made.meta |= {"integer": True, "macs": macs(node), "kind": call.kind}
         if "nn_module_stack" in node.meta:
             made.meta["nn_module_stack"] = node.meta["nn_module_stack"]
         return made
-
-    def operand(self, node: fx.Node) -> fx.Node:
-        """The quint8 value behind a dequantize."""
-        if node in self.integers:
-            return self.integers[node]
-        assert isinstance(node.args[0], fx.Node)
-        return self.integers[node.args[0]]
-
-    def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return self.graph.call_function(function, args, kwargs)
 
     def _keep_on_integers(self, node: fx.Node) -> fx.Node:
         """An operator that torch runs on quint8 tensors as it stands."""
@@ -282,101 +275,3 @@ def _geometry(call: ops.Call) -> dict[str, Any]:
         geometry[name] = [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))
     geometry["groups"] = call["groups"] or 1
     return geometry
-
-
-def _add(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
-    function = _q.add_relu.default if call["activation"] == "relu" else _q.add.default
-    return to.call(function, to.operand(call["input"]), to.operand(call["other"]), scale, zero_point)
-
-
-def _mul(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
-    return to.call(_q.mul.default, to.operand(call["input"]), to.operand(call["other"]), scale, zero_point)
-
-
-def _cat(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
-    return to.call(_q.cat.default, [to.operand(t) for t in call["tensors"]], call["dim"], scale, zero_point)
-
-
-def _unary(function: Any, *options: str) -> Callable[[_Lowering, ops.Call, Any, Any], fx.Node]:
-    def emit(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
-        return to.call(function, to.operand(call["input"]), *(call[o] for o in options), scale, zero_point)
-
-    return emit
-
-
-def _elu(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
-    return to.call(_q.elu.default, to.operand(call["input"]), scale, zero_point, call["alpha"])
-
-
-def _leaky_relu(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
-    return to.call(_q.leaky_relu.default, to.operand(call["input"]), call["negative_slope"], False, scale, zero_point)
-
-
-def _fixed(function: Any) -> Callable[[_Lowering, ops.Call, Any, Any], fx.Node]:
-    def emit(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
-        return to.call(function, to.operand(call["input"]))
-
-    return emit
-
-
-def _clamp(low: str | float | None, high: str | float | None) -> Callable[[_Lowering, ops.Call, Any, Any], fx.Node]:
-    def emit(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
-        bounds = [call[b] if isinstance(b, str) else b for b in (low, high)]
-        return to.call(torch.clamp, to.operand(call["input"]), *bounds)
-
-    return emit
-
-
-def _dropped(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
-    return to.call(torch.clone, to.operand(call["input"]))
-
-
-def _batch_norm(to: _Lowering, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
-    mean, variance = (edit.get_tensor(to.module, call[n].name) for n in ("running_mean", "running_var"))
-    affine = [edit.get_tensor(to.module, call[n].name) if call[n] is not None else None for n in ("weight", "bias")]
-    weight = affine[0] if affine[0] is not None else torch.ones_like(mean)
-    bias = affine[1] if affine[1] is not None else torch.zeros_like(mean)
-    dims = len(shape_of(call.inputs[0]) or ()) - 2
-    name = edit.add_module(to.module, call.node.name, QuantizedBatchNorm(weight, bias, mean, variance, call["eps"]))
-    layer = to.module.get_submodule(name)
-    assert isinstance(layer, QuantizedBatchNorm)
-    layer.dims, layer.scale, layer.zero_point = dims, scale, zero_point
-    return to.graph.call_module(name, (to.operand(call["input"]),))
-
-
-class QuantizedBatchNorm(nn.Module):
-    """Batch normalisation in eval mode on quint8 images or volumes."""
-
-    dims: int
-    scale: float
-    zero_point: int
-
-    def __init__(self, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float) -> None:
-        super().__init__()
-        for name, value in {"weight": weight, "bias": bias, "running_mean": mean, "running_var": variance}.items():
-            self.register_buffer(name, value.detach())
-        self.eps = eps
-
-    def forward(self, input: Tensor) -> Tensor:
-        kernel = _q.batch_norm2d if self.dims == 2 else _q.batch_norm3d
-        statistics = (self.weight, self.bias, self.running_mean, self.running_var)
-        return kernel(input, *statistics, self.eps, self.scale, self.zero_point)
-
-
-_KERNELS: dict[str, Callable[[_Lowering, ops.Call, Any, Any], fx.Node]] = {
-    "add": _add,
-    "mul": _mul,
-    "cat": _cat,
-    "batch_norm": _batch_norm,
-    "hardswish": _unary(_q.hardswish.default),
-    "leaky_relu": _leaky_relu,
-    "elu": _elu,
-    "hardsigmoid": _fixed(torch.nn.functional.hardsigmoid),
-    "sigmoid": _fixed(torch.sigmoid),
-    "tanh": _fixed(torch.tanh),
-    "relu": _fixed(torch.relu),
-    "relu6": _clamp(0.0, 6.0),
-    "hardtanh": _clamp("min_val", "max_val"),
-    "clamp": _clamp("min", "max"),
-    "dropout": _dropped,
-}

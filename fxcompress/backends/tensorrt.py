@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from fxcompress.backends import fbgemm
-from fxcompress.backends.base import Backend, Rule
+from fxcompress.backends.base import Backend, Rule, missing
 from fxcompress.backends.engine import Session, lower_to
-from fxcompress.backends.onnx_graph import missing
 from fxcompress.errors import BackendError
 from fxcompress.graph import edit
 from fxcompress.graph.ops import Attr, Call
