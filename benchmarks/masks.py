@@ -14,7 +14,7 @@ from benchmarks.run import Run
 from benchmarks.turns import in_turns, seconds, stopwatch
 from fxcompress.bench import models
 from fxcompress.pruning import MagnitudePruner
-from fxcompress.pruning.sites import PRUNABLE, sites
+from fxcompress.pruning.prunable import PRUNABLE, sites
 
 
 def torch_global(model: nn.Module) -> None:

@@ -71,6 +71,7 @@ def _component(name: str, options: Mapping[str, Any]) -> tuple[Pass, ...]:
 
 
 def steps_of(config: Mapping[str, Any], where: Where) -> tuple[Pass, ...]:
+    """The passes that the component of a configuration stands for; ConfigError at what is wrong."""
     for registry, compiled in _COMPILERS:
         if isinstance(config["type"], str) and config["type"] in registry:
             return tuple(compiled(config, where))
@@ -94,48 +95,53 @@ def _pruner_steps(config: Mapping[str, Any], where: Where) -> Iterable[Pass]:
     pruner = made(cls, own, where)
     training = finetuning(extra, where)
     scheduler = pruning_schedule(extra, own, where)
-    if isinstance(pruner, StructuredPruner):
-        yield from _channels(pruner, scheduler, training, where)
-        return
-    if isinstance(pruner, LayerPruner):
-        if scheduler is not None:
-            raise fault((*where, "scheduler"), "does not fit: layers go at once.")
-        yield from pruner.plan()
-        if training:
-            yield made_pass("train", training, where)
-        return
     if scheduler is None:
-        yield from pruner.plan()
-        if training:
-            yield made_pass("train", training, where)
+        yield from _at_once(pruner, training, where)
+    elif isinstance(pruner, StructuredPruner):
+        yield from _channels_by_and_by(pruner, scheduler, training, where)
+    elif isinstance(pruner, LayerPruner):
+        raise fault((*where, "scheduler"), "does not fit: layers go at once.")
     else:
-        if training.setdefault("epochs", scheduler.end_epoch + 1) <= scheduler.end_epoch:
-            late = f"reaches its sparsity at epoch {scheduler.end_epoch} (counted from 0)"
-            raise fault((*where, "scheduler"), f"{late}, and training has {training['epochs']} epochs.")
         mask = {key: value for key, value in own.items() if key != "sparsity"} | {"criterion": pruner.criterion}
-        schedule = {"type": type(scheduler).__name__, **extra["scheduler"]}
-        schedule.setdefault("target_sparsity", pruner.sparsity)
-        yield made_pass("train", {**training, "schedule": schedule, "mask": mask}, where)
-    yield made_pass("bake-masks", {}, where)
+        schedule = {"target_sparsity": pruner.sparsity, "type": type(scheduler).__name__, **extra["scheduler"]}
+        yield _masks_by_and_by(mask, schedule, scheduler, training, where)
+    if not isinstance(pruner, (StructuredPruner, LayerPruner)):
+        yield made_pass("bake-masks", {}, where)
+
+
+def _at_once(pruner: Any, training: dict[str, Any], where: Where) -> Iterable[Pass]:
+    """Everything that is to go, and then the training."""
+    yield from pruner.plan(recalibrate=_recalibrates(pruner)) if isinstance(pruner, StructuredPruner) else pruner.plan()
+    if training:
+        yield made_pass("train", training, where)
+
+
+def _recalibrates(pruner: StructuredPruner) -> bool:
+    return bool(pruner.options["policy"] == "compensate")
+
+
+def _masks_by_and_by(
+    mask: dict[str, Any], schedule: dict[str, Any], scheduler: PruningScheduler, training: dict[str, Any], where: Where
+) -> Pass:
+    """Training in which a schedule raises the share of weights that are masked."""
+    if training.setdefault("epochs", scheduler.end_epoch + 1) <= scheduler.end_epoch:
+        late = f"reaches its sparsity at epoch {scheduler.end_epoch} (counted from 0)"
+        raise fault((*where, "scheduler"), f"{late}, and training has {training['epochs']} epochs.")
+    return made_pass("train", {**training, "schedule": schedule, "mask": mask}, where)
 
 
 _MOST_EVENTS = 1000
+"""Times that a schedule may prune channels: each is a step of the plan."""
 
 
-def _channels(
-    pruner: StructuredPruner, scheduler: PruningScheduler | None, training: dict[str, Any], where: Where
+def _channels_by_and_by(
+    pruner: StructuredPruner, scheduler: PruningScheduler, training: dict[str, Any], where: Where
 ) -> Iterable[Pass]:
-    """Channels go at once, or at the epochs of a schedule with training between them.
+    """Channels go at the epochs of a schedule, with training between them.
 
     What a step takes is a share of what is left then. Until the last one, what remains is not rounded, so that small steps
     are not lost.
     """
-    recalibrate = pruner.options["policy"] == "compensate"
-    if scheduler is None:
-        yield from pruner.plan(recalibrate=recalibrate)
-        if training:
-            yield build_pass("train", training)
-        return
     last = max(int(training.get("epochs", 0)), scheduler.end_epoch + 1)
     if (scheduler.end_epoch - scheduler.start_epoch) / scheduler.frequency > _MOST_EVENTS or last > 100 * _MOST_EVENTS:
         raise fault((*where, "scheduler"), f"prunes channels more than {_MOST_EVENTS} times; raise its frequency.")
@@ -146,10 +152,8 @@ def _channels(
     for epoch, following in zip(events, [*events[1:], last], strict=True):
         share = 1 - (1 - scheduler.sparsity_at(epoch)) / (1 - before)
         before = scheduler.sparsity_at(epoch)
-        options: dict[str, Any] = {"sparsity": max(share, 0.0)}
-        if epoch != events[-1]:
-            options["round_to"] = 1
-        yield from pruner.plan(recalibrate=recalibrate, **options)
+        rounding: dict[str, Any] = {} if epoch == events[-1] else {"round_to": 1}
+        yield from pruner.plan(recalibrate=_recalibrates(pruner), sparsity=max(share, 0.0), **rounding)
         yield build_pass("train", {**training, "epochs": following - epoch})
 
 
@@ -169,6 +173,7 @@ def finetuning(extra: Mapping[str, Any], where: Where) -> dict[str, Any]:
 
 
 def pruning_schedule(extra: Mapping[str, Any], own: Mapping[str, Any], where: Where) -> Any:
+    """The schedule that a pruning stage asks for, up to the pruner's own sparsity; None where it asks for none."""
     if "scheduler" not in extra:
         return None
     place, config = (*where, "scheduler"), extra["scheduler"]

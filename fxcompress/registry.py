@@ -1,7 +1,9 @@
 """Registries: what a configuration may name. Each lives beside what it holds; users add their own with a decorator::
 
-@OPTIMIZERS.register("lion")
-class Lion(torch.optim.Optimizer): ...
+    @OPTIMIZERS.register("lion")
+    class Lion(torch.optim.Optimizer): ...
+
+A name that is not there is a ConfigError with the closest ones.
 """
 
 from __future__ import annotations

@@ -28,13 +28,34 @@ _CHOICES: dict[str, Mapping[str, Any]] = {
 
 def schema() -> dict[str, Any]:
     """The schema of a configuration file: ``compression``, ``model``, ``data``; other sections are the framework's own."""
+    single = [_reference(name) for registry in ORDER.values() for name in registry]
+    stages = _object({name: {"anyOf": [_reference(known) for known in registry]} for name, registry in ORDER.items()})
+    listed = {"type": "array", "minItems": 1, "items": {"anyOf": [*single, _reference("pass")]}}
+    pipeline = _object({"pipeline": {"anyOf": [listed, stages]}}, required=["pipeline"])
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "fxcompress configuration",
+        "type": "object",
+        "properties": {
+            "compression": {"anyOf": [*single, pipeline, stages]},
+            "model": _reference("model"),
+            "data": _reference("data"),
+            "validation": _reference("data"),
+        },
+        "required": ["compression"],
+        "$defs": _definitions(),
+    }
+
+
+def _definitions() -> dict[str, Any]:
+    """What the schema refers to by name: every component, and what they have in common."""
     training, models = _training(), {"teacher": _reference("model"), "student": _reference("model")}
     pruning = {
         "finetune_epochs": {"type": "integer", "minimum": 0, "description": "epochs of training after pruning"},
         "finetune": _reference("training"),
         "scheduler": {"anyOf": [_reference(name) for name in SCHEDULERS]},
     }
-    definitions = {
+    return {
         **{name: _component(name, cls, {}) for name, cls in SCHEDULERS.items()},
         **{
             name: _component(name, cls, training if getattr(cls, "trains", False) else {})
@@ -46,27 +67,6 @@ def schema() -> dict[str, Any]:
         "pass": {"anyOf": [{"enum": list(library.passes())}, {"type": "object", "minProperties": 1, "maxProperties": 1}]},
         "model": _named("a model", MODELS, {"pretrained": {"type": "string", "description": "a weights file"}}),
         "data": _named("data", DATASETS, {"batch_size": {"type": "integer", "minimum": 1}, "shuffle": {"type": "boolean"}}),
-    }
-    stages = {name: {"anyOf": [_reference(known) for known in registry]} for name, registry in ORDER.items() if registry}
-    listed = {
-        "type": "array",
-        "minItems": 1,
-        "items": {"anyOf": [*(_reference(name) for registry in ORDER.values() for name in registry), _reference("pass")]},
-    }
-    pipeline = _object({"pipeline": {"anyOf": [listed, _object(stages)]}}, required=["pipeline"])
-    single = [_reference(name) for registry in ORDER.values() for name in registry]
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "fxcompress configuration",
-        "type": "object",
-        "properties": {
-            "compression": {"anyOf": [*single, pipeline, _object(stages)]},
-            "model": _reference("model"),
-            "data": _reference("data"),
-            "validation": _reference("data"),
-        },
-        "required": ["compression"],
-        "$defs": definitions,
     }
 
 
@@ -89,19 +89,22 @@ def _named(what: str, registry: Mapping[str, Any], more: Mapping[str, Any]) -> d
 
 
 def _component(name: str, cls: Any, extras: Mapping[str, Any]) -> dict[str, Any]:
-    documented = _descriptions(cls)
-    properties: dict[str, Any] = {"type": {"const": name}}
-    required = ["type"]
-    for key, option in options_of(cls).items():
-        properties[key] = {**_choices(key, _resolved(option.checker.json_schema())), **documented.get(key, {})}
-        if option.required:
-            required.append(key)
-        elif isinstance(option.default, (bool, int, float, str)):
-            properties[key]["default"] = option.default
-    for key in sorted(extras):
-        properties.setdefault(key, extras[key])
-    made = _object(properties, required)
+    options = options_of(cls)
+    properties = {**{key: extras[key] for key in sorted(extras)}, **_properties(cls)}
+    own = {"type": {"const": name}, **{key: properties[key] for key in (*options, *sorted(set(extras) - set(options)))}}
+    made = _object(own, ["type", *(key for key, option in options.items() if option.required)])
     return {"description": (inspect.getdoc(cls) or name).splitlines()[0], **made}
+
+
+def _properties(cls: Any) -> dict[str, Any]:
+    """Every option of a class: its type, its default, and what the docstring says about it."""
+    documented = _descriptions(cls)
+    found: dict[str, Any] = {}
+    for key, option in options_of(cls).items():
+        found[key] = {**_choices(key, _resolved(option.checker.json_schema())), **documented.get(key, {})}
+        if isinstance(option.default, (bool, int, float, str)):
+            found[key]["default"] = option.default
+    return found
 
 
 def _resolved(found: dict[str, Any]) -> dict[str, Any]:
@@ -124,13 +127,6 @@ def _descriptions(cls: type) -> dict[str, dict[str, str]]:
 
 
 def _training() -> dict[str, Any]:
-    documented = _descriptions(Train)
-    options = options_of(Train)
-    made = {}
-    for name in sorted(TRAINING):
-        option = options[name]
-        made[name] = {**_choices(name, _resolved(option.checker.json_schema())), **documented.get(name, {})}
-        if isinstance(option.default, (bool, int, float, str)):
-            made[name]["default"] = option.default
-    made["scheduler"] = {**made["scheduler"], "examples": list(LR_SCHEDULES)}
-    return made
+    properties = _properties(Train)
+    made = {name: properties[name] for name in sorted(TRAINING)}
+    return {**made, "scheduler": {**made["scheduler"], "examples": list(LR_SCHEDULES)}}

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import fx
 
 from fxcompress.pass_base import EXACT, Context, Pass, Promise
-from fxcompress.pruning.sites import bake_masks
+from fxcompress.pruning.prunable import bake_masks
 
 __all__ = ["BakeMasks"]
 

@@ -11,7 +11,7 @@ from fxcompress.graph.select import Layer, Selection
 from fxcompress.options import Fraction, Seed
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.pruning.magnitude_pruner import mask_weights
-from fxcompress.pruning.sites import sites
+from fxcompress.pruning.prunable import sites
 
 __all__ = ["MaskWeights"]
 

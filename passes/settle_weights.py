@@ -11,7 +11,8 @@ from fxcompress.graph.meta_run import propagate
 from fxcompress.graph.projections import spell_projections
 from fxcompress.graph.settling import fold_computed, settle
 from fxcompress.pass_base import Context, Pass, Promise, close
-from fxcompress.pruning.sites import Mask, bake_masks
+from fxcompress.pruning.prunable import bake_masks
+from fxcompress.pruning.sites import Mask
 
 __all__ = ["SettleWeights"]
 

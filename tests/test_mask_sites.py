@@ -18,7 +18,7 @@ from fxcompress import PassManager, load, save, trace
 from fxcompress.errors import ConfigError
 from fxcompress.pruning import MagnitudePruner, RandomPruner
 from fxcompress.pruning.masks import smallest
-from fxcompress.pruning.sites import sites
+from fxcompress.pruning.prunable import sites
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
 

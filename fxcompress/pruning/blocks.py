@@ -14,7 +14,7 @@ from fxcompress.graph import edit, ops
 from fxcompress.graph.inplace import drop_dead, is_impure
 from fxcompress.graph.shapes import dtype_of, module_of, shape_of
 
-__all__ = ["Block", "cut", "find_blocks", "find_layers"]
+__all__ = ["Block", "Skip", "cut", "find_blocks", "find_layers"]
 
 WEIGHTED = ("contraction", "attention", "recurrent")
 """Families of operators that make a part worth leaving out."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from fxcompress.graph.recorder import Recorder
 from fxcompress.graph.select import Selection
 from fxcompress.pass_base import Context
 from fxcompress.pruning import criteria
-from fxcompress.pruning.blocks import Block, find_blocks, find_layers
+from fxcompress.pruning.blocks import Block, Skip, find_blocks, find_layers
 from fxcompress.pruning.gradients import gradients
 
 __all__ = ["Parts", "candidates", "importance", "least"]
@@ -24,30 +24,35 @@ __all__ = ["Parts", "candidates", "importance", "least"]
 Parts = dict[str, tuple[str, Block]]
 """Name → the region a part is in, and the part."""
 
+Find = Callable[[fx.GraphModule, Skip], list[Block]]
+
 
 def candidates(model: fx.GraphModule, units: str, selection: Selection, context: Context) -> Parts:
     """The chosen parts that can go. Raises ConfigError with the reasons where there are none."""
-    reasons: dict[str, str] = {}
-    found: Parts = {}
+    before = len(context.remarks)
     for kind, find in (("blocks", find_blocks), ("layers", find_layers)):
-        if units not in (kind, "auto") or found:
-            continue
-        for region, graph in regions(model).items():
-            with context.in_region(region):
-                before = len(context.remarks)
-                for block in find(graph, context.skip):
-                    name = f"{region}.{block.name}" if region else block.name
-                    if name in selection:
-                        found[name] = (region, block)
-                    else:
-                        context.skip(block.name, "it is not chosen")
-                reasons |= {remark.node: remark.reason for remark in context.remarks[before:]}
-    if not found:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:6])
-        raise ConfigError(
-            f"no {'part' if units == 'auto' else units[:-1]} of the model can be left out"
-            + (f" ({listed}{'; …' if len(reasons) > 6 else ''})." if listed else ": it has no weighted layers.")
-        )
+        found = _chosen(model, find, selection, context) if units in (kind, "auto") else {}
+        if found:
+            return found
+    said = {remark.node: remark.reason for remark in context.remarks[before:]}
+    reasons = [f"{name}: {reason}" for name, reason in said.items()]
+    listed = (
+        f" ({'; '.join(reasons[:6])}{'; …' if len(reasons) > 6 else ''})." if reasons else ": it has no weighted layers."
+    )
+    raise ConfigError(f"no {'part' if units == 'auto' else units[:-1]} of the model can be left out{listed}")
+
+
+def _chosen(model: fx.GraphModule, find: Find, selection: Selection, context: Context) -> Parts:
+    """The parts that ``find`` sees in every region, those that are not chosen left alone."""
+    found: Parts = {}
+    for region, graph in regions(model).items():
+        with context.in_region(region):
+            for block in find(graph, context.skip):
+                name = f"{region}.{block.name}" if region else block.name
+                if name in selection:
+                    found[name] = (region, block)
+                else:
+                    context.skip(block.name, "it is not chosen")
     return found
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from fxcompress.graph.channels import Channels
 from fxcompress.graph.channels.cut import cut
 from fxcompress.graph.inputs import Arguments
+from fxcompress.timing import interleaved
 
 __all__ = ["latency"]
 
@@ -25,13 +23,4 @@ def latency(channels: Channels, removed: np.ndarray, call: Arguments) -> float:
     cut(replace(channels, walk=channels.walk.on(module)), removed)
     module.recompile()
     module.eval()
-    seconds = []
-    with torch.no_grad():
-        call(module)
-        for _ in range(REPEATS):
-            started = time.perf_counter()
-            call(module)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    return interleaved({"pruned": lambda: call(module)}, runs=REPEATS, warmup=1)["pruned"].median

@@ -22,7 +22,8 @@ from fxcompress.manager import PassManager
 from fxcompress.options import Seed
 from fxcompress.plan import Plan
 from fxcompress.pruning.masks import CRITERIA, check_sparsity, n_of_m, score, smallest
-from fxcompress.pruning.sites import PRUNABLE, Site, Skip, bake_masks, sites
+from fxcompress.pruning.prunable import PRUNABLE, Skip, bake_masks, sites
+from fxcompress.pruning.sites import Site
 
 __all__ = ["L1UnstructuredPruner", "MagnitudePruner", "RandomPruner", "indivisible", "mask_weights"]
 

@@ -13,11 +13,11 @@ from fxcompress.errors import ConfigError
 from fxcompress.graph.channels.kept import mask_from_data, select
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.island import regions
-from fxcompress.graph.shapes import tensor_meta
+from fxcompress.graph.shapes import example_of
 from fxcompress.graph.trace import is_traced
 from fxcompress.manager import PassManager
 
-__all__ = ["apply_recipe", "carry_optimizer", "get_recipe", "inputs_of"]
+__all__ = ["apply_recipe", "carry_optimizer", "get_recipe"]
 
 FORMAT = 1
 
@@ -31,7 +31,7 @@ def get_recipe(model: nn.Module) -> dict[str, Any]:
     if not is_traced(model) or not any(region.meta.get("pruning") for region in regions(model).values()):
         raise ConfigError("no channels were pruned from this model, so there is no recipe.")
     assert isinstance(model, fx.GraphModule)
-    inputs = inputs_of(model)
+    inputs = example_of(model)
     shapes = None if inputs is None else [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in inputs.args]
     done = {name: region.meta["pruning"] for name, region in regions(model).items() if region.meta.get("pruning")}
     return {"format": FORMAT, "inputs": shapes, "regions": done}
@@ -90,14 +90,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def inputs_of(model: fx.GraphModule) -> Arguments | None:
-    """Zeros of the shapes that a traced model was traced with; None where it does not tell."""
-    metas = [tensor_meta(n) for n in model.graph.nodes if n.op == "placeholder" and not n.args]
-    if not metas or any(meta is None for meta in metas):
-        return None
-    return Arguments(tuple(torch.zeros(meta.shape, dtype=meta.dtype) for meta in metas if meta is not None), {})
 
 
 def carry_optimizer(optimizer: Optimizer, before: nn.Module, after: nn.Module) -> Optimizer:

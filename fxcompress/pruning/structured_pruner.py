@@ -13,6 +13,7 @@ from fxcompress.errors import ConfigError
 from fxcompress.graph.channels import ChannelGroup, Channels
 from fxcompress.graph.inputs import arguments
 from fxcompress.graph.select import Layer, listed, resolved_step
+from fxcompress.graph.shapes import example_of
 from fxcompress.graph.trace import is_traced, region_inputs
 from fxcompress.graph.tree import check_module
 from fxcompress.ledger import Ledger
@@ -23,7 +24,6 @@ from fxcompress.plan import Plan
 from fxcompress.pruning.finetuning import finetune
 from fxcompress.pruning.layer_pruner import LayerPruner
 from fxcompress.pruning.pruning_plan import GroupPlan, PruningPlan
-from fxcompress.pruning.recipe import inputs_of
 from fxcompress.training import History
 
 __all__ = ["ChannelPruner", "FilterPruner", "LayerPruner", "StructuredPruner"]
@@ -174,7 +174,7 @@ class StructuredPruner:
         given = self.example_inputs if example_inputs is None else example_inputs
         if given is None and is_traced(model):
             assert isinstance(model, fx.GraphModule)
-            return inputs_of(model)
+            return example_of(model)
         return given
 
     def _analysed(

@@ -19,7 +19,7 @@ from fxcompress.manager import PassManager
 from fxcompress.options import only
 from fxcompress.plan import Plan
 from fxcompress.pruning.magnitude_pruner import MagnitudePruner, indivisible
-from fxcompress.pruning.sites import sites
+from fxcompress.pruning.prunable import sites
 from fxcompress.pruning.structured_pruner import StructuredPruner
 
 __all__ = ["Channels", "Masks", "Trials", "check_options", "trials"]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from fxcompress.data import batches
@@ -26,111 +25,13 @@ from fxcompress.plan import Plan
 from fxcompress.quantization.quantizer import in_eval_mode
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
-__all__ = ["ActivationRow", "Comparison", "WeightRow", "compare_activations", "compare_weights"]
+from fxcompress.quantization.comparison import ActivationRow, Comparison, Sums, WeightRow
+
+__all__ = ["compare_activations", "compare_weights"]
 
 _USUAL = ("fold-batchnorm", "fuse-activations")
-
-
-@dataclass(frozen=True)
-class WeightRow:
-    """One layer's weight, int8 against float."""
-
-    name: str
-    snr_db: float
-    max_error: float
-    cosine: float
-
-
-@dataclass(frozen=True)
-class ActivationRow:
-    """One layer's result, as its readers see it, over all data.
-
-    ``snr_db``        of the quantized model against the float one: the layer's own error and all before it
-    ``local_snr_db``  with the float model's values as its inputs: the layer's own error alone
-    ``range_use``     share of the quantization range that the float values span; NaN where it has none
-    ``clip_rate``     share of float values outside the range
-    """
-
-    name: str
-    kind: str
-    snr_db: float
-    max_error: float
-    cosine: float
-    local_snr_db: float
-    range_use: float
-    clip_rate: float
-
-
-R = TypeVar("R", WeightRow, ActivationRow)
-
-
-class Comparison(list[R], Generic[R]):
-    """A row per layer, worst first; prints as a table."""
-
-    def __str__(self) -> str:
-        if not self:
-            return "no layer is in both models"
-        return tabulate([astuple(row) for row in self], [f.name for f in fields(self[0])], floatfmt=".4g")
-
-    def plot(self, path: str | None = None) -> Figure:
-        """A bar per layer, in dB: the whole error, and the layer's own where it is known. Written to ``path`` if given."""
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ConfigError("plot() needs matplotlib: pip install 'fxcompress[plot]'.") from error
-        figure = Figure(figsize=(8, 1 + 0.3 * len(self)), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        places = range(len(self))
-        local = [getattr(row, "local_snr_db", math.nan) for row in self]
-        axes.barh([p - 0.2 for p in places], [_drawn(row.snr_db) for row in self], 0.4, label="whole error")
-        if any(map(math.isfinite, local)):
-            axes.barh([p + 0.2 for p in places], [_drawn(value) for value in local], 0.4, label="the layer's own")
-        axes.set_yticks(list(places), [row.name for row in self])
-        axes.invert_yaxis()
-        axes.set_xlabel("signal to noise, dB")
-        axes.legend()
-        if path is not None:
-            figure.savefig(path)
-        return figure
-
-
-def _drawn(decibels: float) -> float:
-    return decibels if math.isfinite(decibels) else 0.0
-
-
-@dataclass
-class _Sums:
-    """Running sums over pairs of tensors, in float64."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-    dot: float = 0.0
-    other: float = 0.0
-    largest: float = 0.0
-
-    def add(self, reference: Tensor, found: Tensor) -> None:
-        a, b = reference.detach().to(torch.float64), found.detach().to(torch.float64)
-        gap = a - b
-        self.signal += float(a.square().sum())
-        self.noise += float(gap.square().sum())
-        self.dot += float((a * b).sum())
-        self.other += float(b.square().sum())
-        self.largest = max(self.largest, float(gap.abs().max()) if gap.numel() else 0.0)
-
-    @property
-    def snr_db(self) -> float:
-        if not self.noise:
-            return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
-
-    @property
-    def cosine(self) -> float:
-        length = math.sqrt(self.signal) * math.sqrt(self.other)
-        return self.dot / length if length else float(self.signal == self.other)
 
 
 def compare_weights(fp_model: nn.Module, quant_model: nn.Module, example_inputs: Any = None) -> Comparison[WeightRow]:
@@ -147,7 +48,7 @@ def compare_weights(fp_model: nn.Module, quant_model: nn.Module, example_inputs:
     portable = _portable(quant_model)
     for name, value in list(_int8_weights(portable)) or list(_wide_weights(portable)):
         if name in exact and exact[name].shape == value.shape:
-            sums = _Sums()
+            sums = Sums()
             sums.add(exact[name], value)
             rows.append(WeightRow(_layer_of(name), sums.snr_db, sums.largest, sums.cosine))
     if not rows:
@@ -322,8 +223,8 @@ class _Watched:
 
     name: str
     kind: str
-    whole: _Sums = field(default_factory=_Sums)
-    local: _Sums = field(default_factory=_Sums)
+    whole: Sums = field(default_factory=Sums)
+    local: Sums = field(default_factory=Sums)
     low: float = math.inf
     high: float = -math.inf
     bounds: tuple[float, float] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,43 +16,44 @@ from fxcompress.graph.recorder import Recorder, placeholder_values
 __all__ = ["channel_maxima", "errors_between", "part_between"]
 
 
-class _Watching(Recorder):
-    """Runs a graph and hands the values of some nodes to whoever asked."""
+Hear = Callable[[fx.Node, Tensor], None]
 
-    def __init__(self, module: fx.GraphModule, watchers: Mapping[fx.Node, Callable[[Tensor], None]]) -> None:
+
+class _Watching(Recorder):
+    """Runs a graph and tells what some of its nodes give."""
+
+    def __init__(self, module: fx.GraphModule, watched: Container[fx.Node], hear: Hear) -> None:
         super().__init__(module)
-        self.watchers = watchers
+        self.watched, self.hear = watched, hear
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n in self.watchers:
-            self.watchers[n](value)
+        if n in self.watched:
+            self.hear(n, value)
         return value
 
 
-def _watch(module: fx.GraphModule, calls: Sequence[Arguments], watchers: Mapping[fx.Node, Callable[[Tensor], None]]) -> None:
+def _watch(module: fx.GraphModule, calls: Sequence[Arguments], watched: Container[fx.Node], hear: Hear) -> None:
     with torch.no_grad():
         for call in calls:
-            _Watching(module, watchers).run(*placeholder_values(module, call), enable_io_processing=False)
+            _Watching(module, watched, hear).run(*placeholder_values(module, call), enable_io_processing=False)
 
 
 def channel_maxima(
     module: fx.GraphModule, calls: Sequence[Arguments], channels: Mapping[fx.Node, tuple[int, int]]
 ) -> dict[fx.Node, Tensor]:
-    """The largest value of every channel; ``channels`` says along which axis they lie and how many there are.
+    """The largest value of every channel, float64; ``channels``: along which axis they lie, and how many there are.
 
     Behind a flatten, where several values in a row are one channel, they are taken together.
     """
     found: dict[fx.Node, Tensor] = {}
 
-    def keep(node: fx.Node, axis: int, count: int) -> Callable[[Tensor], None]:
-        def seen(value: Tensor) -> None:
-            largest = value.movedim(axis, 0).reshape(count, -1).amax(1).to(torch.float64)
-            found[node] = torch.maximum(found[node], largest) if node in found else largest
+    def keep(node: fx.Node, value: Tensor) -> None:
+        axis, count = channels[node]
+        largest = value.movedim(axis, 0).reshape(count, -1).amax(1).to(torch.float64)
+        found[node] = torch.maximum(found[node], largest) if node in found else largest
 
-        return seen
-
-    _watch(module, calls, {node: keep(node, axis, count) for node, (axis, count) in channels.items()})
+    _watch(module, calls, channels, keep)
     return found
 
 
@@ -77,33 +78,16 @@ def errors_between(
     """
     sums = [[0.0] * len(candidates) for _ in ends]
     parts = [[part_between(candidate, start.name, end.name) for candidate in candidates] for start, end in ends]
+    starts = {start for start, _ in ends}
     held: dict[fx.Node, Tensor] = {}
-    watchers: dict[fx.Node, list[Callable[[Tensor], None]]] = {}
 
-    def hold(node: fx.Node) -> Callable[[Tensor], None]:
-        def seen(value: Tensor) -> None:
-            held[node] = value
+    def compare(node: fx.Node, exact: Tensor) -> None:
+        if node in starts:
+            held[node] = exact
+        for place, (start, end) in enumerate(ends):
+            for number, part in enumerate(parts[place] if end is node else ()):
+                gap = part(held[start]).to(torch.float64) - exact.to(torch.float64)
+                sums[place][number] += float(gap.square().sum())
 
-        return seen
-
-    def compare(place: int) -> Callable[[Tensor], None]:
-        def seen(exact: Tensor) -> None:
-            given = held[ends[place][0]]
-            for number, part in enumerate(parts[place]):
-                sums[place][number] += float((part(given).to(torch.float64) - exact.to(torch.float64)).square().sum())
-
-        return seen
-
-    for place, (start, end) in enumerate(ends):
-        watchers.setdefault(end, []).append(compare(place))
-        watchers.setdefault(start, []).insert(0, hold(start))
-    _watch(module, calls, {node: _each(heard) for node, heard in watchers.items()})
+    _watch(module, calls, {node for pair in ends for node in pair}, compare)
     return sums
-
-
-def _each(heard: Sequence[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:
-    def seen(value: Tensor) -> None:
-        for watcher in heard:
-            watcher(value)
-
-    return seen

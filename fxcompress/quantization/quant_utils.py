@@ -22,7 +22,8 @@ from fxcompress.graph.trace import trace
 from fxcompress.graph.tree import check_module, device_of, evaluating
 from fxcompress.manager import PassManager
 from fxcompress.quantization import grid as grids
-from fxcompress.quantization.compare import ActivationRow, Comparison, WeightRow, compare_activations, compare_weights
+from fxcompress.quantization.compare import compare_activations, compare_weights
+from fxcompress.quantization.comparison import ActivationRow, Comparison, WeightRow
 from fxcompress.quantization.quantizer import in_eval_mode
 from fxcompress.timing import Timing, interleaved
 
