@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.pruning import StructuredPruner
 
-__all__ = ["Case", "Hostile", "check", "error", "image", "lived_in", "net", "prune", "remarks", "silenced"]
+__all__ = ["Case", "Hostile", "c3", "check", "error", "image", "lived_in", "net", "prune", "remarks", "silenced"]
 __all__ += ["LeaveOutTheSilent", "shapes", "tokens"]
 
 Shapes = Mapping[str, tuple[int, ...]]

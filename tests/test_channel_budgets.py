@@ -11,13 +11,9 @@ from torch import nn
 
 from fxcompress.errors import ConfigError, FxCompressError
 from fxcompress.pruning import AGPScheduler, CubicScheduler, IterativeScheduler, StructuredPruner
-from tests.channel_cases import error, image, lived_in, net, prune, remarks, shapes
+from tests.channel_cases import c3, error, image, lived_in, net, prune, remarks, shapes
 
 X = (image(),)
-
-
-def c3(inputs: int, outputs: int, **options: Any) -> Any:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
 
 
 def network(*widths: int) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 
 from fxcompress.errors import ConfigError, FxCompressError, PassError
 from fxcompress.pruning import StructuredPruner
-from tests.channel_cases import error, image, lived_in, net, prune, remarks, shapes, silenced
+from tests.channel_cases import c3, error, image, lived_in, net, prune, remarks, shapes, silenced
 
 TESTS = Path(__file__).parent
 
@@ -85,10 +85,6 @@ def test_every_corner_case_has_tests_that_exist() -> None:
 
 
 X = (image(),)
-
-
-def c3(inputs: int, outputs: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
 def network() -> Any:

@@ -15,17 +15,13 @@ from torch import Tensor, nn
 from fxcompress import PassManager, load, save, trace
 from fxcompress.errors import FxCompressError, PassError
 from fxcompress.pruning import PruningPlan, StructuredPruner
-from tests.channel_cases import error, image, lived_in, net, prune, remarks, shapes, silenced
+from tests.channel_cases import c3, error, image, lived_in, net, prune, remarks, shapes, silenced
 
 X = (image(),)
 
 
 TORCH_WARNS_ITSELF = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
 """torch 2.13 calls what it deprecates when it exports."""
-
-
-def c3(inputs: int, outputs: int, **options: Any) -> Any:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
 
 
 def network() -> Any:

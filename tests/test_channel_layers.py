@@ -11,13 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxcompress.errors import TraceError
-from tests.channel_cases import Case, check, error, image, lived_in, net, prune, remarks, silenced, tokens
+from tests.channel_cases import Case, c3, check, error, image, lived_in, net, prune, remarks, silenced, tokens
 
 conv, linear = nn.Conv2d, nn.Linear
-
-
-def c3(inputs: int, outputs: int, **options: Any) -> Any:
-    return conv(inputs, outputs, 3, padding=1, **options)
 
 
 def row(*layers: Any) -> Callable[[], Any]:

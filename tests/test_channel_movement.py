@@ -12,13 +12,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils import prune as torch_prune
 
-from tests.channel_cases import Case, check, image, net, tokens
+from tests.channel_cases import Case, c3, check, image, net, tokens
 
 conv, linear = nn.Conv2d, nn.Linear
-
-
-def c3(inputs: int, outputs: int, **options: Any) -> Any:
-    return conv(inputs, outputs, 3, padding=1, **options)
 
 
 def between(change: Callable[[Any, Tensor], Any], after: int, width: int = 8, **parts: Any) -> Callable[[], Any]:

@@ -11,13 +11,9 @@ from torch.nn import functional as F
 
 from fxcompress import PassManager, trace
 from fxcompress.graph.channels import analyse
-from tests.channel_cases import Case, check, image, lived_in, net, prune, tokens
+from tests.channel_cases import Case, c3, check, image, lived_in, net, prune, tokens
 
 conv, linear = nn.Conv2d, nn.Linear
-
-
-def c3(inputs: int, outputs: int, **options: Any) -> Any:
-    return conv(inputs, outputs, 3, padding=1, **options)
 
 
 def features(x: Tensor) -> Tensor:
