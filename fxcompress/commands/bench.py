@@ -10,8 +10,9 @@ from tabulate import tabulate
 
 from fxcompress.bench import presets
 from fxcompress.bench.measure import COLUMNS, measure, shown
+from fxcompress.commands.arguments import reported
 from fxcompress.commands.command import Command
-from fxcompress.commands.given import page_of, print_json, reported
+from fxcompress.commands.given import page_of, print_json
 from fxcompress.commands.values import positive, seconds, seed, text, whole
 from fxcompress.html import write
 from fxcompress.report import bench_page

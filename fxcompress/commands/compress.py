@@ -9,8 +9,9 @@ from typing import Any
 from torch import fx, nn
 
 from fxcompress import artifact
+from fxcompress.commands.arguments import configured, reported
 from fxcompress.commands.command import Command
-from fxcompress.commands.given import configured, data_of, example, page_of, pipeline_of, print_json, reported
+from fxcompress.commands.given import data_of, example, page_of, pipeline_of, print_json
 from fxcompress.commands.values import device, seed, text
 from fxcompress.distributed import is_main
 from fxcompress.errors import ConfigError

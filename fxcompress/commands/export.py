@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from fxcompress.commands.arguments import saved, shaped
 from fxcompress.commands.command import Command
-from fxcompress.commands.given import example, print_json, saved, saved_model, shaped
+from fxcompress.commands.given import example, print_json, saved_model
 from fxcompress.commands.values import text
 from fxcompress.errors import ConfigError
 from fxcompress.export import export_onnx, export_tensorrt

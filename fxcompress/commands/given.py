@@ -1,4 +1,4 @@
-"""What the arguments of a command name: models, data, inputs, places to write to; and the arguments themselves."""
+"""What the arguments of a command name: models, data, inputs, places to write to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import fx, nn
 
 from fxcompress import artifact
 from fxcompress.builder import build_compression_pipeline
-from fxcompress.commands.values import positive, text
 from fxcompress.config import Config, read_config
 from fxcompress.errors import ConfigError, PlanError, brief
 from fxcompress.files import target_file
@@ -25,52 +24,7 @@ from fxcompress.pipeline import CompressionPipeline
 from fxcompress.weights import load_weights
 from fxcompress.yaml_text import read_yaml
 
-__all__ = [
-    "configured",
-    "data_of",
-    "example",
-    "inline",
-    "model_of",
-    "modelled",
-    "page_of",
-    "pipeline_of",
-    "print_json",
-    "reported",
-    "saved",
-    "saved_model",
-    "shaped",
-]
-
-# arguments that several commands take
-
-
-def configured(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=text, help="a YAML file with a 'compression' section")
-    modelled(parser)
-    parser.add_argument("--data", type=text, help="a data set's name, or a mapping ({type: digits, batch_size: 64})")
-    shaped(parser)
-
-
-def modelled(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    about = "a name, a mapping ({type: ResNet, depth: 18}), or a saved model's folder"
-    parser.add_argument("--model", type=text, required=required, help=about)
-    parser.add_argument("--weights", type=text, metavar="FILE", help="weights for the model")
-
-
-def shaped(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", type=positive, nargs="+", metavar="N", help="of an example input, batch first")
-
-
-def reported(parser: argparse.ArgumentParser) -> None:
-    about = "write one self-contained HTML page that shows all of it"
-    parser.add_argument("--report", type=text, metavar="PAGE.html", help=about)
-
-
-def saved(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=text, help="the folder of a saved model")
-
-
-# what they name
+__all__ = ["data_of", "example", "inline", "model_of", "page_of", "pipeline_of", "print_json", "saved_model"]
 
 
 def page_of(options: argparse.Namespace) -> Path | None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from fxcompress.commands.arguments import reported, saved
 from fxcompress.commands.command import Command
-from fxcompress.commands.given import page_of, print_json, reported, saved, saved_model
+from fxcompress.commands.given import page_of, print_json, saved_model
 from fxcompress.graph.cost import cost, node_costs
 from fxcompress.graph.coverage import coverage
 from fxcompress.report import write_report

@@ -7,8 +7,9 @@ import argparse
 from tabulate import tabulate
 
 from fxcompress import explain
+from fxcompress.commands.arguments import configured
 from fxcompress.commands.command import Command
-from fxcompress.commands.given import configured, data_of, example, pipeline_of, print_json
+from fxcompress.commands.given import data_of, example, pipeline_of, print_json
 
 __all__ = ["PLAN"]
 

@@ -6,8 +6,9 @@ import argparse
 
 from tabulate import tabulate
 
+from fxcompress.commands.arguments import modelled
 from fxcompress.commands.command import Command
-from fxcompress.commands.given import inline, model_of, modelled, print_json
+from fxcompress.commands.given import inline, model_of, print_json
 from fxcompress.commands.values import number, text, whole
 from fxcompress.distributed import is_main
 from fxcompress.files import target_file
