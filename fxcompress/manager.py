@@ -114,19 +114,25 @@ class PassManager:
         for watcher in watchers:
             watcher.begin(run)
         check_trace(run, model, call)
-        if stages.done:
-            self._take_up(run, stages, watchers)
-        for number, step in list(enumerate(self.plan, 1))[stages.done :]:
-            context.folder = stages.scratch(number)
-            self._step(run, number, watchers, model, call)
-            if step.costly:
-                stages.keep(number, run.model, self.ledger)
+        self._steps(run, stages, watchers, model, call)
         own(run.model, model)
         for watcher in watchers:
             watcher.end(run)
         entry = {"plan": str(self.plan), "ledger": self.ledger.as_data()}
         run.model.meta["history"] = [*run.model.meta.get("history", []), entry]
         return run.model
+
+    def _steps(
+        self, run: Run, stages: Stages, watchers: Sequence[Observer], model: nn.Module, call: Arguments | None
+    ) -> None:
+        """Every step that no earlier run has taken."""
+        if stages.done:
+            self._take_up(run, stages, watchers)
+        for number, step in list(enumerate(self.plan, 1))[stages.done :]:
+            run.context.folder = stages.scratch(number)
+            self._step(run, number, watchers, model, call)
+            if step.costly:
+                stages.keep(number, run.model, self.ledger)
 
     def _take_up(self, run: Run, stages: Stages, watchers: Sequence[Observer]) -> None:
         """Go on from what an interrupted run had kept."""

@@ -85,12 +85,9 @@ def stages_of(section: Mapping[str, Any], where: Where) -> list[tuple[Any, Where
     if named:
         return _ordered(section, where)
     if "pipeline" not in section:
-        known = dict.fromkeys(("type", "pipeline", *ORDER))
-        raise (
-            unknown(next(iter(section)), known, where)
-            if section
-            else fault(where, "is empty; it needs a 'type' or 'pipeline'.")
-        )
+        if not section:
+            raise fault(where, "is empty; it needs a 'type' or 'pipeline'.")
+        raise unknown(next(iter(section)), dict.fromkeys(("type", "pipeline", *ORDER)), where)
     only(section, {"pipeline"}, where)
     pipeline, place = section["pipeline"], (*where, "pipeline")
     if isinstance(pipeline, Mapping):

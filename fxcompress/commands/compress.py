@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,9 @@ def run(options: argparse.Namespace) -> int:
     _check_data(pipeline, data)
     assert pipeline.model is not None
     before = {} if validation is None else evaluate(pipeline.model, validation)
-    model = pipeline.run(
-        None,
-        data,
-        call,
-        keep=options.keep,
-        resume=options.resume,
-        validation=validation,
-        seed=options.seed,
-        device=options.device,
-        progress=False if options.json else None,
-    )
+    progress = False if options.json else None
+    how = {name: getattr(options, name) for name in ("keep", "resume", "seed", "device")}
+    model = pipeline.run(None, data, call, validation=validation, progress=progress, **how)
     found = _found(model, before, validation)
     if not is_main():
         return 0
@@ -80,9 +73,7 @@ def run(options: argparse.Namespace) -> int:
         print_json({"output": str(target), **found, "ledger": pipeline.ledger.as_data()})
     else:
         print(pipeline.ledger)
-        print(f"\nsaved: {target} ({found['bytes'] / 1e6:.2f} MB)")
-        for name, (before, after) in found.get("metrics", {}).items():
-            print(f"{name}: {before:.4g} before, {after:.4g} after")
+        print(_summary(target, found))
     return 0
 
 
@@ -124,6 +115,12 @@ def _found(model: fx.GraphModule, before: dict[str, float], validation: Any) -> 
     if validation is not None:
         found["metrics"] = {name: [before[name], value] for name, value in evaluate(model, validation).items()}
     return found
+
+
+def _summary(target: Path, found: Mapping[str, Any]) -> str:
+    lines = [f"\nsaved: {target} ({found['bytes'] / 1e6:.2f} MB)"]
+    lines += [f"{name}: {was:.4g} before, {now:.4g} after" for name, (was, now) in found.get("metrics", {}).items()]
+    return "\n".join(lines)
 
 
 COMPRESS = Command(
