@@ -201,26 +201,25 @@ class _Insertion:
         self.module.meta["quantization"] = self.twin.settings
 
     def _activation(self, quantize: fx.Node) -> None:
-        source, number = quantize.args[:2]
-        assert isinstance(source, fx.Node)
+        source, number, *_ = qdq.read(quantize)  # the twin's scale is the number of an observer
         readers = [self.nodes[user.name] for value in quantize.users for user in value.users if user.name in self.nodes]
-        is_origin = number in self.twin.observers and self.twin.observers[number][0] == source.name  # type: ignore[index]
+        is_origin = number in self.twin.observers and self.twin.observers[number][0] == source.name
         if number in self.twin.observers and not is_origin and _keeps_values(source):
             return
         value = self.tails[source.name]
         if number not in self.placed or number not in self.twin.observers:
             fake = self._range(number, quantize)
-            self.placed[number] = edit.add_module(self.module, f"fake_quant.{source.name}", fake)  # type: ignore[index]
+            self.placed[number] = edit.add_module(self.module, f"fake_quant.{source.name}", fake)
         more = {} if is_origin or number not in self.twin.observers else {"average": True}
-        made = edit.insert_after(value, self.placed[number], (value,), **more)  # type: ignore[index]
+        made = edit.insert_after(value, self.placed[number], (value,), **more)
         made.meta |= {"observer": True, "tensor_meta": value.meta.get("tensor_meta")}
         for reader in readers:
             reader.replace_input_with(value, made)
 
     def _range(self, number: Any, quantize: fx.Node) -> FakeQuantize:
         if number not in self.twin.observers:  # a scale that the kernel dictates
-            scale, zero_point, low, high, dtype = quantize.args[1:]
-            return FakeQuantize(Grid(dtype, low, high, symmetric=False), scale, zero_point)  # type: ignore[arg-type]
+            _, scale, zero_point, low, high, dtype = qdq.read(quantize)
+            return FakeQuantize(Grid(dtype, low, high, symmetric=False), scale, zero_point)
         _, observer, bits = self.twin.observers[number]
         target = activation_grid(self.backend, self.twin.settings, bits)
         if self.options.method == "lsq":

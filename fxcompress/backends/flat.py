@@ -135,5 +135,5 @@ def _drop_redundant_activations(graph: fx.Graph) -> fx.Graph:
 def _clamps(node: fx.Node, activation: str) -> bool:
     if node.target is not qdq.quantize:
         return False
-    scale, zero_point, low, high = (float(level) for level in node.args[1:5])  # type: ignore[arg-type]
-    return zero_point == low and (activation == "relu" or round(6.0 / scale) + zero_point >= high)
+    grid = qdq.read(node)
+    return grid.zero_point == grid.low and (activation == "relu" or round(6.0 / grid.scale) + grid.zero_point >= grid.high)

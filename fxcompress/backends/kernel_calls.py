@@ -9,11 +9,10 @@ import torch
 from torch import fx
 
 from fxcompress.backends.kernels import QuantizedBatchNorm
-from fxcompress.graph import edit, ops
+from fxcompress.graph import edit, ops, qdq
 from fxcompress.graph.shapes import shape_of
 
 __all__ = ["KERNELS", "Kernel", "Writer"]
-
 
 _q = torch.ops.quantized
 
@@ -31,10 +30,7 @@ class Writer:
 
     def operand(self, node: fx.Node) -> fx.Node:
         """The quint8 value behind a dequantize."""
-        if node in self.integers:
-            return self.integers[node]
-        assert isinstance(node.args[0], fx.Node)
-        return self.integers[node.args[0]]
+        return self.integers[node if node in self.integers else qdq.source(node)]
 
     def call(self, function: Any, *args: Any) -> fx.Node:
         """A call in the new graph."""

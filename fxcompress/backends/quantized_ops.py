@@ -78,10 +78,13 @@ class _Lowering(Writer):
             elif _gives_float(node):
                 self.floats[node] = self._kernel(node, None, None)
                 self.floats[node].meta["tensor_meta"] = node.meta.get("tensor_meta")
-        elif ops.kind(node) == "getitem" and node.args[0] in self.integers and _is_tuple(node.args[0]):  # type: ignore[arg-type]
+        elif ops.kind(node) == "getitem" and self._is_integer_tuple(node.args[0]):
             self.integers[node] = self._keep_on_integers(node)
         else:
             self.floats[node] = self._copy(node)
+
+    def _is_integer_tuple(self, value: Any) -> bool:
+        return isinstance(value, fx.Node) and value in self.integers and _is_tuple(value)
 
     def drop_unread(self) -> None:
         """Take out quantizes whose readers all quantize the float value themselves."""
@@ -92,8 +95,7 @@ class _Lowering(Writer):
     def refer(self) -> None:
         """Note for every new node which old one has its value, and whose kernel it is."""
         for old, new in [*self.floats.items(), *self.integers.items()]:
-            source = old.args[0] if old.target is _QUANTIZE else old
-            assert isinstance(source, fx.Node)
+            source = qdq.source(old) if old.target is _QUANTIZE else old
             new.meta |= {REFERENCE: old.name} | ({OPERATOR: source.name} if _is_integer(source) else {})
             if old.target is _QUANTIZE:
                 new.meta[GRID] = old.args[1:3]
@@ -106,14 +108,14 @@ class _Lowering(Writer):
 
     def _either(self, node: fx.Node) -> fx.Node:
         """The value of an old node as it is at hand: a question about its shape needs no dequantize."""
-        source = node.args[0] if node.target is _DEQUANTIZE else node
-        return self.integers[source] if source in self.integers else self._float(node)  # type: ignore[index]
+        source = qdq.source(node) if node.target is _DEQUANTIZE else node
+        return self.integers[source] if source in self.integers else self._float(node)
 
     def _float(self, node: fx.Node) -> fx.Node:
         """The float value of an old node; an integer one is dequantized where first needed."""
         if node not in self.floats:
             if node.target is _DEQUANTIZE:
-                source = self.integers[node.args[0]]  # type: ignore[index]
+                source = self.integers[qdq.source(node)]
             elif node in self.integers:
                 source = self.integers[node]
             else:
@@ -129,16 +131,14 @@ class _Lowering(Writer):
         return self.floats[node]
 
     def _quantize(self, node: fx.Node) -> fx.Node:
-        source, scale, zero_point, low, high = node.args[:5]
-        assert isinstance(source, fx.Node)
-        if _is_integer(source):
-            made = self._kernel(source, scale, zero_point)
+        grid = qdq.read(node)
+        if _is_integer(grid.source):
+            made = self._kernel(grid.source, grid.scale, grid.zero_point)
         else:
-            made = self.graph.call_function(quantize_input, (self._float(source), scale, zero_point))
+            made = self.graph.call_function(quantize_input, (self._float(grid.source), grid.scale, grid.zero_point))
         made.meta["tensor_meta"] = _as_quint8(node)
-        if (low, high) != (0, 255):
-            bounds = tuple((level - zero_point) * scale for level in (low, high))  # type: ignore[operator]
-            made = self.graph.call_function(torch.clamp, (made, *bounds))
+        if (grid.low, grid.high) != (0, 255):
+            made = self.graph.call_function(torch.clamp, (made, *grid.bounds))
             made.meta["tensor_meta"] = _as_quint8(node)
         return made
 
@@ -192,19 +192,14 @@ class _Lowering(Writer):
 
         The kernel quantizes it by the scale and zero point that come with it; without them it takes a quint8 value.
         """
-        quantize = node.args[0]
-        assert isinstance(quantize, fx.Node)
-        source, scale, zero_point, *levels = quantize.args[:5]
-        assert isinstance(source, fx.Node)
-        if _is_integer(source) or levels != [0, 255]:
+        grid = qdq.read(qdq.source(node))
+        if _is_integer(grid.source) or (grid.low, grid.high) != (0, 255):
             return self.operand(node), None
-        return self._float(source), (scale, zero_point)  # type: ignore[return-value]
+        return self._float(grid.source), (grid.scale, grid.zero_point)
 
     def _int8_weight(self, node: fx.Node) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """Levels, scale, zero point (None: 0) and output-channel axis behind a dequantize."""
-        stored = node.args[0]
-        assert isinstance(stored, fx.Node)
-        weight = edit.get_tensor(self.module, str(stored.target))
+        weight = edit.get_tensor(self.module, str(qdq.source(node).target))
         if node.target is qdq.dequantize:
             zero = torch.tensor([node.args[2]], dtype=torch.int8)
             return weight, torch.tensor([node.args[1]], dtype=torch.float32), zero if zero.any() else None, 0

@@ -8,10 +8,13 @@ point means 0. ``fake_quantize_dynamic`` puts a tensor on the grid ``[0, quant_m
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import NamedTuple
 
-__all__ = ["along", "dequantize", "dequantize_per_channel", "fake_quantize_dynamic", "quantize", "quantize_per_channel"]
+import torch
+from torch import Tensor, fx
+
+__all__ = ["Quantize", "along", "dequantize", "dequantize_per_channel", "fake_quantize_dynamic", "quantize"]
+__all__ += ["quantize_per_channel", "read", "source"]
 
 _library = torch.library.Library("fxcompress", "DEF")
 _library.define(
@@ -86,6 +89,34 @@ for _name, _kernel in {
     _library.impl(_name, _empty_like, "Meta")
 _library.impl("fake_quantize_dynamic", _fake_quantize_dynamic, "CompositeExplicitAutograd")
 _library.impl("fake_quantize_dynamic", lambda input, quant_max=255: torch.empty_like(input), "Meta")
+
+
+class Quantize(NamedTuple):
+    """What a ``quantize`` node reads, and the grid it rounds to."""
+
+    source: fx.Node
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+    dtype: torch.dtype
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the largest value on the grid."""
+        return (self.low - self.zero_point) * self.scale, (self.high - self.zero_point) * self.scale
+
+
+def read(node: fx.Node) -> Quantize:
+    """A ``quantize`` node, by its parts."""
+    return Quantize(*node.args)  # type: ignore[arg-type]
+
+
+def source(node: fx.Node) -> fx.Node:
+    """What a node of these operators reads first: the value that is quantized, or the levels."""
+    assert isinstance(node.args[0], fx.Node)
+    return node.args[0]
+
 
 quantize = torch.ops.fxcompress.quantize.default
 quantize_per_channel = torch.ops.fxcompress.quantize_per_channel.default

@@ -238,10 +238,9 @@ class _Watched:
         self.count += exact.numel()
         reader = _grid_reader(node)
         if reader is not None and reader.target is qdq.quantize:
-            _, scale, zero_point, least, most = (arg if isinstance(arg, (int, float)) else 0 for arg in reader.args[:5])
-            low, high = (least - zero_point) * scale, (most - zero_point) * scale
-            self.bounds = (low, high)
-            self.clipped += int(((exact < low - scale / 2) | (exact > high + scale / 2)).sum())
+            grid = qdq.read(reader)
+            self.bounds = low, high = grid.bounds
+            self.clipped += int(((exact < low - grid.scale / 2) | (exact > high + grid.scale / 2)).sum())
 
     def row(self) -> ActivationRow:
         use = math.nan

@@ -54,11 +54,9 @@ def components(module: fx.GraphModule) -> list[Component]:
 def _origin(node: fx.Node) -> fx.Node:
     """The value behind a quantize and dequantize of it, or the node itself."""
     if node.target is qdq.dequantize:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        if source.target is qdq.quantize:
-            assert isinstance(source.args[0], fx.Node)
-            return source.args[0]
+        levels = qdq.source(node)
+        if levels.target is qdq.quantize:
+            return qdq.source(levels)
     return node
 
 
@@ -112,10 +110,9 @@ def put_back(module: fx.GraphModule, operators: tuple[fx.Node, ...], floats: dic
             if _origin(source) is not source:
                 node.replace_input_with(source, _origin(source))
             elif source.target is qdq.dequantize_per_channel:
-                stored = source.args[0]
-                assert isinstance(stored, fx.Node)
-                if str(stored.target) in floats:
-                    node.replace_input_with(source, _float_weight(module, source, str(stored.target), floats))
+                stored = str(qdq.source(source).target)
+                if stored in floats:
+                    node.replace_input_with(source, _float_weight(module, source, stored, floats))
         for value in list(_dequantized(node)):
             value.replace_all_uses_with(node)
     for node in reversed(module.graph.nodes):
