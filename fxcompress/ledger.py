@@ -52,6 +52,7 @@ class Ledger:
     notes: list[str] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
+        """Append the row of a pass that has run."""
         self.rows.append(row)
 
     def remarks(self, step: str | None = None) -> list[Remark]:

@@ -109,6 +109,7 @@ def _ordered(section: Mapping[str, Any], where: Where) -> list[tuple[Any, Where]
 
 
 def assembled(stages: Sequence[tuple[Any, Where]], model: nn.Module | None) -> CompressionPipeline:
+    """The pipeline of these stages; models and the teacher they name are built here. ConfigError at what is wrong."""
     built, teacher = [], None
     for config, where in stages:
         if isinstance(config, Mapping) and config.get("type") in DISTILLERS:

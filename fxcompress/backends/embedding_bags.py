@@ -21,6 +21,7 @@ _PLAIN = ("offsets", "max_norm", "per_sample_weights", "padding_idx")
 
 
 def is_bag(node: fx.Node) -> bool:
+    """Whether ``node`` looks up bags of embeddings."""
     return node.op.startswith("call") and ops.kind(node) == "embedding_bag"
 
 

@@ -101,6 +101,7 @@ def _row(
 
 
 def shown(row: dict[str, Any]) -> list[str]:
+    """A row as the table prints it."""
     return [
         row["model"],
         row["plan"],

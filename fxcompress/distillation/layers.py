@@ -24,6 +24,7 @@ class Layer(NamedTuple):
 
     @property
     def channels(self) -> int:
+        """How many channels there are."""
         return self.shape[self.axis]
 
     @property

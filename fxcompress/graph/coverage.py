@@ -29,7 +29,7 @@ class FloatOperator:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Shares in [0, 1], the number of quantize and dequantize boundaries, and the float operators, costliest first."""
+    """What runs in integers, the number of quantize and dequantize boundaries, and the float operators, costliest first."""
 
     integer_macs: int
     total_macs: int
@@ -40,10 +40,12 @@ class Coverage:
 
     @property
     def mac_share(self) -> float:
+        """The share of multiply-accumulates in integers, in [0, 1]; 0 where there are none."""
         return self.integer_macs / self.total_macs if self.total_macs else 0.0
 
     @property
     def node_share(self) -> float:
+        """The share of operators in integers, in [0, 1]; 0 where there are none."""
         return self.integer_nodes / self.total_nodes if self.total_nodes else 0.0
 
     def __str__(self) -> str:

@@ -41,6 +41,7 @@ class Arguments(NamedTuple):
         return Arguments(*pytree.tree_map_only(torch.Tensor, torch.clone, tuple(self)))
 
     def to(self, device: torch.device | str) -> Arguments:
+        """The same values with tensors on ``device``."""
         return Arguments(*pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), tuple(self)))
 
 

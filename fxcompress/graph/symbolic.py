@@ -167,6 +167,7 @@ def first_line(error: Exception) -> str:
 
 
 def symbolic(tracer: LadderTracer, model: nn.Module, concrete: dict[str, Any]) -> tuple[fx.Graph | None, str]:
+    """The graph of ``model`` with its ``concrete`` arguments fixed, or None and the first line of why there is none."""
     try:
         with (
             preserved_attributes(model),

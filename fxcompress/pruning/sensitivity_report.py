@@ -46,6 +46,7 @@ class Summary:
 
     @property
     def steps(self) -> list[float]:
+        """The sparsities that were tried, in ascending order."""
         return sorted(next(iter(self.curves.values())))
 
     def ranked(self) -> list[str]:

@@ -65,6 +65,7 @@ class Judge:
 
     @property
     def samples(self) -> int:
+        """How many samples the float model was heard on."""
         return sum(len(_powers([expected])) for expected in self.expected)
 
     def drop(self, model: nn.Module) -> Verdict:
@@ -154,6 +155,7 @@ class SweepFile:
         self.resumed = len(self.costs)
 
     def put(self, name: str, cost: float) -> None:
+        """Keep what a layer costs; a file is written at once."""
         self.costs[name] = cost
         if self.path is not None:
             make_folder(self.path.parent)

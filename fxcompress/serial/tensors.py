@@ -39,6 +39,7 @@ class Tensors:
         return self._parameters[name]
 
     def buffer(self, data: dict[str, Any]) -> Tensor:
+        """A copy of the stored tensor; ArtifactError where it is missing or of another shape."""
         if data["tensor"] not in self.values:
             raise ArtifactError(f"tensor {data['tensor']!r} is missing from the file.")
         value = self.values[data["tensor"]]

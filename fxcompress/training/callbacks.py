@@ -38,10 +38,11 @@ class Callback:
         """An epoch is over and evaluated; ``row`` is its line in the history."""
 
     def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        """Take up what :meth:`state_dict` gave."""
 
 
 class OnEpoch(Callback):
