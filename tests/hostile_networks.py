@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -260,137 +259,6 @@ MODELS = {
             o=linear(8 * 14, 3),
         )
     ),
-    "axial attention": Hostile(
-        lambda: net(
-            lambda self, x: (
-                lambda y: self.o(
-                    F.scaled_dot_product_attention(*(f(y).permute(0, 2, 3, 1) for f in (self.q, self.k, self.v))).permute(
-                        0, 3, 1, 2
-                    )
-                )
-            )(self.a(x)),
-            a=c3(3, 8),
-            q=conv(8, 4, 1),
-            k=conv(8, 4, 1),
-            v=conv(8, 6, 1),
-            o=c3(6, 3),
-        )
-    ),
-    "xcit channel attention": Hostile(
-        lambda: net(
-            lambda self, x: (
-                lambda qkv: self.o(
-                    (
-                        torch.softmax(
-                            F.normalize(qkv[0], dim=-1) @ F.normalize(qkv[1], dim=-1).transpose(-2, -1) * self.t, -1
-                        )
-                        @ qkv[2]
-                    )
-                    .permute(0, 3, 1, 2)
-                    .flatten(2)
-                )
-            )(self.qkv(x).reshape(x.shape[0], x.shape[1], 3, 2, 4).permute(2, 0, 3, 4, 1).unbind(0)),
-            qkv=linear(6, 24),
-            t=nn.Parameter(torch.ones(2, 1, 1)),
-            o=linear(8, 3),
-        ),
-        *TOKENS,
-    ),
-    "linear attention elu": Hostile(
-        lambda: net(
-            lambda self, x: (
-                lambda q, k, v: self.o(q @ (k.transpose(1, 2) @ v) / (q @ k.sum(1, keepdim=True).transpose(1, 2)))
-            )(F.elu(self.q(x)) + 1, F.elu(self.k(x)) + 1, self.v(x)),
-            q=linear(6, 8),
-            k=linear(6, 8),
-            v=linear(6, 8),
-            o=linear(8, 3),
-        ),
-        *TOKENS,
-        statistics=True,
-    ),
-    "talking heads": Hostile(
-        lambda: net(
-            lambda self, x: (
-                lambda q, k, v: self.o(
-                    (self.m((q @ k.transpose(-1, -2)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).softmax(-1) @ v)
-                    .transpose(1, 2)
-                    .flatten(2)
-                )
-            )(*(f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))),
-            q=linear(6, 8),
-            k=linear(6, 8),
-            v=linear(6, 8),
-            m=linear(2, 2),
-            o=linear(8, 3),
-        ),
-        *TOKENS,
-    ),
-    "talking heads prune heads": Hostile(
-        lambda: net(
-            lambda self, x: (
-                lambda q, k, v: self.o(
-                    (self.m((q @ k.transpose(-1, -2)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).softmax(-1) @ v)
-                    .transpose(1, 2)
-                    .flatten(2)
-                )
-            )(*(f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))),
-            q=linear(6, 8),
-            k=linear(6, 8),
-            v=linear(6, 8),
-            m=linear(2, 2),
-            o=linear(8, 3),
-        ),
-        *TOKENS,
-        options={"prune_heads": True},
-    ),
-    "mqa 4 heads kv 2 groups repeat": Hostile(
-        lambda: net(
-            lambda self, x: (
-                lambda q, k, v: self.o(
-                    F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
-                    .transpose(1, 2)
-                    .reshape(x.shape[0], -1, 16)
-                )
-            )(
-                self.q(x).view(x.shape[0], -1, 4, 4).transpose(1, 2),
-                self.k(x).view(x.shape[0], -1, 2, 4).transpose(1, 2),
-                self.v(x).view(x.shape[0], -1, 2, 4).transpose(1, 2),
-            ),
-            q=linear(6, 16),
-            k=linear(6, 8),
-            v=linear(6, 8),
-            o=linear(16, 3),
-        ),
-        *TOKENS,
-    ),
-    "qk norm": Hostile(
-        lambda: net(
-            lambda self, x: (
-                lambda q, k, v: self.o(F.scaled_dot_product_attention(self.n1(q), self.n2(k), v).transpose(1, 2).flatten(2))
-            )(*(f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))),
-            q=linear(6, 8),
-            k=linear(6, 8),
-            v=linear(6, 8),
-            n1=nn.LayerNorm(4),
-            n2=nn.RMSNorm(4),
-            o=linear(8, 3),
-        ),
-        *TOKENS,
-    ),
-    "perceiver latents": Hostile(
-        lambda: net(
-            lambda self, x: self.o(
-                F.scaled_dot_product_attention(self.q(self.z).expand(x.shape[0], -1, -1), self.k(x), self.v(x))
-            ),
-            z=nn.Parameter(torch.randn(1, 3, 5)),
-            q=linear(5, 8),
-            k=linear(6, 8),
-            v=linear(6, 8),
-            o=linear(8, 3),
-        ),
-        *TOKENS,
-    ),
     "deep sets sum": Hostile(
         lambda: net(
             lambda self, x: self.o(F.relu(self.b(F.relu(self.a(x)).sum(1)))), a=linear(6, 8), b=linear(8, 8), o=linear(8, 3)
@@ -485,17 +353,6 @@ MODELS = {
         (image(), torch.rand(2, dtype=torch.float64)),
         [],
     ),
-    "attention pooling einsum heads": Hostile(
-        lambda: net(
-            lambda self, x: self.o(
-                torch.einsum("bnh,bnhd->bhd", self.s(x).softmax(1), self.v(x).view(*x.shape[:2], 2, 4)).flatten(1)
-            ),
-            s=linear(6, 2),
-            v=linear(6, 8),
-            o=linear(8, 3),
-        ),
-        *TOKENS,
-    ),
     "YOLO's C3": Hostile(
         lambda: net(
             lambda self, x: (lambda y: self.o(self.f(torch.cat([self.b(self.p(y)), self.q(y)], 1))))(self.a(x)),
@@ -525,32 +382,6 @@ MODELS = {
             d=conv(8, 16, 1),
             w=torch.arange(4.0),
         )
-    ),
-    "detr queries": Hostile(
-        lambda: net(
-            lambda self, x: self.o(
-                F.scaled_dot_product_attention(
-                    self.q(self.e.weight).unsqueeze(0).expand(x.shape[0], -1, -1),
-                    (m := self.a(x).flatten(2).transpose(1, 2)),
-                    m,
-                )
-            ),
-            a=c3(3, 8),
-            e=nn.Embedding(4, 8),
-            q=linear(8, 8),
-            o=linear(8, 3),
-        )
-    ),
-    "attn scale from size": Hostile(
-        lambda: net(
-            lambda self, x: (lambda q, k: self.o((q @ k.transpose(1, 2) / math.sqrt(q.size(-1))).softmax(-1) @ k))(
-                self.q(x), self.k(x)
-            ),
-            q=linear(6, 8),
-            k=linear(6, 8),
-            o=linear(8, 3),
-        ),
-        *TOKENS,
     ),
     "conv1d on channels-as-length": Hostile(
         lambda: net(
@@ -594,35 +425,6 @@ MODELS = {
             o=linear(8, 3),
         ),
         *TOKENS,
-    ),
-    "retnet decay buffer per head": Hostile(
-        lambda: net(
-            lambda self, x: (lambda q, k, v: self.o((q @ k.transpose(-1, -2) * self.D @ v).transpose(1, 2).flatten(2)))(
-                *(f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
-            ),
-            q=linear(6, 8),
-            k=linear(6, 8),
-            v=linear(6, 8),
-            D=torch.rand(2, 7, 7),
-            o=linear(8, 3),
-        ),
-        T,
-        [(tokens(batch=3),)],
-    ),
-    "retnet decay heads": Hostile(
-        lambda: net(
-            lambda self, x: (lambda q, k, v: self.o((q @ k.transpose(-1, -2) * self.D @ v).transpose(1, 2).flatten(2)))(
-                *(f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
-            ),
-            q=linear(6, 8),
-            k=linear(6, 8),
-            v=linear(6, 8),
-            D=torch.rand(2, 7, 7),
-            o=linear(8, 3),
-        ),
-        T,
-        [(tokens(batch=3),)],
-        options={"prune_heads": True},
     ),
     "graph conv adjacency": Hostile(
         lambda: net(lambda self, x: self.o(F.relu(self.A @ self.a(x))), A=torch.rand(7, 7), a=linear(6, 8), o=linear(8, 3)),

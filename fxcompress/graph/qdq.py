@@ -13,8 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-__all__ = ["Quantize", "along", "dequantize", "dequantize_per_channel", "fake_quantize_dynamic", "quantize"]
-__all__ += ["quantize_per_channel", "read", "source"]
+__all__ = [
+    "Quantize",
+    "along",
+    "dequantize",
+    "dequantize_per_channel",
+    "fake_quantize_dynamic",
+    "quantize",
+    "quantize_per_channel",
+    "read",
+    "source",
+]
 
 _library = torch.library.Library("fxcompress", "DEF")
 _library.define(
