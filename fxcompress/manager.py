@@ -108,13 +108,13 @@ class PassManager:
             progress=self.progress,
         )
         context.remarks = [*tried, *(Remark(rung.module, f"{rung.rung}: {rung.reason}") for rung in traced.meta["rungs"])]
-        run = Run(traced, context)
+        run = Run(traced, context, model, call)
         self._check_stage(traced)
         watchers = [*self._watchers, LedgerKeeper(self.ledger)]
         for watcher in watchers:
             watcher.begin(run)
-        check_trace(run, model, call)
-        self._steps(run, stages, watchers, model, call)
+        check_trace(run)
+        self._steps(run, stages, watchers)
         own(run.model, model)
         for watcher in watchers:
             watcher.end(run)
@@ -122,15 +122,13 @@ class PassManager:
         run.model.meta["history"] = [*run.model.meta.get("history", []), entry]
         return run.model
 
-    def _steps(
-        self, run: Run, stages: Stages, watchers: Sequence[Observer], model: nn.Module, call: Arguments | None
-    ) -> None:
+    def _steps(self, run: Run, stages: Stages, watchers: Sequence[Observer]) -> None:
         """Every step that no earlier run has taken."""
         if stages.done:
             self._take_up(run, stages, watchers)
         for number, step in list(enumerate(self.plan, 1))[stages.done :]:
             run.context.folder = stages.scratch(number)
-            self._step(run, number, watchers, model, call)
+            self._step(run, number, watchers)
             if step.costly:
                 stages.keep(number, run.model, self.ledger)
 
@@ -144,10 +142,10 @@ class PassManager:
         for watcher in watchers:
             watcher.taken_up(run)
 
-    def _step(self, run: Run, number: int, watchers: Sequence[Observer], model: nn.Module, call: Arguments | None) -> None:
+    def _step(self, run: Run, number: int, watchers: Sequence[Observer]) -> None:
         run.step = step = resolved_step(self.plan.steps[number - 1], run.model)
         if not step.replaces:
-            own(run.model, model)
+            own(run.model, run.given)
         try:
             for watcher in watchers:
                 watcher.before(run)
@@ -159,21 +157,21 @@ class PassManager:
             for watcher in watchers:
                 watcher.after(run)
         except VerificationError as error:
-            raise type(error)(f"{error}{self._leave_reproducer(model, number, call)}") from error
+            raise type(error)(f"{error}{self._leave_reproducer(run, number)}") from error
         except FxCompressError:
             raise
         except Exception as error:  # a pass is somebody's code: say which, and leave a way to replay it
             where = f"step {number} {step.name!r}"
             raise PassError(
-                f"{where} failed: {type(error).__name__}: {error}{self._leave_reproducer(model, number, call)}"
+                f"{where} failed: {type(error).__name__}: {error}{self._leave_reproducer(run, number)}"
             ) from error
 
-    def _leave_reproducer(self, model: nn.Module, number: int, call: Arguments | None) -> str:
+    def _leave_reproducer(self, run: Run, number: int) -> str:
         if self.reproducer is False:
             return ""
         steps = self.plan.steps[:number]
         place = self.reproducer if isinstance(self.reproducer, (str, os.PathLike)) else None
-        folder = reproducer.leave(model, Plan(steps), call, place)
+        folder = reproducer.leave(run.given, Plan(steps), run.call, place)
         return f"\nA reproducer is in {folder}; replay it with: python -m fxcompress replay {folder}"
 
     def _call(self, model: nn.Module, example_inputs: Any, data: Any) -> tuple[Arguments | None, list[Remark]]:

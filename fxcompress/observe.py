@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxcompress.errors import PromiseError, VerificationError
 from fxcompress.graph import verify
@@ -30,6 +30,9 @@ __all__ = ["Diffs", "LedgerKeeper", "Observer", "Promises", "Run", "Verifier", "
 class Run:
     """The state of one run that observers share.
 
+    ``model``     the graph as it stands
+    ``given``     the model as it came in, which nothing changes
+    ``call``      one call of it, or None where neither example inputs nor data were given
     ``original``  results of the model as it came, per region
     ``outputs``   results of the graph as it stands, per region; refreshed by the verifier
     ``previous``  the same before the pass at hand
@@ -37,6 +40,8 @@ class Run:
 
     model: fx.GraphModule
     context: Context
+    given: nn.Module
+    call: Arguments | None = None
     original: dict[str, Any] = field(default_factory=dict)
     outputs: dict[str, Any] = field(default_factory=dict)
     previous: dict[str, Any] = field(default_factory=dict)
@@ -260,16 +265,16 @@ def _check_finite(model: torch.nn.Module, result: Any) -> None:
         )
 
 
-def check_trace(run: Run, model: torch.nn.Module, call: Arguments | None) -> None:
+def check_trace(run: Run) -> None:
     """Hold the traced graph's result against the model's own; islands run the model's own code and need no check.
 
     Raises VerificationError where the model's code takes another path while it is traced.
     """
-    if call is None or "" not in run.outputs:
+    if run.call is None or "" not in run.outputs:
         return
-    with frozen_state(model):
-        expected = call.fresh()(model)
-    _check_finite(model, expected)
+    with frozen_state(run.given):
+        expected = run.call.fresh()(run.given)
+    _check_finite(run.given, expected)
     if not same_structure(expected, run.outputs[""]) or output_snr(expected, run.outputs[""]) < 80:
         raise VerificationError(
             "the traced graph does not compute what the model computes on the example inputs: its code takes another "
