@@ -1,16 +1,11 @@
-"""The page about a compressed model: what it says, that nothing in it can run or load, and how it looks in a browser."""
+"""The page about a compressed model: what it says, and that nothing in it can run or load."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import shutil
-import subprocess
-from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,107 +16,26 @@ from fxcompress import PassManager, PTQQuantizer, SensitivityAnalyzer, trace, wr
 from fxcompress.__main__ import main
 from fxcompress.errors import ConfigError
 from fxcompress.graph.inputs import arguments
-from fxcompress.html import bars, columns, curves, page, table, tag, write
-from fxcompress.html.plots import Scale
 from fxcompress.pruning import read_analysis
 from fxcompress.report import gather
 from fxcompress.report.changes import Operator, compare, counts, operators, rows
 from fxcompress.timing import Timing
-
-HOSTILE = "<script>alert(1)</script>"
-VOID = {"meta", "link", "br", "hr", "img", "input"}
-KNOWN = """html head meta title style body main h1 h2 h3 h4 p a code pre nav ul li dl dt dd div span section footer details
-summary table caption thead tbody tr th td figure figcaption svg g rect line text path polyline circle"""
-
-
-class Reader(HTMLParser):
-    """Reads a page as a browser does: its elements, attributes and texts; every element must be closed in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str, str | None]] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += [(tag, key, value) for key, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"]:
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.texts)
-
-
-def harmless(text: str) -> Reader:
-    """The page, read: it holds only elements of ours, nothing that runs, and nothing that is loaded from anywhere."""
-    read = Reader(text)
-    assert set(read.tags) <= set(KNOWN.split())
-    for kind, key, value in read.attributes:
-        assert not key.startswith("on")
-        assert key not in ("src", "srcset", "xlink:href", "action", "data", "style"), (kind, key)
-        assert key != "href" or (value or "").startswith("#")
-    assert "url(" not in text and "@import" not in text
-    assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'") in read.attributes
-    return read
-
-
-class Net(nn.Module):
-    """A residual network with a batch normalisation that folds, and a layer of a hostile name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(1, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.second = nn.Conv2d(8, 8, 3, padding=1)
-        self.add_module(HOSTILE, nn.Linear(8, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.first(x)))
-        x = x + self.second(x)
-        found: Tensor = self._modules[HOSTILE](x.mean((2, 3)))  # type: ignore[misc]
-        return found
+from tests.pages import HOSTILE, INT8, harmless, in_integers, network, pictures
 
 
 @pytest.fixture(scope="module")
 def net() -> nn.Module:
-    torch.manual_seed(0)
-    return Net().eval()
+    return network()
 
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    return torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-INT8 = [
-    "fold-batchnorm",
-    "fuse-activations",
-    "insert-observers",
-    {"calibrate": {"num_batches": 1}},
-    "fold-quantization",
-    "lower",
-]
+    return pictures()
 
 
 @pytest.fixture(scope="module")
 def quantized(net: nn.Module, images: Tensor) -> fx.GraphModule:
-    return PassManager(INT8, progress=False).run(net, data=[images])
-
-
-# what the page says
+    return in_integers(net, images)
 
 
 def test_one_line_writes_a_page_with_everything_a_run_knows(
@@ -258,9 +172,6 @@ def test_a_model_that_was_traced_with_another_batch_is_compared_by_its_own_shape
     assert set(counts(case.lines)) == {"same"}
 
 
-# the graph
-
-
 def op(name: str, kind: str = "relu", shape: str = "1×4", dtype: str = "float32", *sources: str) -> Operator:
     return Operator(name, kind, shape, dtype, sources)
 
@@ -302,62 +213,6 @@ def test_the_graph_of_a_model_without_an_original_is_one_column(quantized: fx.Gr
     assert "Graph" in harmless(text).texts
     assert text.count('class="node same"') == len(operators(quantized))
     assert harmless(text).tags["path"] == 1  # the residual
-
-
-# plots and markup
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0, 1e-300, -5.0, 1e300])
-def test_plots_hold_any_numbers(value: float) -> None:
-    names = {"a": value, "b": 1.0}
-    shown = [
-        columns("t", "s", "u", list(names), {"x": list(names.values())}),
-        bars("t", "s", "u", names),
-        curves(
-            "t", "s", ("x", "y"), {"a": {0.1: 1.0, 0.2: 3.0}, "b": {0.1: value if math.isfinite(value) else 0.0, 0.2: 1.0}}
-        ),
-    ]
-    text = page("plots", shown)
-    harmless(text)
-    assert "nan" not in text.lower().split("</style>")[1].replace("nan u", "") or math.isnan(value)
-
-
-def test_ticks_are_round_and_inside() -> None:
-    assert Scale(0, 47, 0, 100).ticks() == [0, 10, 20, 30, 40]
-    assert Scale(0.83, 0.97, 0, 1).ticks() == pytest.approx([0.85, 0.9, 0.95])
-    assert Scale(-3, 7, 0, 100)(2) == 50
-
-
-def test_columns_are_as_high_as_their_values() -> None:
-    drawn = columns("t", "s", "dB", ["a", "b"], {"x": [20.0, 40.0]})
-    heights = [float(rect.get("height", 0)) for rect in drawn.iter("rect")]
-    assert heights[1] == pytest.approx(2 * heights[0], abs=0.2)
-
-
-def test_text_and_attributes_are_escaped() -> None:
-    text = page(
-        "t",
-        tag("p", HOSTILE, tag("a", "x", title='"><b>'), "tail & more", href="#x"),
-        table(HOSTILE, [HOSTILE], [[HOSTILE]]),
-    )
-    read = harmless(text)
-    assert read.texts.count(HOSTILE) == 4
-    assert ("a", "title", '"><b>') in read.attributes
-
-
-def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = write(tmp_path / "page.html", "old")
-    with pytest.raises(ConfigError, match="cannot be written"):
-        write(tmp_path, "text")
-    with pytest.raises(ConfigError, match="cannot be written"):
-        write(tmp_path / "no" / "folder.html", "text")
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(ConfigError, match="No space left"):
-        write(target, "new")
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("page.html", "old")]
-
-
-# the command
 
 
 def test_the_commands_write_pages(
@@ -497,82 +352,3 @@ def test_compress_shows_the_curves_of_an_analysis_of_its_model(
         assert main([*compress, *given]) == 2
         assert message in capsys.readouterr().err
     assert not Path("b.html").exists()
-
-
-# in a browser
-
-FRAMES = """<!doctype html><meta charset="utf-8"><body style="margin:0;display:flex;align-items:flex-start">
-<iframe width="380" height="1600" style="border:0" src="page.html"></iframe>
-<iframe width="1280" height="1600" style="border:0" src="page.html"></iframe>
-<pre id="found"></pre>
-<script>
-addEventListener("load", () => {
-  const measured = [...document.querySelectorAll("iframe")].map(frame => {
-    const page = frame.contentDocument, root = page.documentElement;
-    const outside = [...page.querySelectorAll("body *")].filter(element =>
-      !element.parentElement.closest(".scroll, svg, details:not([open])") &&
-      element.getBoundingClientRect().right > root.clientWidth + 1);
-    return {client: root.clientWidth, scroll: root.scrollWidth, outside: outside.map(e => e.outerHTML.slice(0, 80)),
-            text: page.body.innerText, alerted: page.title};
-  });
-  document.getElementById("found").textContent = JSON.stringify(measured);
-});
-</script></body>"""
-
-
-def browse(folder: Path, *options: str) -> str:
-    """What headless Chromium prints about frames.html; skips where there is none, or it cannot start here."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium is installed to look at the page with")
-    command = [
-        found, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
-        "--disable-dev-shm-usage", "--allow-file-access-from-files", "--force-color-profile=srgb",
-        "--force-device-scale-factor=1", f"--user-data-dir={folder / 'profile'}", "--window-size=1660,1600", *options,
-        (folder / "frames.html").as_uri(),
-    ]  # fmt: skip
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-        pytest.skip(f"Chromium does not run here: {error}")
-    return run.stdout
-
-
-@pytest.fixture(scope="module")
-def looked_at(
-    net: nn.Module, quantized: fx.GraphModule, images: Tensor, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("browser")
-    analyzer = SensitivityAnalyzer(num_steps=2, pruning_type="unstructured")
-    analyzer.analyze(net, [(images, torch.tensor([0, 1, 2, 3]))])
-    title = "a very long name without any space in it, " + "x" * 200
-    write_report(folder / "page.html", quantized, net, data=[images], sensitivity=analyzer, title=title)
-    (folder / "frames.html").write_text(FRAMES, encoding="utf-8")
-    dom = Reader(browse(folder, "--dump-dom").replace("<!DOCTYPE html>", ""))
-    return folder, json.loads(next(text for text in dom.texts if text.startswith("[{")))
-
-
-def test_the_page_fits_narrow_and_wide_windows(looked_at: tuple[Path, list[dict[str, Any]]]) -> None:
-    _, frames = looked_at
-    assert [frame["client"] for frame in frames] == [380, 1280]
-    for frame in frames:
-        assert frame["scroll"] <= frame["client"]
-        assert frame["outside"] == []
-        assert HOSTILE in frame["text"] and "fold-quantization" in frame["text"]
-
-
-def test_the_page_is_drawn_in_its_colours(looked_at: tuple[Path, list[dict[str, Any]]]) -> None:
-    image = pytest.importorskip("matplotlib.image")
-    folder, _ = looked_at
-    browse(folder, f"--screenshot={folder / 'shot.png'}", "--blink-settings=preferredColorScheme=1")
-    pixels = torch.tensor((image.imread(folder / "shot.png")[..., :3] * 255).round()).int()
-    for left, right in ((0, 380), (380, 1660)):
-        seen = pixels[:1600, left:right].reshape(-1, 3)
-        for colour, least in (
-            ((255, 255, 255), 0.3),
-            ((36, 87, 214), 0.0005),
-            ((245, 247, 250), 0.005),
-            ((27, 34, 48), 0.0005),
-        ):
-            share = float((seen == torch.tensor(colour)).all(1).double().mean())
-            assert share >= least, (left, colour, share)
