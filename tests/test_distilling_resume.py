@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fxcompress.distillation import IndexedDataset, make_distiller
 from fxcompress.errors import TrainingError
-from fxcompress.training import Callback, Recipe, Trainer, checkpoint, train
+from fxcompress.training import Recipe, checkpoint, train
+from tests.interruption import StopAfter, StoppedError
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.randn(44, 3, 8, 8, generator=GENERATOR), torch.randint(4, (44,), generator=GENERATOR)
@@ -23,19 +24,6 @@ def net(width: int) -> nn.Module:
     for inputs, outputs, stride in ((3, width, 1), (width, 2 * width, 2)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.Dropout(0.1)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 4))
-
-
-class StoppedError(Exception):
-    pass
-
-
-class StopAfter(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def after_step(self, trainer: Trainer, step: int) -> None:
-        if step == self.step:
-            raise StoppedError
 
 
 LAYERS = ["2", "6"]

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
-from fxcompress.training import Callback, Recipe, Trainer, train
+from fxcompress.training import Recipe, train
+from tests.interruption import StopAfter, StoppedError
 
 PROGRAM = Path(__file__).parent / "programs" / "resumable.py"
 ROOT = Path(__file__).parent.parent
@@ -40,19 +41,6 @@ def test_a_run_killed_at_several_steps_ends_bit_for_bit_where_an_uninterrupted_o
         assert program(killed, step) == -signal.SIGKILL
     assert program(killed) == 0
     assert same(load_file(whole / "weights.safetensors"), load_file(killed / "weights.safetensors"))
-
-
-class StoppedError(Exception):
-    pass
-
-
-class StopAfter(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def after_step(self, trainer: Trainer, step: int) -> None:
-        if step == self.step:
-            raise StoppedError
 
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
