@@ -30,6 +30,7 @@ class Row:
     ``snr``       10·log10 of output power over error power against the original model; inf: same bits; None: not measured
     ``sparsity``  share of weight elements that are zero
     ``figures``   what the pass measured of layers
+    ``counted``   whether ``macs`` are known: they are not where no example inputs tell the shapes
     """
 
     step: str
@@ -42,6 +43,7 @@ class Row:
     seconds: float
     remarks: tuple[Remark, ...] = ()
     figures: tuple[Figures, ...] = ()
+    counted: bool = True
 
 
 @dataclass
@@ -112,7 +114,7 @@ def cells(row: Row) -> Sequence[str]:
         row.step,
         str(row.nodes),
         f"{row.parameters:,}",
-        f"{row.macs / 1e6:,.1f}M",
+        f"{row.macs / 1e6:,.1f}M" if row.counted else "unknown",
         f"{row.bytes / 1e6:.2f}",
         f"{row.sparsity:.1%}",
         snr,

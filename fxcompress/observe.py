@@ -215,6 +215,7 @@ class LedgerKeeper(Observer):
                 seconds,
                 tuple(run.context.remarks),
                 tuple(run.context.figures),
+                totals.counted,
             )
         )
 

@@ -33,6 +33,8 @@ class Require(Pass):
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
         report = coverage(model)
+        if self.int8_macs and not report.counted:
+            raise VerificationError("how many multiply-accumulates run in integers is not known: give example_inputs.")
         for asked, reached, what in (
             (self.int8_macs, report.mac_share, "multiply-accumulates"),
             (self.int8_nodes, report.node_share, "operators"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxcompress import Context, Ledger, Pass, PassManager, Plan, library
+from fxcompress import Context, Ledger, Pass, PassManager, Plan, coverage, library, trace
 from fxcompress.__main__ import main
 from fxcompress.errors import DataError, PassError, PlanError, PromiseError, VerificationError
 from fxcompress.graph import edit, ops
@@ -135,6 +135,22 @@ def test_the_ledger_has_a_row_per_pass_and_survives_json(tmp_path: Path) -> None
     assert "fold-batchnorm" in str(m.ledger)
     m.ledger.save(tmp_path / "ledger.json")
     assert Ledger.from_data(json.loads((tmp_path / "ledger.json").read_text())) == m.ledger
+
+
+def test_multiplications_that_no_example_tells_are_unknown_and_not_none() -> None:
+    m = manager("fold-batchnorm")
+    m.run(model())
+    assert not m.ledger.rows[0].counted and "unknown" in str(m.ledger) and "0.0M" not in str(m.ledger)
+    assert Ledger.from_data(m.ledger.as_data()) == m.ledger
+    assert "an unknown share of the MACs" in str(coverage(trace(model())))
+    with pytest.raises(VerificationError, match="is not known: give example_inputs"):
+        manager({"require": {"int8_macs": 0.5}}).run(model())
+    known = manager("fold-batchnorm")
+    known.run(model(), X)
+    assert known.ledger.rows[0].counted and "unknown" not in str(known.ledger)
+    bare = manager("fold-batchnorm")
+    bare.run(nn.Sequential(nn.ReLU()))
+    assert bare.ledger.rows[0].counted
 
 
 def test_what_is_left_alone_is_said_with_the_reason() -> None:

@@ -37,8 +37,9 @@ def run(options: argparse.Namespace) -> int:
         print_json({**summary, "graph": [row.__dict__ for row in node_costs(model)], "history": history})
         return 0
     print(tabulate(rows, ("node", "kind", "parameters", "MACs", "bytes"), disable_numparse=True))
-    print(f"\nstage: {model.meta['stage']}; {totals.parameters:,} parameters, {totals.macs / 1e6:,.1f}M MACs")
-    print(f"stored: {totals.bytes / 1e6:.2f} MB; {share.mac_share:.1%} of MACs in integers")
+    count = f"{totals.macs / 1e6:,.1f}M" if totals.counted else "unknown"
+    print(f"\nstage: {model.meta['stage']}; {totals.parameters:,} parameters, {count} MACs")
+    print(f"stored: {totals.bytes / 1e6:.2f} MB; {share.told} in integers")
     for number, entry in enumerate(history, 1):
         print(f"\nrun {number}:\n{entry['plan'].rstrip()}")
     return 0

@@ -35,23 +35,29 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Cost:
-    """Totals of a graph module; ``macs`` are those of one forward pass with the example inputs."""
+    """Totals of a graph module; ``macs`` are those of one forward pass with the example inputs.
+
+    ``counted``  whether the shapes that this takes are known: they are not where no example inputs were given
+    """
 
     nodes: int
     parameters: int
     macs: int
     bytes: int
+    counted: bool = True
 
 
 def cost(module: nn.Module) -> Cost:
     """Totals over every compiled region; parameters and bytes over the whole module, shared tensors once."""
     graphs = list(regions(module).values()) or ([module] if isinstance(module, fx.GraphModule) else [])
     nodes = [node for graph in graphs for node in graph.graph.nodes]
+    total = sum(macs(node) for node in nodes)
     return Cost(
         nodes=sum(1 for node in nodes if node.op.startswith("call")),
         parameters=parameter_count(module),
-        macs=sum(macs(node) for node in nodes),
+        macs=total,
         bytes=stored_bytes(module),
+        counted=total > 0 or not any(_multiplies(node) for node in nodes),
     )
 
 
@@ -127,6 +133,10 @@ def stored_bytes(module: nn.Module) -> int:
             seen.add(key)
             total += tensor.numel() * tensor.element_size()
     return total
+
+
+def _multiplies(node: fx.Node) -> bool:
+    return node.op.startswith("call") and ops.kind(node) in _COUNTS
 
 
 Shape = Callable[[ops.Call, Any], torch.Size]

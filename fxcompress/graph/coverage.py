@@ -8,7 +8,7 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from fxcompress.graph import ops, qdq
-from fxcompress.graph.cost import macs
+from fxcompress.graph.cost import cost, macs
 from fxcompress.graph.island import regions
 
 __all__ = ["Coverage", "FloatOperator", "as_placed", "coverage"]
@@ -29,7 +29,10 @@ class FloatOperator:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What runs in integers, the number of quantize and dequantize boundaries, and the float operators, costliest first."""
+    """What runs in integers, the number of quantize and dequantize boundaries, and the float operators, costliest first.
+
+    ``counted``  whether shapes are known, and with them MACs
+    """
 
     integer_macs: int
     total_macs: int
@@ -37,6 +40,7 @@ class Coverage:
     total_nodes: int
     boundaries: int
     floats: tuple[FloatOperator, ...]
+    counted: bool = True
 
     @property
     def mac_share(self) -> float:
@@ -48,9 +52,14 @@ class Coverage:
         """The share of operators in integers, in [0, 1]; 0 where there are none."""
         return self.integer_nodes / self.total_nodes if self.total_nodes else 0.0
 
+    @property
+    def told(self) -> str:
+        """The share of MACs in words."""
+        return f"{self.mac_share:.1%} of {self.total_macs:,} MACs" if self.counted else "an unknown share of the MACs"
+
     def __str__(self) -> str:
         head = (
-            f"{self.mac_share:.1%} of {self.total_macs:,} MACs and {self.integer_nodes} of {self.total_nodes} operators "
+            f"{self.told} and {self.integer_nodes} of {self.total_nodes} operators "
             f"run in integers; {self.boundaries} quantize/dequantize boundaries"
         )
         rows = [(row.node, row.kind, f"{row.macs:,}", row.reason) for row in self.floats]
@@ -77,7 +86,8 @@ def coverage(model: nn.Module) -> Coverage:
                 else:
                     floats.append(_float_operator(region, node))
     floats.sort(key=lambda row: -row.macs)
-    return Coverage(integer_macs, total_macs, integer_nodes, total_nodes, boundaries, tuple(floats))
+    counted = total_macs > 0 or cost(model).counted
+    return Coverage(integer_macs, total_macs, integer_nodes, total_nodes, boundaries, tuple(floats), counted)
 
 
 def as_placed(module: fx.GraphModule) -> fx.GraphModule:

@@ -125,9 +125,10 @@ def _costs(before: fx.GraphModule | None, after: fx.GraphModule) -> list[Measure
     found = [
         Measure("Stored size", was.bytes / 1e6 if was else None, now.bytes / 1e6, "MB"),
         Measure("Parameters", was.parameters / 1e6 if was else None, now.parameters / 1e6, "M"),
-        Measure("MACs", was.macs / 1e6 if was else None, now.macs / 1e6, "M"),
     ]
-    if share.integer_nodes:
+    if now.counted:
+        found.append(Measure("MACs", was.macs / 1e6 if was and was.counted else None, now.macs / 1e6, "M"))
+    if share.integer_nodes and share.counted:
         found.append(Measure("MACs in integers", None, share.mac_share * 100, "%", less=False))
     return found
 

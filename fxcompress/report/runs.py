@@ -100,8 +100,9 @@ def left_alone(case: Case) -> Child:
     listing = table(f"{len(floats)} operators run in float", headers, floats, left=(0, 1, 3), tall=len(floats) > 16)
     if not rows and not floats:
         return tag("p", "Nothing was left alone.", class_="soft")
+    share = f"{case.after.mac_share:.1%}" if case.after.counted else "An unknown share"
     head = (
-        f"{case.after.mac_share:.1%} of the multiply-accumulates and {case.after.integer_nodes:,} of "
+        f"{share} of the multiply-accumulates and {case.after.integer_nodes:,} of "
         f"{case.after.total_nodes:,} operators run in integers."
     )
     return [said, [tag("h3", "Left in float"), tag("p", head), listing] if floats else None]
