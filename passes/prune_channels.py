@@ -45,7 +45,8 @@ class PruneChannels(Pass):
     ``layers``, a share for single groups (or patterns); ``target``, instead, the share of ``parameters``, ``macs`` or
     ``latency`` that stays; ``criterion`` with ``dimension`` (score a channel by the weights that make it, ``out``, or that
     read it, ``in``), ``reduction`` and ``normalisation``; ``round_to``, ``min_kept``, ``max_ratio``, ``uniform``;
-    ``exclude_layers``, whose channels stay with everything tied to them; ``prune_heads`` and ``prune_head_dim`` for
+    ``exclude_layers``, which keep every channel that they make (``dimension`` ``in``: that they read) with everything tied
+    to it, and follow what is pruned around them; ``prune_heads`` and ``prune_head_dim`` for
     attention; ``whole_groups``, grouped convolutions that lose whole groups (None: those that come nearer to
     their share so), where the others lose equal numbers of channels from every group; ``policy``: ``exact`` leaves alone
     what changes remaining values, ``approximate`` allows it, ``compensate`` folds the mean of removed channels into biases;

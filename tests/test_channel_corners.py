@@ -97,23 +97,31 @@ def network() -> Any:
     ("excluded", "left"),
     [
         (("stem",), {"stem": 8, "trunk.0": 4, "trunk.2": 4, "trunk.4": 4}),
-        (("trunk.0",), {"stem": 8, "trunk.0": 8, "trunk.2": 4, "trunk.4": 4}),
-        (("trunk.[02]",), {"stem": 8, "trunk.0": 8, "trunk.2": 8, "trunk.4": 4}),
-        (("*.4",), {"stem": 4, "trunk.0": 4, "trunk.2": 8, "trunk.4": 8}),
+        (("trunk.0",), {"stem": 4, "trunk.0": 8, "trunk.2": 4, "trunk.4": 4}),
+        (("trunk.[02]",), {"stem": 4, "trunk.0": 8, "trunk.2": 8, "trunk.4": 4}),
+        (("*.4",), {"stem": 4, "trunk.0": 4, "trunk.2": 4, "trunk.4": 8}),
+        (("trunk",), {"stem": 4, "trunk.0": 8, "trunk.2": 8, "trunk.4": 8}),
+        (("head", "stem"), {"stem": 8, "trunk.0": 4, "trunk.2": 4, "trunk.4": 4}),
     ],
 )
 def test_layers_are_chosen_by_name_by_what_is_above_them_and_by_pattern(excluded: Any, left: dict[str, int]) -> None:
-    small, pruner = prune(network(), X, exclude_layers=excluded)  # a layer keeps what it reads, and with it who makes that
+    small, pruner = prune(network(), X, exclude_layers=excluded)  # a layer keeps what it makes, and follows what it reads
     made = {name: small.get_submodule(name).out_channels for name in left}
     assert made == left
-    assert f"layer {excluded[0]!r} is excluded by name" in remarks(pruner)
+    assert f"layer {excluded[-1]!r} is excluded by name" in remarks(pruner)
+
+
+def test_where_input_channels_are_pruned_a_layer_keeps_those_it_reads() -> None:
+    small, _ = prune(network(), X, exclude_layers=["trunk.2"], pruning_dim=1)
+    made = {name: small.get_submodule(name).out_channels for name in ("stem", "trunk.0", "trunk.2", "trunk.4")}
+    assert made == {"stem": 4, "trunk.0": 8, "trunk.2": 4, "trunk.4": 4}
 
 
 def test_layers_are_chosen_one_by_one_with_shares_of_their_own() -> None:
     small, _ = prune(network(), X, sparsity=0.0, layers={"trunk.0": 0.25, "st*": 0.5})
     assert [small.get_submodule(name).out_channels for name in ("stem", "trunk.0", "trunk.2")] == [4, 6, 8]
-    with pytest.raises(PassError, match=r"layer 'trunk' is excluded by name"):
-        prune(network(), X, exclude_layers=["trunk"])
+    with pytest.raises(PassError, match=r"layer '\*' is excluded by name"):
+        prune(network(), X, exclude_layers=["*"])
     with pytest.raises(ConfigError, match=r"(?s)trunk\.1x.*trunk"):
         prune(network(), X, exclude_layers=["trunk.1x"])
 

@@ -35,7 +35,8 @@ class StructuredPruner:
     ``sparsity``        share of channels that go, of every group, or over all groups with ``global_pruning``, in [0, 1)
     ``pruning_dim``     0: groups are named and scored by the layers that make their channels; 1: by those that read them
     ``criterion``       ``l1_norm``, ``l2_norm``, ``bn_scale``, ``taylor``, ``hrank``, ``fpgm`` or ``random``
-    ``exclude_layers``  layers by name, glob, ``re:`` or ``type:`` whose channels stay, with everything tied to them
+    ``exclude_layers``  layers by name, glob, ``re:`` or ``type:`` that keep every output channel (ChannelPruner: every input
+                        channel), with everything tied to them; their other side follows what is pruned around them
     ``round_to``        what remains of a layer is a multiple of this, where it has more
 
     ``target`` asks for a share of ``parameters``, ``macs`` or measured ``latency`` instead; ``layers`` gives single groups a

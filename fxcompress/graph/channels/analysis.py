@@ -119,7 +119,8 @@ def analyse(
 ) -> Channels:
     """Find the channel groups of a graph with shapes.
 
-    ``frozen``     tensors whose channels stay, with the reason
+    ``frozen``     tensors of layers whose channels stay, with the reason: what they make, or with ``dimension`` ``in`` what
+                   they read; their other side follows what goes around them
     ``exact``      leave alone what cannot go without changing remaining values
     ``heads``      attention loses whole heads; otherwise dimensions of heads, if ``head_dims``
     ``whole``      whether a grouped convolution loses whole groups; the others lose equal numbers of channels from every one
@@ -134,7 +135,7 @@ def analyse(
         coarse = {site for site in walk.grouped if whole(group_name(site))} | (walk.attention if heads else set())
         if not _advance(walk, offsets, coarse):
             break
-    _freeze(walk, frozen or {}, None if heads or head_dims else "attention keeps its heads")
+    _freeze(walk, frozen or {}, dimension, None if heads or head_dims else "attention keeps its heads")
     return _Grouping(walk, resolve(walk.atoms, walk.sites.blocks), dimension).run()
 
 
@@ -159,10 +160,13 @@ def _advance(walk: Walk, offsets: dict[str, int], coarse: set[str]) -> bool:
     return bool(chosen)
 
 
-def _freeze(walk: Walk, frozen: Mapping[str, str], attention: str | None) -> None:
+def _freeze(walk: Walk, frozen: Mapping[str, str], dimension: str, attention: str | None) -> None:
+    follows = {"out": "in", "in": "out"}[dimension]
     for name, reason in frozen.items():
-        if walk.canonical.get(name) in walk.tensors:
-            walk.freeze(walk.tensors[walk.canonical[name]], reason)
+        held = walk.canonical.get(name, name)
+        for dim, label in walk.tensors[held].labels.items() if held in walk.tensors else ():
+            if walk.roles.get((held, dim)) != follows:
+                walk.freeze(label, reason)
     for site in walk.attention if attention else ():
         walk.atoms.freeze(walk.sites.inputs[site], str(attention))
 
