@@ -180,7 +180,7 @@ def _check_whole(folder: Path) -> None:
     """Raise ArtifactError where ``folder`` is no saved model, or one of its files is not what was written."""
     if os.path.isfile(folder):
         raise ArtifactError(
-            f"there is no saved model: {shown(str(folder))} is a file; load() reads the folders that fxcompress.save() writes. "
+            f"there is no saved model: {shown(str(folder))} is a file; load() reads folders that fxcompress.save() writes. "
             "A weights file goes into a freshly built model, by its load_state_dict."
         )
     for name in (*_FILES, _DIGESTS):
