@@ -107,6 +107,33 @@ class Body(nn.Module):
         return Output(hidden=hidden, pooled=hidden.tanh())
 
 
+class Outer(nn.Module):
+    """Hands on fields of a result, one of which it does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = Bodied(), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Output:
+        inner = self.body(x)
+        return Output(hidden=self.head(inner.hidden), pooled=inner.pooled)
+
+
+class Bodied(Body):
+    def forward(self, x: Tensor) -> Output:
+        return Output(hidden=self.layer(x + self.token))
+
+
+def test_a_field_that_a_result_does_not_have_is_none() -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("openvino")
+    quantized = PTQQuantizer("openvino", num_calibration_batches=1, progress=False).quantize(Outer().eval(), [X])
+    result = quantized(X)
+    assert type(result) is Output and result.pooled is None
+    assert output_snr(Outer()(X).hidden, result.hidden) > 25
+
+
 class Wrapper(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from torch import fx
@@ -33,14 +33,25 @@ def open_mappings(graph: fx.Graph) -> None:
         if node.op != "call_function" or not isinstance(node.target, type) or not issubclass(node.target, dict):
             continue
         items: dict[Any, Any] = dict(node.args[0]) if node.args else dict(node.kwargs)
+        items = {**_defaults(node.target), **items}
         for user in list(node.users):
             reads = user.target in (getattr, operator.getitem) and user.args[0] is node
-            value = items.get(user.args[1]) if reads else None
-            if isinstance(value, fx.Node):
-                user.replace_all_uses_with(value)
-                graph.erase_node(user)
+            if reads and user.args[1] in items and (user.target is getattr or items[user.args[1]] is not None):
+                _stand_in(user, items[user.args[1]])
         if not node.users:
             graph.erase_node(node)
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """What the fields of a dataclass are that nobody gives."""
+    return {field.name: field.default for field in fields(cls) if field.default is not MISSING} if is_dataclass(cls) else {}
+
+
+def _stand_in(node: fx.Node, value: Any) -> None:
+    """Let everything that reads ``node`` read ``value``, a node or not."""
+    for user in list(node.users):
+        user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), lambda n: value if n is node else n)
+    node.graph.erase_node(node)
 
 
 def containers(graph: fx.Graph, value: Any) -> Any:
