@@ -209,6 +209,37 @@ def test_a_transposed_convolution_says_that_it_has_one_scale() -> None:
     assert quantized.meta["portable"].get_buffer("0.weight_scale").shape == (1,)  # type: ignore[union-attr]
 
 
+class PerSample(nn.Module):
+    """A convolution with a weight and a bias for each sample, mixed from learned ones (CondConv, Yang et al. 2019)."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.groups, self.stem, self.route = groups, nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+        self.weights, self.biases = nn.Parameter(torch.randn(4, 8 * 8 // groups * 9)), nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        batch, channels, height, width = x.shape
+        mix = self.route(x.mean((2, 3))).sigmoid()
+        weight = (mix @ self.weights).view(batch * 8, channels // self.groups, 3, 3)
+        bias = (mix @ self.biases).view(batch * 8)
+        joined = x.reshape(1, batch * channels, height, width)
+        mixed = F.conv2d(joined, weight, bias, stride=2, padding=1, groups=batch * self.groups)
+        return mixed.view(batch, 8, mixed.shape[-2], mixed.shape[-1])
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("backend", ["fbgemm", "onnxruntime", "openvino"])
+def test_convolutions_with_a_group_for_each_sample_run_at_any_batch_size(backend: str, groups: int) -> None:
+    if reason := backends.find(backend).unavailable():
+        pytest.skip(reason)
+    model, x = PerSample(groups).eval(), torch.randn(4, 3, 9, 9)
+    quantized = ptq(model, x, backend=backend)
+    for batch in (4, 3, 1):
+        assert snr(model, quantized, x[:batch]) > 20
+
+
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_bags_of_embeddings_are_exported_as_lookups(mode: str) -> None:
     """The exporter's own form of them crashes ONNX Runtime."""

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.backends.embedding_bags import is_bag, open_bag
+from fxcompress.backends.sample_convolutions import counts_samples, open_groups
 from fxcompress.errors import BackendError
 from fxcompress.graph import ops, qdq
 from fxcompress.graph.containers import leaves
@@ -61,6 +62,8 @@ def flatten(module: fx.GraphModule) -> Flat:
             graph.output(tuple(values[result] for result in outputs))
         elif is_bag(node):
             values[node] = open_bag(graph, node, values)
+        elif counts_samples(node):
+            values[node] = open_groups(graph, node, values)
         else:
             values[node] = graph.node_copy(node, lambda old: values[old])
             values[node].meta.pop("nn_module_stack", None)  # torch.export would read it, and wants it in its own form
