@@ -47,12 +47,18 @@ class Atoms:
             self.freeze(np.maximum(first, second)[holes], f"meets a value of fixed size at {where}")
         self._edges.append((first, second))
 
-    def tie(self, array: Ints, axis: int) -> Ints:
-        """Merge along ``axis``; returns the array with that axis reduced to its first index."""
-        first = array.take([0], axis=axis)
-        if array.shape[axis] > 1:
-            self.merge(np.ascontiguousarray(np.broadcast_to(first, array.shape)), array, "a shared index")
-        return first
+    def tie(self, array: Ints, *axes: int) -> Ints:
+        """Merge along every one of ``axes``; returns the array with each of them reduced to its first index."""
+        for axis in axes:
+            first = array.take([0], axis=axis)
+            if array.shape[axis] > 1:
+                self.merge(np.ascontiguousarray(np.broadcast_to(first, array.shape)), array, "a shared index")
+            array = first
+        return array
+
+    def line(self, array: Ints, axis: int) -> Ints:
+        """The atoms along ``axis`` alone, [n]: what lies across it is merged."""
+        return self.tie(array, *(other for other in range(array.ndim) if other != axis)).reshape(-1)
 
     def told_apart(self, line: Ints, where: str) -> Ints:
         """The line with atoms of its own where one atom stands in it several times, so that what comes of each is known.

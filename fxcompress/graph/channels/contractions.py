@@ -200,9 +200,7 @@ def index_notation(walk: Walk, call: ops.Call) -> Value:
         walk.attention |= set().union(*(label.sites for v in spread for label in v.labels.values()))
     result, dims = Value(shape), {place_of[letter]: i for i, letter in enumerate(output)}
     for d, label in joined.items():
-        array = label.array
-        for gone in summed:
-            array = walk.atoms.tie(array, gone)
+        array = walk.atoms.tie(label.array, *summed)
         result.labels[dims[d]] = label.with_array(moved(array, dims, len(shape)))
     return result
 

@@ -73,7 +73,7 @@ def _grouped(
     where, groups = place(call.node), int(walk.plain(call["groups"]))
     per_input, per_output = value.shape[channel] // groups, result.shape[channel] // groups
     found = value.labels.get(channel)
-    flat = _line(walk, found, channel) if found is not None else None
+    flat = found.with_array(walk.atoms.line(found.array, channel)) if found is not None else None
     inputs = flat.array.reshape(groups, per_input) if flat is not None else None
     sites: frozenset[str] = flat.sites if flat is not None else frozenset()
     few, many = sorted((per_input, per_output))
@@ -101,15 +101,6 @@ def _grouped(
         walk.atoms.doubt(flat.array, f"what it leaves behind is not zero at {where}")
     produce(walk, call, result, Label(np.ascontiguousarray(made).reshape(-1), True, sites), channel)
     return result
-
-
-def _line(walk: Walk, label: Label, channel: int) -> Label:
-    """A label along the channels alone."""
-    array = label.array
-    for dim in range(array.ndim):
-        if dim != channel:
-            array = walk.atoms.tie(array, dim)
-    return label.with_array(array.reshape(-1))
 
 
 def _group_weights(

@@ -169,11 +169,7 @@ def group_norm(walk: Walk, call: ops.Call) -> Value:
     if found is None or not isinstance(groups, int):
         walk.freeze(found, f"its groups are not known at {where}")
         return result
-    line = found.array
-    for dim in range(line.ndim):
-        if dim != 1:
-            line = walk.atoms.tie(line, dim)
-    line = line.reshape(groups, -1)
+    line = walk.atoms.line(found.array, 1).reshape(groups, -1)
     whole = line.shape[1] == 1
     if not whole:
         site = f"{where}:groups"
@@ -233,15 +229,13 @@ def pooling(walk: Walk, call: ops.Call) -> Any:
     for dim, label in value.labels.items():
         if dim >= kept:
             walk.freeze(label, f"a window slides over it at {place(call.node)}")
-    labels = {d: label.with_array(_flattened(walk, label.array, kept)) for d, label in value.labels.items() if d < kept}
+    labels = {
+        d: label.with_array(walk.atoms.tie(label.array, *range(kept, label.array.ndim)))
+        for d, label in value.labels.items()
+        if d < kept
+    }
     shapes = walk.unlabelled(call.node)
     return map_values(lambda v: Value(v.shape, dict(labels)), shapes)
-
-
-def _flattened(walk: Walk, array: Any, kept: int) -> Any:
-    for dim in range(kept, array.ndim):
-        array = walk.atoms.tie(array, dim)
-    return array
 
 
 @rule("grid_sample")
@@ -264,10 +258,7 @@ def fourier(walk: Walk, call: ops.Call) -> Value:
         walk.freeze(value.labels[dim], f"it is transformed at {place(call.node)}")
     labels = dict(value.without(*dims).labels)
     for dim, label in labels.items():
-        array = label.array
-        for gone in dims:
-            array = walk.atoms.tie(array, gone)
-        labels[dim] = label.with_array(array)
+        labels[dim] = label.with_array(walk.atoms.tie(label.array, *dims))
     return Value(walk.shape(call.node), labels)
 
 
@@ -323,9 +314,7 @@ def reduction(walk: Walk, call: ops.Call) -> Any:
     for dim, label in value.labels.items():
         if dim in dims:
             continue
-        array = label.array
-        for gone in dims:
-            array = walk.atoms.tie(array, gone)
+        array = walk.atoms.tie(label.array, *dims)
         made = rank if keepdim else len(rest)
         labels[place_of[dim]] = Label(moved(array, place_of, made), label.zero, label.sites)
     return map_values(lambda v: Value(v.shape, dict(labels)), shapes)

@@ -81,13 +81,10 @@ def alone(atoms: Atoms, value: Value, dim: int) -> Ints | None:
     label = value.labels.get(dim)
     if label is None:
         return None
-    array = label.array
-    for other in range(array.ndim):
-        if other != dim and array.shape[other] > 1:
-            array = atoms.tie(array, other)
-    if array is not label.array:
-        value.labels[dim] = label.with_array(array)
-    return array.reshape(-1)
+    others = [other for other, size in enumerate(label.array.shape) if other != dim and size > 1]
+    if others:
+        value.labels[dim] = label = label.with_array(atoms.tie(label.array, *others))
+    return label.array.reshape(-1)
 
 
 def row(array: Ints, dim: int) -> Ints:

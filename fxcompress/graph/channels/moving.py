@@ -139,11 +139,7 @@ def _line(walk: Walk, value: Value, dim: int) -> Any:
     """The atoms along one dimension alone; a single index that has none of its own gets one that stays."""
     if dim not in value.labels:
         return np.zeros(value.shape[dim], dtype=np.int64)
-    array = value.labels[dim].array
-    for other in range(array.ndim):
-        if other != dim:
-            array = walk.atoms.tie(array, other)
-    return array.reshape(-1)
+    return walk.atoms.line(value.labels[dim].array, dim)
 
 
 @rule("stack")

@@ -78,11 +78,7 @@ def recurrent(walk: Walk, call: ops.Call) -> Any:
     last = len(value.shape) - 1
     walk.freeze(value.without(last), f"a recurrence runs over it, or it is a batch dimension, at {where}")
     below = value.labels.get(last)
-    if below is not None:
-        for dim in range(below.array.ndim):
-            if dim != last:
-                below = below.with_array(walk.atoms.tie(below.array, dim))
-    lower = below.array.reshape(-1) if below is not None else None
+    lower = given = walk.atoms.line(below.array, last) if below is not None else None
     for layer in range(part.num_layers):
         for direction in range(directions):
             row = layer * directions + direction
@@ -92,10 +88,10 @@ def recurrent(walk: Walk, call: ops.Call) -> Any:
     walk.counts.append(Count(call.node, "hidden_size", cells[0]))
     if projected:
         walk.counts.append(Count(call.node, "proj_size", outs[0]))
-    if below is not None:
-        walk.counts.append(Count(call.node, "input_size", below.array.reshape(-1)))
+    if below is not None and given is not None:
+        walk.counts.append(Count(call.node, "input_size", given))
         if not below.zero:
-            walk.atoms.doubt(below.array, f"what it leaves behind is not zero at {where}")
+            walk.atoms.doubt(given, f"what it leaves behind is not zero at {where}")
     for array in [cells, outs] if projected else [cells]:
         walk.sites.equal(array, 1, where)
         if size == 1:
@@ -116,7 +112,7 @@ def recurrent_cell(walk: Walk, call: ops.Call) -> Any:
     units = walk.atoms.new(part.hidden_size)
     walk.freeze(value.without(len(value.shape) - 1), f"a batch dimension at {where}")
     below = value.labels.get(len(value.shape) - 1)
-    lower = walk.row_of(below, len(value.shape) - 1, 0, 1) if below is not None else None
+    lower = walk.atoms.line(below.array, len(value.shape) - 1) if below is not None else None
     gates = {"LSTMCell": 4, "GRUCell": 3}.get(type(part).__name__, 1)
     _cell(walk, f"{call.node.target}.", "", np.tile(units, gates), units, lower, where, False)
     walk.counts.append(Count(call.node, "hidden_size", units))

@@ -274,11 +274,7 @@ class Walk:
 
     def row_of(self, label: Label, dim: int, along: int, rank: int) -> Ints:
         """The atoms along one dimension by themselves, laid along a dimension of a tensor of ``rank``."""
-        array = label.array
-        for other in range(array.ndim):
-            if other != dim:
-                array = self.atoms.tie(array, other)
-        return moved(array.reshape(-1), {0: along}, rank)
+        return moved(self.atoms.line(label.array, dim), {0: along}, rank)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The shape of a node's tensor, from its metadata."""
