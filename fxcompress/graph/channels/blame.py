@@ -14,11 +14,12 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import DataError
 from fxcompress.graph.channels.analysis import ChannelGroup, Channels
 from fxcompress.graph.channels.atoms import Ints
+from fxcompress.graph.channels.calls import place
 from fxcompress.graph.channels.cut import UnprovableError, cut
 from fxcompress.graph.channels.kept import Kept, select
 from fxcompress.graph.channels.labels import Value
 from fxcompress.graph.channels.proof import Proof, Silent, permuted, permuter, relative_error, tolerance
-from fxcompress.graph.channels.walk import Walk, place
+from fxcompress.graph.channels.walk import Walk
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.recorder import Recorder
 from fxcompress.graph.tree import evaluating

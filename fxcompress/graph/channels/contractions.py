@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from fxcompress.graph import ops
+from fxcompress.graph.channels.calls import place
 from fxcompress.graph.channels.labels import Label, Value, aligned, alone, broadcast, join, moved
-from fxcompress.graph.channels.walk import Walk, place, rule
+from fxcompress.graph.channels.walk import Walk, rule
 from fxcompress.graph.index_notation import notation
 
 

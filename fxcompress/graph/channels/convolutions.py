@@ -6,9 +6,10 @@ import numpy as np
 
 from fxcompress.graph import ops
 from fxcompress.graph.channels.atoms import Ints
+from fxcompress.graph.channels.calls import place
 from fxcompress.graph.channels.contractions import bind, contract, lying, produce
 from fxcompress.graph.channels.labels import Label, Value
-from fxcompress.graph.channels.walk import Count, Walk, place, rule
+from fxcompress.graph.channels.walk import Count, Walk, rule
 
 CONVOLUTIONS = tuple(f"conv{d}d" for d in (1, 2, 3))
 TRANSPOSED = tuple(f"conv_transpose{d}d" for d in (1, 2, 3))

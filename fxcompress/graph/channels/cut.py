@@ -15,11 +15,12 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import FxCompressError
 from fxcompress.graph import edit, ops
 from fxcompress.graph.channels.analysis import Channels
+from fxcompress.graph.channels.calls import Spelling, evaluate, operand_names
 from fxcompress.graph.channels.kept import Kept, Mask, select
 from fxcompress.graph.channels.labels import Value, map_values, values_in
 from fxcompress.graph.channels.literals import PROPOSALS, Index, Move, commutes, gathered
 from fxcompress.graph.channels.moving import varies
-from fxcompress.graph.channels.walk import Count, Spelling, Walk, evaluate, operand_names
+from fxcompress.graph.channels.walk import Count, Walk
 from fxcompress.graph.collector import collector_paused
 from fxcompress.graph.shapes import module_of
 from fxcompress.graph.tree import submodule

@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from fxcompress.graph import ops
+from fxcompress.graph.channels.calls import place
 from fxcompress.graph.channels.labels import Label, Value, alone, broadcast, join, map_values, moved, row, values_in
-from fxcompress.graph.channels.walk import FAMILIES, Count, Walk, place, rule
+from fxcompress.graph.channels.walk import FAMILIES, Count, Walk, rule
 
 ZERO_IF_ALL = {"add", "sub", "rsub", "maximum", "minimum", "where", "lerp", "addcmul", "to", "complex"}
 ZERO_IF_ANY = {"mul", "and"}

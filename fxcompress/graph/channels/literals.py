@@ -17,9 +17,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxcompress.graph import ops
+from fxcompress.graph.channels.calls import Spelling
 from fxcompress.graph.channels.kept import Kept, select
 from fxcompress.graph.channels.labels import Value
-from fxcompress.graph.channels.walk import Spelling
 
 __all__ = ["PROPOSALS", "Index", "Move", "commutes", "gathered"]
 

@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from fxcompress.graph import ops
+from fxcompress.graph.channels.calls import place
 from fxcompress.graph.channels.labels import Label, Value, broadcast
-from fxcompress.graph.channels.walk import Walk, place, rule
+from fxcompress.graph.channels.walk import Walk, rule
 
 
 @rule("expand", "repeat")

@@ -10,9 +10,10 @@ from torch import fx
 from torch.nn import functional as F
 
 from fxcompress.graph import ops
+from fxcompress.graph.channels.calls import place
 from fxcompress.graph.channels.labels import Label, Value, broadcast, join, moved, values_in
 from fxcompress.graph.channels.movement import move
-from fxcompress.graph.channels.walk import FAMILIES, Walk, place, rule
+from fxcompress.graph.channels.walk import FAMILIES, Walk, rule
 
 PICKS = {"getitem", "slice", "select", "narrow", "index_select", "index"}
 """Kinds that pick indices along a dimension."""

@@ -24,9 +24,10 @@ from fxcompress.errors import DataError
 from fxcompress.graph import ops
 from fxcompress.graph.channels.analysis import Channels
 from fxcompress.graph.channels.atoms import Ints
+from fxcompress.graph.channels.calls import operand_names
 from fxcompress.graph.channels.kept import Kept, Mask, select
 from fxcompress.graph.channels.labels import Value
-from fxcompress.graph.channels.walk import Walk, operand_names
+from fxcompress.graph.channels.walk import Walk
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.recorder import Recorder
 from fxcompress.graph.shapes import module_of, tensor_meta

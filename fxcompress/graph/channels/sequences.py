@@ -9,9 +9,10 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.graph import ops
 from fxcompress.graph.channels.atoms import Ints
+from fxcompress.graph.channels.calls import place
 from fxcompress.graph.channels.contractions import contract, padded
 from fxcompress.graph.channels.labels import Label, Value, aligned, broadcast
-from fxcompress.graph.channels.walk import Count, Walk, place, rule
+from fxcompress.graph.channels.walk import Count, Walk, rule
 from fxcompress.graph.shapes import module_of
 
 

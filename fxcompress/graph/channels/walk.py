@@ -17,24 +17,21 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import PassError
 from fxcompress.graph import edit, ops, spellings
 from fxcompress.graph.channels.atoms import Atoms, Ints
-from fxcompress.graph.channels.labels import Label, Value, map_values, moved, values_in
+from fxcompress.graph.channels.calls import (
+    Spelling,
+    enumerate_operands,
+    evaluate,
+    is_pointwise,
+    operand_names,
+    operator_name,
+    place,
+    plain,
+)
+from fxcompress.graph.channels.labels import Label, Value, moved, values_in
 from fxcompress.graph.channels.movement import Sites, move
-from fxcompress.graph.shapes import is_meta, module_of
-from fxcompress.graph.tree import submodule
+from fxcompress.graph.shapes import is_meta
 
-__all__ = [
-    "FAMILIES",
-    "RULES",
-    "Count",
-    "Rule",
-    "Spelling",
-    "Walk",
-    "evaluate",
-    "operand_names",
-    "operator_name",
-    "place",
-    "rule",
-]
+__all__ = ["FAMILIES", "RULES", "Count", "Rule", "Walk", "rule"]
 
 
 @dataclass(frozen=True)
@@ -196,8 +193,6 @@ class Walk:
             self.calls[node] = ops.read(node)
         return self.calls[node]
 
-    # what rules use
-
     def value(self, argument: Any) -> Value | None:
         """An argument of a call as a value: a node's, or a parameter's; None for anything else."""
         if isinstance(argument, ops.Attr):
@@ -309,86 +304,8 @@ class Walk:
         return move(self.atoms, self.sites, value, run, place(call.node))
 
 
-@dataclass(frozen=True)
-class Spelling:
-    """A call as a graph writes it."""
-
-    op: str
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @classmethod
-    def of(cls, node: fx.Node) -> Spelling:
-        return cls(node.op, node.target, node.args, dict(node.kwargs))
-
-
-def plain(env: Mapping[fx.Node, Any], structure: Any, device: str, special: Mapping[str, Any]) -> Any:
-    """Nodes replaced by ``special`` values by name, or by what ``env`` holds, values as :func:`_blank` tensors."""
-
-    def look(node: fx.Node) -> Any:
-        if node.name in special:
-            return special[node.name]
-        return map_values(lambda v: _blank(v, node, device), env[node])
-
-    return fx.node.map_arg(structure, look)
-
-
-def _blank(value: Value, node: fx.Node, device: str) -> torch.Tensor:
-    """An empty tensor of this shape; integers are zeros, so that they can be indices."""
-    dtype = getattr(node.meta.get("tensor_meta"), "dtype", torch.float32)
-    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-        return torch.empty(value.shape, device=device)
-    return torch.zeros(value.shape, dtype=dtype, device=device)
-
-
-def evaluate(
-    module: fx.GraphModule, env: Mapping[fx.Node, Any], call: Spelling, device: str, special: Mapping[str, Any]
-) -> Any:
-    """Make a call on :func:`plain` operands."""
-    args, kwargs = plain(env, (call.args, call.kwargs), device, special)
-    if call.op == "call_module":
-        part = submodule(module, str(call.target))
-        assert part is not None
-        return part(*args, **kwargs)
-    target = getattr(torch.Tensor, str(call.target)) if call.op == "call_method" else call.target
-    return target(*args, **kwargs)
-
-
-def operand_names(node: fx.Node, source: Any) -> list[str]:
-    """The names of the nodes that stand for ``source`` among a node's operands."""
-    return [n.name for n in node.all_input_nodes if n is source or _fetches(n, source)]
-
-
-def _fetches(node: fx.Node, source: Any) -> bool:
-    return isinstance(source, ops.Attr) and node.op == "get_attr" and str(node.target) == source.name
-
-
 POINTWISE = spellings.Op("elementwise", "pointwise")
 """Whatever torch says is elementwise, and the op table has no row for."""
-
-
-def is_pointwise(node: fx.Node) -> bool:
-    """Whether torch tags an operator that the op table does not know as elementwise."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return torch.Tag.pointwise in node.target.tags
-    name = operator_name(node) if node.op in ("call_function", "call_method") else ""
-    packet = getattr(torch.ops.aten, name.removeprefix("special_").strip("_"), None) if name else None
-    return packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
-
-
-def enumerate_operands(node: fx.Node) -> list[tuple[str, Any]]:
-    """The arguments of a call by the names of their places."""
-    return [*((str(place), value) for place, value in enumerate(node.args)), *node.kwargs.items()]
-
-
-def operator_name(node: fx.Node) -> str:
-    """The name people know an operator by."""
-    if node.op == "call_module":
-        return type(module_of(node)).__name__
-    if isinstance(node.target, (str, torch._ops.OpOverload)):
-        return str(node.target)
-    return str(getattr(node.target, "__name__", node.target))
 
 
 def _repeats(call: ops.Call) -> bool:
@@ -407,14 +324,6 @@ def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     if tensor.numel() == 0 or tensor.is_meta:
         return (id(tensor),)
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
-def place(node: fx.Node) -> str:
-    """The name people know a node by: its layer, or the node in the layer whose code made it."""
-    if node.op == "call_module":
-        return str(node.target)
-    owner = ops.owner_name(node)
-    return f"{owner}:{node.name}" if owner else node.name
 
 
 Rule = Callable[[Walk, ops.Call], Any]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fxcompress.graph import ops
+from fxcompress.graph.channels.calls import operator_name, place
 from fxcompress.graph.channels.labels import Label, Value, alone, broadcast, join, moved
-from fxcompress.graph.channels.walk import Walk, operator_name, place, rule
+from fxcompress.graph.channels.walk import Walk, rule
 
 
 @rule("copy")
