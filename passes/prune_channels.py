@@ -16,9 +16,10 @@ from fxcompress.graph.channels import Channels, analyse, predict
 from fxcompress.graph.channels.analysis import group_name
 from fxcompress.graph.channels.blame import Before, culprits
 from fxcompress.graph.channels.calls import place
-from fxcompress.graph.channels.cut import Cut, UnprovableError, cut
+from fxcompress.graph.channels.cut import Cut, cut
 from fxcompress.graph.channels.kept import Kept, mask_data
 from fxcompress.graph.channels.proof import Proof, tolerance
+from fxcompress.graph.channels.rewriting import UnprovableError
 from fxcompress.graph.island import regions
 from fxcompress.graph.select import Layer, Selection
 from fxcompress.graph.settling import settle

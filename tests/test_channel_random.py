@@ -14,9 +14,10 @@ from torch import fx, nn
 
 from fxcompress import trace
 from fxcompress.graph.channels import Channels, analyse, predict
-from fxcompress.graph.channels.cut import UnprovableError, cut
+from fxcompress.graph.channels.cut import cut
 from fxcompress.graph.channels.kept import Kept
 from fxcompress.graph.channels.proof import Proof
+from fxcompress.graph.channels.rewriting import UnprovableError
 from fxcompress.graph.cost import macs
 from fxcompress.graph.inputs import arguments
 from fxcompress.graph.settling import settle

@@ -15,10 +15,13 @@ from fxcompress.errors import DataError
 from fxcompress.graph.channels.analysis import ChannelGroup, Channels
 from fxcompress.graph.channels.atoms import Ints
 from fxcompress.graph.channels.calls import place
-from fxcompress.graph.channels.cut import UnprovableError, cut
+from fxcompress.graph.channels.cut import cut
 from fxcompress.graph.channels.kept import Kept, select
 from fxcompress.graph.channels.labels import Value
-from fxcompress.graph.channels.proof import Proof, Silent, permuted, permuter, relative_error, tolerance
+from fxcompress.graph.channels.permutation import permuted, permuter
+from fxcompress.graph.channels.proof import Proof, relative_error, tolerance
+from fxcompress.graph.channels.rewriting import UnprovableError
+from fxcompress.graph.channels.silence import Silent
 from fxcompress.graph.channels.walk import Walk
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.recorder import Recorder
