@@ -12,10 +12,32 @@ import pytest
 import torch
 
 from fxcompress.errors import PassError
-from tests import hostile_attention, hostile_designs, hostile_layers, hostile_moves, hostile_networks, hostile_spellings
+from tests import (
+    hostile_attention,
+    hostile_designs,
+    hostile_layers,
+    hostile_moves,
+    hostile_networks,
+    hostile_norms,
+    hostile_picks,
+    hostile_spellings,
+    hostile_sums,
+    hostile_weights,
+)
 from tests.channel_cases import Hostile, LeaveOutTheSilent, error, lived_in, prune, remarks, silenced
 
-PAGES = (hostile_moves, hostile_layers, hostile_networks, hostile_attention, hostile_spellings, hostile_designs)
+PAGES = (
+    hostile_moves,
+    hostile_picks,
+    hostile_sums,
+    hostile_layers,
+    hostile_norms,
+    hostile_weights,
+    hostile_networks,
+    hostile_attention,
+    hostile_spellings,
+    hostile_designs,
+)
 MODELS: dict[str, Hostile] = {name: model for page in PAGES for name, model in page.MODELS.items()}
 
 EVERY = bool(os.environ.get("CHANNEL_POLICIES"))
