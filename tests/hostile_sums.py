@@ -257,7 +257,8 @@ MODELS = {
         lambda: net(lambda self, x: (lambda y: self.o(y[:, 1:] - y[:, :-1]))(self.a(x)), a=c3(3, 8), o=c3(7, 3))
     ),
     "torch.diff": Hostile(
-        lambda: net(lambda self, x: self.o(torch.diff(self.a(x), dim=1)), a=c3(3, 8), o=c3(7, 3)), frozen="difference has no rule"
+        lambda: net(lambda self, x: self.o(torch.diff(self.a(x), dim=1)), a=c3(3, 8), o=c3(7, 3)),
+        frozen="difference has no rule",
     ),
     "avg over pairs via avg_pool1d on channels": Hostile(
         lambda: net(lambda self, x: self.o(F.avg_pool1d(self.a(x), 2)), a=linear(6, 8), o=linear(4, 3)),
