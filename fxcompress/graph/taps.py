@@ -83,9 +83,3 @@ def _is_overwritten(value: fx.Node) -> bool:
         family.update(fresh)
         queue += fresh
     return any(user > value and writes(user) and user.all_input_nodes[0] in family for m in family for user in m.users)
-
-
-# addresses
-
-
-# the view
