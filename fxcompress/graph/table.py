@@ -303,7 +303,7 @@ TABLE: tuple[Op, ...] = (
     _pointwise("invert", "invert bitwise_not logical_not __invert__", "input"),
     *_unary("neg exp log log2 sqrt rsqrt abs sin cos erf sign floor ceil round reciprocal square expm1 log1p"),
     *_unary("atan asin acos tan sinh cosh asinh acosh atanh erfc erfinv exp2 logit trunc frac nan_to_num lgamma digamma"),
-    *_unary("isnan isinf isfinite positive negative absolute"),
+    *_unary("isnan isinf isfinite positive negative absolute conj"),
     *(_pointwise(name, name) for name in ("atan2", "hypot", "xlogy", "logaddexp")),
     _pointwise("addcdiv", "addcdiv addcdiv_", "input tensor1 tensor2"),
     Op("to", "pointwise", "to type float half bfloat16 double type_as cpu cuda _to_copy", "input dtype"),
