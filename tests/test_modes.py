@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxcompress
-from fxcompress import QATQuantizer, coverage
+from fxcompress import QATQuantizer, coverage, load, save
 from fxcompress.graph import ops, trace
 
 
@@ -210,3 +210,74 @@ def test_a_model_that_freezes_its_normalisation_in_train_is_heeded() -> None:
     graph(images(1))
     assert all(torch.equal(value, before[name]) for name, value in graph.state_dict().items())
     assert not hasattr(nn.Module, "training")
+
+
+class DropPath(nn.Module):
+    """Stochastic depth as timm writes it."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        return x * mask.div_(keep)
+
+
+class FlooredDropPath(DropPath):
+    """Stochastic depth as transformers writes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        mask = keep + torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), dtype=x.dtype)
+        return x.div(keep) * mask.floor_()
+
+
+class UnscaledDropPath(DropPath):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand(x.shape[0], 1).ge(self.drop_prob) if self.training else x
+
+
+class Residual(nn.Module):
+    def __init__(self, drop: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.drop = nn.Linear(8, 8), drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.inner(x))
+
+
+@pytest.mark.parametrize("cls", [DropPath, FlooredDropPath])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_stochastic_depth_that_is_code_drops_in_training_only(cls: Any, share: float, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model, batch = Residual(cls(share)).eval(), torch.rand(2000, 8) + 1
+    graph = trace(model, batch)
+    assert graph.get_submodule("drop").p == share and not notes(graph)
+    assert torch.equal(graph(batch), model(batch))
+    prepared = QATQuantizer().prepare(model.train(), batch)
+    save(prepared, tmp_path / "model")
+    for training in (graph.train(), prepared.train(), load(tmp_path / "model").train()):
+        added = (training(batch) - batch).abs().amax(1)
+        kept = (added > 0.05).float().mean()
+        assert abs(float(kept) - (1 - share)) < 0.06
+    quantized = QATQuantizer().convert(prepared.eval())
+    assert torch.equal(quantized(batch), quantized(batch))
+
+
+def test_stochastic_depth_of_timm_drops_the_very_same_samples() -> None:
+    model = Residual(DropPath(0.3)).train()
+    graph, batch = trace(model, torch.rand(64, 8)), torch.rand(64, 8)
+    torch.manual_seed(5)
+    expected = model(batch)
+    torch.manual_seed(5)
+    assert torch.equal(graph(batch), expected)
+
+
+def test_what_only_looks_like_stochastic_depth_is_said() -> None:
+    assert notes(trace(Residual(UnscaledDropPath(0.5)).eval(), torch.rand(4, 8)))

@@ -16,6 +16,7 @@ from torch.nn.utils import rnn
 
 from fxcompress.graph import fused, guards
 from fxcompress.graph.attention import ScaledDotProductAttention
+from fxcompress.graph.drop_path import DropPath
 from fxcompress.graph.frozen import FROZEN
 from fxcompress.graph.spellings import Op
 from fxcompress.graph.taps import tap
@@ -320,6 +321,7 @@ TABLE: tuple[Op, ...] = (
             nn.Dropout2d,
             nn.Dropout3d,
             nn.AlphaDropout,
+            DropPath,
             "torchvision.ops.stochastic_depth.StochasticDepth",
         ),
     ),
