@@ -209,6 +209,38 @@ def test_a_transposed_convolution_says_that_it_has_one_scale() -> None:
     assert quantized.meta["portable"].get_buffer("0.weight_scale").shape == (1,)  # type: ignore[union-attr]
 
 
+RESHAPED: dict[str, Callable[[Tensor], Tensor]] = {
+    "bilinear": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    "nearest": lambda x: F.interpolate(x, size=(5, 7)),
+    "average": lambda x: F.avg_pool2d(x, 3, 2, 1),
+    "adaptive": lambda x: F.adaptive_avg_pool2d(x, 3),
+    "largest": lambda x: F.max_pool2d(x, 2),
+    "from one position": lambda x: F.interpolate(x[:, :, :1, :1], scale_factor=4),
+}
+
+
+class Tokens(nn.Module):
+    """Tokens that become an image again, as backbones hand them on to a head."""
+
+    def __init__(self, code: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.code, self.embed, self.head = code, nn.Linear(12, 16), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.code(self.embed(x).transpose(1, 2).reshape(x.shape[0], -1, 8, 8)))
+
+
+@pytest.mark.parametrize("name", RESHAPED)
+@pytest.mark.parametrize("backend", ["fbgemm", "qnnpack"])
+def test_tokens_that_become_an_image_are_pooled_and_resampled_at_any_batch_size(backend: str, name: str) -> None:
+    model, x = Tokens(RESHAPED[name]).eval(), torch.randn(4, 64, 12)
+    quantized = ptq(model, x, backend=backend)
+    assert coverage(quantized).mac_share == 1.0
+    for batch in (4, 2, 1):
+        assert snr(model, quantized, x[:batch]) > 25
+
+
 class PerSample(nn.Module):
     """A convolution with a weight and a bias for each sample, mixed from learned ones (CondConv, Yang et al. 2019)."""
 

@@ -22,6 +22,7 @@ __all__ = [
     "QuantizedBatchNorm",
     "QuantizedLayer",
     "engine_of",
+    "in_one_layout",
     "quantize_input",
     "quantized_weight",
     "x86_engine",
@@ -217,6 +218,19 @@ def quantize_input(input: Tensor, scale: float, zero_point: int) -> Tensor:
     elif input.dim() == 5:
         input = input.contiguous(memory_format=torch.channels_last_3d)
     return torch.quantize_per_tensor(input, scale, zero_point, torch.quint8)
+
+
+def in_one_layout(input: Tensor) -> Tensor:
+    """A quint8 image or volume whose strides are those of channels-last memory, where its values lie like that.
+
+    A dimension of one may have any stride; torch's kernels that pool and resample take such a value for one layout and their
+    result for the other.
+    """
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
+    if layout is None or not input.is_contiguous(memory_format=layout):
+        return input
+    strides = torch.empty(input.shape, device="meta", memory_format=layout).stride()
+    return input if input.stride() == strides else input.as_strided(input.shape, strides)
 
 
 class QuantizedBatchNorm(nn.Module):

