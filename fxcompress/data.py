@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from fxcompress.errors import DataError, FxCompressError
 from fxcompress.graph.inputs import Arguments, tensors_in
+from fxcompress.graph.module import signature
 from fxcompress.graph.tree import device_of
 
 __all__ = ["batches", "check_batch", "fed", "fitting", "split_batch"]
@@ -26,19 +26,30 @@ def fed(data: Any) -> Iterable[Any]:
     return data
 
 
-def split_batch(batch: Any) -> tuple[Arguments, Any]:
-    """A batch as a call and its target: a tensor, a tuple or list (input, target, ...), or a dict passed by keyword."""
+def split_batch(batch: Any, model: nn.Module) -> tuple[Arguments, Any]:
+    """A batch as a call of ``model`` and its target: a tensor, a tuple or list (input, target, ...), or a dict by keyword.
+
+    Of a dict, the target is what ``forward`` does not take; several of these stay a dict.
+    """
     if isinstance(batch, Arguments):
         return batch, None
     if isinstance(batch, torch.Tensor):
         return Arguments((batch,), {}), None
     if isinstance(batch, Mapping):
-        return Arguments((), dict(batch)), None
+        return _by_keyword(batch, model)
     if isinstance(batch, (tuple, list)) and batch:
         return Arguments((batch[0],), {}), batch[1] if len(batch) > 1 else None
     raise DataError(
         f"a batch is a {type(batch).__name__}; a dataloader yields tensors, (input, target) tuples, or dicts by keyword."
     )
+
+
+def _by_keyword(batch: Mapping[Any, Any], model: nn.Module) -> tuple[Arguments, Any]:
+    parameters = signature(model).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    left = {} if open_ended else {key: value for key, value in batch.items() if key not in parameters}
+    target = next(iter(left.values())) if len(left) == 1 else left or None
+    return Arguments((), {key: value for key, value in batch.items() if key not in left}), target
 
 
 def check_batch(call: Arguments, position: int) -> None:
@@ -75,14 +86,14 @@ def fitting(position: int) -> Iterator[None]:
 def batches(data: Iterable[Any], model: nn.Module, limit: int | None = None) -> Iterator[Arguments]:
     """Up to ``limit`` checked batches of ``data`` as calls of ``model``, on its device."""
     device = device_of(model)
-    signature = inspect.signature(model.forward)
+    taken = signature(model)
     for position, batch in enumerate(fed(data)):
         if limit is not None and position >= limit:
             return
-        call, _ = split_batch(batch)
+        call, _ = split_batch(batch, model)
         check_batch(call, position)
         try:
-            signature.bind(*call.args, **call.kwargs)
+            taken.bind(*call.args, **call.kwargs)
         except TypeError as error:
-            raise DataError(f"batch {position} does not fit {signature}: {error}.") from error
+            raise DataError(f"batch {position} does not fit {taken}: {error}.") from error
         yield call.to(device)

@@ -93,7 +93,7 @@ class PassManager:
         """
         data = None if data is None else fed(data)
         if data is not None and example_inputs is None and iter(data) is data:
-            example_inputs, data = _peeked(data)
+            example_inputs, data = _peeked(data, model)
         call, tried = self._call(model, example_inputs, data)
         self._check_needs(call is not None or data is not None, data, teacher)
         self.ledger.rows.clear()
@@ -176,7 +176,7 @@ class PassManager:
 
     def _call(self, model: nn.Module, example_inputs: Any, data: Any) -> tuple[Arguments | None, list[Remark]]:
         """One call of the model, and a remark where it is none that was given: a step needs it, and the model takes it."""
-        call = example_call(example_inputs, data)
+        call = example_call(example_inputs, data, model)
         if call is not None or data is not None or not any("inputs" in step.needs for step in self.plan):
             return call, []
         call = tried_call(model)
@@ -211,18 +211,18 @@ def tried_call(model: nn.Module) -> Arguments | None:
     return None if example is None else arguments(example)
 
 
-def example_call(example_inputs: Any, data: Iterable[Any] | None) -> Arguments | None:
-    """One call of a model: the example inputs, or the first batch of data that can be read again; None where neither is."""
+def example_call(example_inputs: Any, data: Iterable[Any] | None, model: nn.Module) -> Arguments | None:
+    """One call of ``model``: the example inputs, or the first batch of data that can be read again; None for neither."""
     if example_inputs is not None:
         return arguments(example_inputs)
     if data is None or iter(data) is data:  # an iterator's first batch is not ours to take
         return None
-    return _peeked(iter(data))[0]
+    return _peeked(iter(data), model)[0]
 
 
-def _peeked(data: Iterator[Any]) -> tuple[Arguments, Iterator[Any]]:
+def _peeked(data: Iterator[Any], model: nn.Module) -> tuple[Arguments, Iterator[Any]]:
     """The call that an iterator's first batch is, and all of its batches."""
     first = list(itertools.islice(data, 1))
     if not first:
         raise DataError("the dataloader is empty: it yields no batch.")
-    return split_batch(first[0])[0], itertools.chain(first, data)
+    return split_batch(first[0], model)[0], itertools.chain(first, data)

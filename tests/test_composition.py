@@ -145,3 +145,36 @@ def test_a_run_whose_files_are_damaged_is_refused_or_redone_and_never_another_mo
         said = outcome(damaged, whole[1])
         assert said == "the same" or re.search(r"(damaged|missing|is not a file).*|cannot be read", said), (file, said)
         assert damage == "missing" or said != "the same", file
+
+
+class TwoInputs(nn.Module):
+    """Images and a mask, each by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        masked = images if mask is None else images * mask
+        return self.head(torch.relu(self.second(torch.relu(self.first(masked)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"type": "PTQQuantizer", "num_calibration_batches": 2},
+        {"type": "StructuredPruner", "round_to": 1, "criterion": "taylor"},
+        {"type": "StructuredPruner", "round_to": 1, "criterion": "hrank", "policy": "compensate", "finetune_epochs": 1},
+        {"type": "MagnitudePruner", "finetune_epochs": 1},
+        {"type": "LogitDistiller", "epochs": 1},
+        {"type": "QATQuantizer", "epochs": 1},
+    ],
+    ids=lambda stage: f"{stage['type']} {stage.get('criterion', '')}",
+)
+def test_dicts_with_a_label_serve_every_stage_as_pairs_do(stage: dict[str, Any]) -> None:
+    model, mask = TwoInputs().eval(), torch.ones(8, 1, 8, 8)
+    pairs = build_compression_pipeline(stage, model).run(data=BATCHES)
+    dicts = build_compression_pipeline(stage, model).run(data=[{"images": x, "mask": mask, "label": y} for x, y in BATCHES])
+    assert torch.allclose(dicts(images=X, mask=torch.ones(24, 1, 8, 8)), pairs(X), atol=0.02)

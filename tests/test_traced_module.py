@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress import PassManager, trace
+from fxcompress import PassManager, QATQuantizer, trace
 from fxcompress.graph import edit
 from fxcompress.graph.module import signature
 
@@ -77,6 +77,14 @@ def test_the_signature_of_a_graph_is_that_of_its_code() -> None:
     module = trace(Scaled(), {"x": X, "scale": 3.0, "shift": torch.ones(4)})
     before = signature(module)
     assert str(before) == str(inspect.signature(module.forward)) and list(before.parameters) == ["x", "scale", "shift"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_whose_tensors_the_graph_reads_itself_still_prints(bias: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=bias), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 16, bias=bias))
+    prepared = QATQuantizer().prepare(model, torch.randn(2, 3, 4, 4))
+    assert "Linear(in_features=32" in str(prepared) and "Conv2d(3, 8" in repr(prepared)
+    assert set(model.state_dict()) <= set(prepared.state_dict())
 
 
 def test_a_module_that_nobody_holds_is_freed() -> None:

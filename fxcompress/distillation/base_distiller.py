@@ -14,6 +14,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
+from fxcompress.data import split_batch
 from fxcompress.distillation.models import check_values, common_dtype, deterministic, in_dtype, traced
 from fxcompress.distillation.parameters import Assignable, check_options, distiller
 from fxcompress.distillation.step import Row, Step, logits_of
@@ -23,6 +24,7 @@ from fxcompress.errors import ConfigError, DataError, FxCompressError
 from fxcompress.graph import taps
 from fxcompress.graph.feature_view import Features, features
 from fxcompress.graph.inputs import Arguments, arguments
+from fxcompress.graph.module import signature
 from fxcompress.options import Seed, Weight, check_whole, validated
 from fxcompress.registry import Registry
 from fxcompress.weighted import Weighted
@@ -224,12 +226,13 @@ class BaseDistiller(Assignable):
     ) -> tuple[Any, Weighted]:
         """The student's output, and every loss by name, weighted: their sum is the total.
 
-        ``images`` is a tensor, a tuple of positional arguments or a dict by keyword (which may also be given as keywords);
-        without ``targets`` there is no task loss. ``index`` holds the samples' numbers in the dataset.
+        ``images`` is a tensor, a tuple of positional arguments or a dict by keyword. Keywords may be given instead, and what
+        the student does not take of these are the targets. Without ``targets`` there is no task loss. ``index`` holds the
+        samples' numbers in the dataset.
         """
         self._require_models()
         self._last, self._losses = None, []
-        call = Arguments((), inputs) if images is None else arguments(images)
+        call, targets = self._called(images, targets, inputs)
         check_samples(call)
         index = None if index is None else sample_numbers(index)
         student, theirs = self._run(1, self.student, call)
@@ -251,6 +254,17 @@ class BaseDistiller(Assignable):
         if not raw:
             raise DataError("there is nothing to learn from: no targets, and no distillation loss.")
         return student, Weighted(raw, weights)
+
+    def _called(self, images: Any, targets: Any, inputs: dict[str, Any]) -> tuple[Arguments, Any]:
+        """The call of both models, and the targets."""
+        named = images is not None and bool(inputs) and "images" in signature(self.student).parameters
+        call, left = split_batch({"images": images, **inputs} if named else inputs, self.student)
+        if images is not None and not named:
+            first = arguments(images)
+            call = Arguments(first.args, {**first.kwargs, **call.kwargs})
+        if targets is not None and left is not None:
+            raise DataError(f"targets were given, and beside them what the student does not take: {', '.join(inputs)}.")
+        return call, left if targets is None else targets
 
     def compute_distill_loss(self) -> Tensor:
         """The distillation loss of the last forward, before ``distill_weight``."""

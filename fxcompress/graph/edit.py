@@ -227,15 +227,21 @@ def reached(name: str, used: set[str]) -> bool:
 
 
 def _drop_orphans(module: nn.Module, used: set[str], prefix: str = "") -> bool:
-    """Remove what is not reached below ``module``; returns whether anything is left."""
+    """Remove what is not reached below ``module``; returns whether anything is left.
+
+    A layer keeps the name of a tensor that is gone, with None behind it, as of a bias it never had: it prints itself by it.
+    """
     for kept in (module._parameters, module._buffers):
         for leaf in [leaf for leaf in kept if prefix + leaf not in used]:
-            del kept[leaf]
+            kept[leaf] = None
+            if isinstance(module, fx.GraphModule) or type(module) is nn.Module:
+                del kept[leaf]
     for leaf, child in list(module._modules.items()):
         name = prefix + leaf
         if child is None or (name not in used and not _drop_orphans(child, used, name + ".")):
             del module._modules[leaf]
-    return bool(module._parameters or module._buffers or module._modules)
+    held = (*module._parameters.values(), *module._buffers.values(), *module._modules.values())
+    return any(value is not None for value in held)
 
 
 def set_bias(module: fx.GraphModule, call: ops.Call, bias: Tensor) -> None:

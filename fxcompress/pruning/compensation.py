@@ -65,7 +65,7 @@ def _means(channels: Channels, readers: dict[fx.Node, Any], context: Context) ->
     module, example = channels.walk.module, context.example()
     calls = [example] if example is not None else []
     if context.data is not None and not context.region:
-        calls = [split_batch(batch)[0] for batch, _ in zip(context.data, range(BATCHES), strict=False)]
+        calls = [split_batch(batch, module)[0] for batch, _ in zip(context.data, range(BATCHES), strict=False)]
     totals: dict[fx.Node, Tensor] = {}
     for call in calls:
         run = _Means(module, set(readers))

@@ -31,7 +31,7 @@ def gradients(model: nn.Module, data: Iterable[Any], loss: Loss | None = None) -
     seen = 0
     with evaluating(model), _learning(parameters):
         for position, batch in enumerate(data):
-            call, target = split_batch(batch)
+            call, target = split_batch(batch, model)
             check_batch(call, position)
             value = _loss(call.to(device)(model), target, loss, position)
             found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)

@@ -158,7 +158,7 @@ def _ranks(channels: Channels, data: Iterable[Any] | None) -> dict[str, Tensor]:
             makers[node] = walk.canonical.get(weight.name, weight.name)
     totals: dict[str, list[Tensor]] = {}
     for batch in data:
-        arguments, _ = split_batch(batch)
+        arguments, _ = split_batch(batch, walk.module)
         run = _Features(walk.module, makers)
         run.record(arguments.to(device_of(walk.module)))
         for name, found in run.ranks.items():

@@ -69,7 +69,7 @@ class LayerPruner:
         self, model: nn.Module, example_inputs: Any = None, data: Iterable[Any] | None = None
     ) -> dict[str, float]:
         """Removable part → its score; the smallest go first."""
-        call = example_call(self.example_inputs if example_inputs is None else example_inputs, data)
+        call = example_call(self.example_inputs if example_inputs is None else example_inputs, data, model)
         call = tried_call(model) if call is None and data is None else call
         traced = self._manager(Plan()).run(model, call, data)
         context = Context(

@@ -97,7 +97,7 @@ class SensitivityAnalyzer:
         """
         data = fed(dataloader)
         self._data = list(data) if iter(data) is data else data
-        call = example_call(self.example_inputs, self._data)
+        call = example_call(self.example_inputs, self._data, model)
         traced = PassManager(Plan(), verify=False, progress=False).run(model, call)
         self._trials = trials(self.pruning_type, traced, call, self.options)
         steps = self._trials.steps(self.sparsity_range[0], self.sparsity_range[1], self.num_steps)

@@ -59,7 +59,7 @@ def _pairs(data: Iterable[Any], model: fx.GraphModule, limit: int) -> Iterator[t
 
     def noting() -> Iterator[Any]:
         for batch in data:
-            targets.append(split_batch(batch)[1])
+            targets.append(split_batch(batch, model)[1])
             yield batch
 
     for position, call in enumerate(batches(noting(), model, limit)):

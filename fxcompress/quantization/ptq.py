@@ -121,7 +121,7 @@ class PTQQuantizer(Quantizer):
         context = Context(data=dataloader, progress=self._progress)
         for step in self._calibrate:
             step.run_model(model, context)
-        call = example_call(None, dataloader) if self._calibrate else None
+        call = example_call(None, dataloader, model) if self._calibrate else None
         if call is not None:  # shapes, for what counts multiply-accumulates
             trace(model, call, copied=True)
         return model

@@ -55,7 +55,7 @@ def write_report(
     ``sensitivity``     an analysis whose curves go on the page: an analyzer's, or one that :func:`read_analysis` read
     ``latency``         whether to time both models, in turns, for a few seconds
     """
-    call = example_call(example_inputs, data)
+    call = example_call(example_inputs, data, model)
     measured = {**_evaluated(original, model, validation), **(metrics or {})}
     timings = _timed(original, model, call) if latency and original is not None and call is not None else None
     case = gather(

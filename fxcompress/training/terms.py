@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -75,15 +74,7 @@ def _moved(batch: Any, device: torch.device) -> Any:
 
 def split_target(model: nn.Module, batch: Any, device: torch.device) -> tuple[Arguments, Any]:
     """A call and its target, on ``device``; of a dict, the target is what ``forward`` does not take."""
-    batch = _moved(batch, device)
-    call, target = split_batch(batch)
-    if isinstance(batch, Mapping):
-        parameters = inspect.signature(model.forward).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        left = {} if open_ended else {key: batch[key] for key in batch if key not in parameters}
-        call = Arguments((), {key: value for key, value in batch.items() if key not in left})
-        target = next(iter(left.values())) if len(left) == 1 else left or None
-    return call, target
+    return split_batch(_moved(batch, device), model)
 
 
 def _own_terms(forward: Callable[..., Any], model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
