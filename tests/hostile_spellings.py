@@ -230,7 +230,7 @@ MODELS = {
             o=linear(6, 3),
         ),
         *TOKENS,
-        frozen="product has no rule",
+        frozen="kron has no rule",
     ),
     "cat of weights": Hostile(
         lambda: net(

@@ -258,7 +258,7 @@ MODELS = {
     ),
     "torch.diff": Hostile(
         lambda: net(lambda self, x: self.o(torch.diff(self.a(x), dim=1)), a=c3(3, 8), o=c3(7, 3)),
-        frozen="difference has no rule",
+        frozen="diff has no rule",
     ),
     "avg over pairs via avg_pool1d on channels": Hostile(
         lambda: net(lambda self, x: self.o(F.avg_pool1d(self.a(x), 2)), a=linear(6, 8), o=linear(4, 3)),

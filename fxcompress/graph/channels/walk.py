@@ -135,7 +135,7 @@ class Walk:
             call = ops.Call(node, POINTWISE, dict(enumerate_operands(node)))
         found = (RULES.get(call.kind) or FAMILIES.get(call.op.family)) if call is not None else None
         if call is None or found is None:
-            return self.give_up(node, f"{operator_name(node) if call is None else call.kind} has no rule")
+            return self.give_up(node, f"{operator_name(node)} has no rule")
         try:
             return found(self, call)
         except _ShapelessError as error:
