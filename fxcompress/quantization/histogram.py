@@ -42,7 +42,7 @@ class Histogram:
         self.top = -1
         self._counts = torch.zeros(1 + signed, self.width, dtype=torch.int64)
         self._waiting = torch.empty(0)
-        self._waiting_count = 0
+        self._waiting_count, self._waiting_negatives = 0, False
 
     @property
     def counts(self) -> Tensor:
@@ -63,11 +63,12 @@ class Histogram:
             self._waiting = torch.empty(_WAITING)
         self._waiting[self._waiting_count : self._waiting_count + size] = values
         self._waiting_count += size
+        self._waiting_negatives |= minimum < 0.0
 
     def _count_waiting(self) -> None:
         if self._waiting_count:
-            self._count(self._waiting[: self._waiting_count], True)
-            self._waiting_count = 0
+            self._count(self._waiting[: self._waiting_count], self._waiting_negatives)
+            self._waiting_count, self._waiting_negatives = 0, False
 
     def _count(self, values: Tensor, negatives: bool) -> None:
         base = (self.top + 1) * self.per_octave - self.width
@@ -77,7 +78,7 @@ class Histogram:
             keys.sub_(base)
             _spread_zeros(keys)
             if negatives and self.signed:
-                keys.add_((patterns >> 31).bitwise_and_(self.width))
+                keys.sub_(patterns >> 31, alpha=self.width)  # shifted so, a negative number is -1, any other 0
             found = torch.bincount(keys)
             flat[: found.numel()].add_(found)
 
@@ -142,7 +143,7 @@ class Histogram:
                 f"the state has {tuple(counts.shape)} bins and this histogram {tuple(self._counts.shape)}: "
                 "build the calibrator with the num_bins it was saved with."
             )
-        self._waiting_count = 0
+        self._waiting_count, self._waiting_negatives = 0, False
         self.top, self._counts = top, counts.clone()
 
 
