@@ -17,7 +17,7 @@ from fxcompress.graph.channels.analysis import group_name
 from fxcompress.graph.channels.blame import Before, culprits
 from fxcompress.graph.channels.calls import place
 from fxcompress.graph.channels.cut import Cut, cut
-from fxcompress.graph.channels.kept import Kept, mask_data
+from fxcompress.graph.channels.kept import Kept
 from fxcompress.graph.channels.proof import Proof, tolerance
 from fxcompress.graph.channels.rewriting import UnprovableError
 from fxcompress.graph.island import regions
@@ -273,8 +273,7 @@ class PruneChannels(Pass):
             groups[group.name] = GroupPlan(group.size, gone, len(group.blocks))
         options = {name: getattr(self, name) for name in ANALYSIS if getattr(self, name) != getattr(type(self), name)}
         options |= {"whole_groups": list(channels.whole)} if channels.whole else {}
-        kept = {name: {dim: mask_data(mask) for dim, mask in masks.items()} for name, (_, _, masks) in done.tensors.items()}
-        return {**PruningPlan(groups, options).as_data(), "kept": kept, "literals": dict(done.calls)}
+        return {**PruningPlan(groups, options).as_data(), "kept": done.kept(), "literals": dict(done.calls)}
 
     def _account(self, channels: Channels, removed: np.ndarray, context: Context) -> None:
         total, gone = sum(group.size for group in channels.groups), len(removed)

@@ -156,7 +156,7 @@ def _capture_named(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
         rungs += _other_mode(module, model, LadderTracer(examples), bound) if mode.asked else []
         rungs += _resolve(module, model, tracer.defeated, call)
         rungs += open_functions(module, call)
-        for node in module.graph.nodes:
+        for node in module.graph.nodes if tracer.opened else ():
             if node.op == "call_module" and (layer := module.get_submodule(node.target)) in tracer.opened:
                 drop_hooks(layer)
         return _finish(module, model, [*rungs, *_hook_notes(hooked, rungs)]), ""

@@ -95,7 +95,9 @@ class _Scoring:
             units = self.position[roots].ravel()
             values = self._values(criterion, tensor, dim, roots.shape)
             mine = units >= 0
-            parts.append((values[torch.from_numpy(mine)], torch.from_numpy(units[mine])))
+            if not mine.all():
+                values, units = values[torch.from_numpy(mine)], units[mine]
+            parts.append((values, torch.from_numpy(units)))
         return parts
 
     def _slices(self, criterion: str) -> list[tuple[str, int]]:

@@ -186,11 +186,9 @@ class _Grouping:
         self.signature = self._signatures()
 
     def run(self) -> Channels:
-        bound = {
-            (name, dim): self.root[label.array]
-            for name, value in self.walk.tensors.items()
-            for dim, label in value.labels.items()
-        }
+        arrays = {(n, dim): label.array for n, value in self.walk.tensors.items() for dim, label in value.labels.items()}
+        roots = {key: self.root[array] for key, array in {id(array): array for array in arrays.values()}.items()}
+        bound = {place: roots[id(array)] for place, array in arrays.items()}
         units, key = self._keys(bound)
         by_unit = np.full(len(self.root), -1, dtype=np.int64)
         by_unit[units] = key
@@ -214,7 +212,8 @@ class _Grouping:
         Units of one block array are one group; others group by what they touch. Small kinds of units that one layer makes
         count together, as the channels of that layer.
         """
-        every = np.concatenate([roots.ravel() for roots in bound.values()]) if bound else np.empty(0, dtype=np.int64)
+        distinct = {id(roots): roots for roots in bound.values()}.values()
+        every = np.concatenate([roots.ravel() for roots in distinct]) if distinct else np.empty(0, dtype=np.int64)
         units, first = np.unique(every, return_index=True)
         live = ~self.is_frozen[units]
         units, first = units[live], first[live]

@@ -13,7 +13,7 @@ from torch import nn
 
 from fxcompress.graph import edit, ops
 from fxcompress.graph.channels.analysis import Channels
-from fxcompress.graph.channels.kept import Kept, Mask, select
+from fxcompress.graph.channels.kept import Kept, Mask, mask_data, select
 from fxcompress.graph.channels.labels import Value, values_in
 from fxcompress.graph.channels.rewriting import Rewriting, respell
 from fxcompress.graph.channels.walk import Count, Walk
@@ -30,6 +30,13 @@ class Cut:
 
     tensors: dict[str, tuple[int, torch.Tensor, dict[int, Mask]]] = field(default_factory=dict)
     calls: dict[str, str] = field(default_factory=dict)
+
+    def kept(self) -> dict[str, dict[int, Any]]:
+        """What stays of every tensor, as plain data; a mask that several have is written out once."""
+        held = {name: masks for name, (_, _, masks) in self.tensors.items()}
+        every = {id(mask): mask for masks in held.values() for mask in masks.values()}
+        data = {key: mask_data(mask) for key, mask in every.items()}
+        return {name: {dim: data[id(mask)] for dim, mask in masks.items()} for name, masks in held.items()}
 
 
 @collector_paused()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.graph.channels.atoms import Atoms, Ints
 from fxcompress.graph.channels.labels import Label, Value
+from fxcompress.graph.shapes import module_of
 
-__all__ = ["Sites", "codes", "move", "read_codes"]
+__all__ = ["Known", "Readings", "Sites", "codes", "move", "read_codes"]
 
 Run = Callable[[torch.Tensor], Any]
 
@@ -51,26 +53,82 @@ def codes(label: Ints, shape: tuple[int, ...]) -> torch.Tensor:
     return numbers.reshape(label.shape).expand(shape).contiguous()
 
 
-def move(atoms: Atoms, sites: Sites, value: Value, run: Run, where: str) -> Any:
-    """The result of a movement operator as values: ``run`` does it on a tensor in the place of the labelled operand."""
-    cache: dict[int, list[torch.Tensor]] = {}
-    spec = None
-    for dim, label in value.labels.items():
-        leaves, spec = pytree.tree_flatten(run(codes(label.array, value.shape)))
-        cache[dim] = leaves
-    if spec is None:
-        leaves, spec = pytree.tree_flatten(run(torch.empty(value.shape, device="meta")))
-        cache[-1] = leaves
-    results = [Value(tuple(leaf.shape)) for leaf in next(iter(cache.values()))]
+@dataclass(frozen=True)
+class Reading:
+    """Where an operator put numbered entries: of every result its shape and the numbers in it, and how results nest."""
+
+    shapes: list[tuple[int, ...]]
+    found: list[Ints]
+    spec: Any
+
+
+Known = dict[Any, Reading]
+"""Shapes of an operand and of its label → what a call does to them."""
+
+
+class Readings:
+    """What calls do that were read before: those of one spelling do the same, as every block of a network repeats them."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Known] = {}
+
+    def of(self, node: fx.Node, env: Mapping[fx.Node, Any], operands: Container[str]) -> Known:
+        """Readings of calls that do the same as ``node`` to the nodes called ``operands``; new ones may be put in."""
+        target = _layer(module_of(node)) if node.op == "call_module" else node.target
+        look: Any = lambda source: Value if source.name in operands else env[source]  # noqa: E731
+        given: Any = fx.node.map_arg((node.args, node.kwargs), look)
+        if target is None or not all(map(_is_plain, pytree.tree_leaves(given))):
+            return {}
+        return self._known.setdefault((node.op, target, repr(given)), {})
+
+
+def _layer(part: Any) -> Any:
+    """A layer's class and options; None for one that holds tensors or layers."""
+    options = {name: value for name, value in vars(part).items() if name not in _OF_ANY_LAYER}
+    holds = part._parameters or part._buffers or part._modules
+    return None if holds or not all(map(_is_plain, pytree.tree_leaves(options))) else (type(part), repr(options))
+
+
+_OF_ANY_LAYER = frozenset(vars(nn.Module())) - {"training"}
+_PLAIN = (int, float, str, type(None), type(...), torch.dtype)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is told by what it is written as; the class of values stands for an operand."""
+    if isinstance(value, slice):
+        return all(map(_is_plain, (value.start, value.stop, value.step)))
+    return value is Value or isinstance(value, _PLAIN)
+
+
+def reading(run: Run, value: Value, label: Label | None, known: Known) -> Reading:
+    """What ``run`` does to the numbers of a label, or to the shape alone where there is none."""
+    asked = (value.shape, label.array.shape if label is not None else None)
+    if asked not in known:
+        given = torch.empty(value.shape, device="meta") if label is None else codes(label.array, value.shape)
+        leaves, spec = pytree.tree_flatten(run(given))
+        found = [read_codes(leaf) for leaf in leaves] if label is not None else []
+        known[asked] = Reading([tuple(leaf.shape) for leaf in leaves], found, spec)
+    return known[asked]
+
+
+def move(atoms: Atoms, sites: Sites, value: Value, run: Run, where: str, known: Known | None = None) -> Any:
+    """The result of a movement operator as values: ``run`` does it on a tensor in the place of the labelled operand.
+
+    ``known`` are readings of calls that do the same; what is read now joins them.
+    """
+    known = {} if known is None else known
+    cache = {dim: reading(run, value, label, known) for dim, label in value.labels.items()}
+    first = next(iter(cache.values())) if cache else reading(run, value, None, known)
+    results = [Value(shape) for shape in first.shapes]
     for index, result in enumerate(results):
         place = _Place(atoms, sites, where if len(results) == 1 else f"{where}[{index}]")
         carried: dict[int, list[Label]] = {}
         for dim in sorted(value.labels):
-            found = place.label(value.labels[dim], dim, cache[dim][index])
+            found = place.label(value.labels[dim], dim, cache[dim].found[index])
             if found is not None:
                 carried.setdefault(found[0], []).append(found[1])
         result.labels = {dim: place.one_of(labels) for dim, labels in carried.items()}
-    return pytree.tree_unflatten(results, spec)
+    return pytree.tree_unflatten(results, first.spec)
 
 
 def read_codes(moved: torch.Tensor) -> Ints:
@@ -93,9 +151,8 @@ class _Place:
     sites: Sites
     where: str
 
-    def label(self, label: Label, dim: int, moved: torch.Tensor) -> tuple[int, Label] | None:
-        """The dimension of the result that carries ``label``, and the label there."""
-        found = read_codes(moved)
+    def label(self, label: Label, dim: int, found: Ints) -> tuple[int, Label] | None:
+        """The dimension of the result that carries ``label``, whose numbers are ``found`` in it, and the label there."""
         array = label.array
         table = np.concatenate([np.zeros(1, dtype=np.int64), array.ravel()])
         own = _coordinate(found, array, dim)

@@ -28,7 +28,7 @@ from fxcompress.graph.channels.calls import (
     plain,
 )
 from fxcompress.graph.channels.labels import Label, Value, moved, values_in
-from fxcompress.graph.channels.movement import Sites, move
+from fxcompress.graph.channels.movement import Readings, Sites, move
 from fxcompress.graph.shapes import is_meta
 
 __all__ = ["FAMILIES", "RULES", "Count", "Rule", "Walk", "rule"]
@@ -74,6 +74,7 @@ class Walk:
 
     refused: Mapping[str, str] = field(default_factory=dict)
     calls: dict[fx.Node, ops.Call | None] = field(default_factory=dict, repr=False)
+    readings: Readings = field(default_factory=Readings, repr=False)
 
     def __post_init__(self) -> None:
         named = [
@@ -301,7 +302,7 @@ class Walk:
         def run(tensor: torch.Tensor) -> Any:
             return self.evaluate(call.node, tensor.device.type, **dict.fromkeys(names, tensor))
 
-        return move(self.atoms, self.sites, value, run, place(call.node))
+        return move(self.atoms, self.sites, value, run, place(call.node), self.readings.of(call.node, self.env, names))
 
 
 POINTWISE = spellings.Op("elementwise", "pointwise")
