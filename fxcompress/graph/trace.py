@@ -75,10 +75,11 @@ def trace(model: nn.Module, example_inputs: Any = None, *, copied: bool = False,
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace() takes an nn.Module, got a {type(model).__name__}.")
     wrapped, model = model, unwrapped(model)
-    sharded = [name for name, tensor, _ in tensors(model) if type(tensor).__name__ in ("DTensor", "FlatParameter")]
+    held = list(tensors(model))
+    sharded = [name for name, tensor, _ in held if type(tensor).__name__ in ("DTensor", "FlatParameter")]
     if sharded:
         raise TraceError(f"{sharded[0]} is one process's shard (FSDP): gather the whole model on one device first.")
-    lazy = [name for name, tensor, _ in tensors(model) if nn.parameter.is_lazy(tensor)]
+    lazy = [name for name, tensor, _ in held if nn.parameter.is_lazy(tensor)]
     if lazy:
         raise TraceError(f"{lazy[0]} has no shape yet: its layer is lazy. Call the model once on a batch, then compress it.")
     call = arguments(example_inputs) if example_inputs is not None else None

@@ -56,11 +56,18 @@ def activation(walk: Walk, call: ops.Call) -> Value:
 
 def _keeps_zero(walk: Walk, call: ops.Call) -> bool:
     """Whether an elementwise operator with one tensor operand maps zero to zero: it is asked."""
-    names = {n.name: torch.zeros(()) for n in call.node.all_input_nodes if isinstance(walk.env[n], Value)}
+    names = [n.name for n in call.node.all_input_nodes if isinstance(walk.env[n], Value)]
     if len(names) != 1:
         return False
+    known = walk.readings.of(call.node, walk.env, names)
+    if "zero" not in known:
+        known["zero"] = _gives_zero(walk, call, names[0])
+    return bool(known["zero"])
+
+
+def _gives_zero(walk: Walk, call: ops.Call, name: str) -> bool:
     try:
-        result = walk.evaluate(call.node, "cpu", **names)
+        result = walk.evaluate(call.node, "cpu", **{name: torch.zeros(())})
     except Exception:  # it wants a real shape; nothing is claimed
         return False
     return isinstance(result, torch.Tensor) and bool((result == 0).all())

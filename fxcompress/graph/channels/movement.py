@@ -62,18 +62,18 @@ class Reading:
     spec: Any
 
 
-Known = dict[Any, Reading]
-"""Shapes of an operand and of its label → what a call does to them."""
+Known = dict[Any, Any]
+"""What was asked of a call → the answer: of the shapes of an operand and of its label, a :class:`Reading`."""
 
 
 class Readings:
-    """What calls do that were read before: those of one spelling do the same, as every block of a network repeats them."""
+    """What was found out about calls: those of one spelling do the same, and the blocks of a network repeat them."""
 
     def __init__(self) -> None:
         self._known: dict[Any, Known] = {}
 
     def of(self, node: fx.Node, env: Mapping[fx.Node, Any], operands: Container[str]) -> Known:
-        """Readings of calls that do the same as ``node`` to the nodes called ``operands``; new ones may be put in."""
+        """What is known of calls that do the same as ``node`` to the nodes called ``operands``; more may be put in."""
         target = _layer(module_of(node)) if node.op == "call_module" else node.target
         look: Any = lambda source: Value if source.name in operands else env[source]  # noqa: E731
         given: Any = fx.node.map_arg((node.args, node.kwargs), look)
@@ -108,7 +108,8 @@ def reading(run: Run, value: Value, label: Label | None, known: Known) -> Readin
         leaves, spec = pytree.tree_flatten(run(given))
         found = [read_codes(leaf) for leaf in leaves] if label is not None else []
         known[asked] = Reading([tuple(leaf.shape) for leaf in leaves], found, spec)
-    return known[asked]
+    answer: Reading = known[asked]
+    return answer
 
 
 def move(atoms: Atoms, sites: Sites, value: Value, run: Run, where: str, known: Known | None = None) -> Any:
