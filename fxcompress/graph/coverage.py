@@ -14,6 +14,7 @@ from fxcompress.graph.island import regions
 __all__ = ["Coverage", "FloatOperator", "as_placed", "coverage"]
 
 _SILENT = ("query", "other")
+_UNCOUNTED = ("in_one_layout",)
 _BOUNDARIES = (qdq.quantize, qdq.dequantize, qdq.quantize_per_channel, qdq.dequantize_per_channel)
 
 
@@ -110,7 +111,7 @@ def _is_weight(node: fx.Node) -> bool:
 
 def _counts(node: fx.Node) -> bool:
     """Whether a node is an operator on tensors: not a question about shapes, nor a step into a tuple."""
-    if not node.op.startswith("call") or node.target in _BOUNDARIES:
+    if not node.op.startswith("call") or node.target in _BOUNDARIES or getattr(node.target, "__name__", "") in _UNCOUNTED:
         return False
     if node.op == "call_module" and node.meta.get("observer"):
         return False
