@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.errors import ConfigError, did_you_mean
+from fxcompress.errors import ConfigError, did_you_mean, shown
 from fxcompress.graph.select import Layer, Selection, listed, matches, resolved
 from fxcompress.graph.tree import check_module, unwrapped
 from fxcompress.ledger import Ledger
@@ -119,8 +119,9 @@ class MagnitudePruner:
         self.sparsity = check_sparsity(sparsity)
         if pruning_type not in TYPES:
             raise ConfigError(f"pruning_type is {pruning_type!r}; it is {' or '.join(TYPES)}.")
-        if criterion not in CRITERIA:
-            raise ConfigError(f"there is no criterion {criterion!r}; known: {', '.join(CRITERIA)}.")
+        if not isinstance(criterion, str) or criterion not in CRITERIA:
+            hint = did_you_mean(criterion, CRITERIA)
+            raise ConfigError(f"there is no criterion {shown(criterion)}.{hint} Known: {', '.join(CRITERIA)}.")
         if not all(isinstance(count, int) for count in (n, m)) or not 0 < n < m <= 64:
             raise ConfigError(f"n and m are {n!r} and {m!r}; whole numbers with 0 < n < m <= 64.")
         self.pruning_type, self.criterion, self.n_m, self.seed = pruning_type, criterion, (n, m), seed

@@ -51,7 +51,7 @@ class Recipe:
     optimizer_options: dict[str, Any] = field(default_factory=dict)
     scheduler: str = "constant"
     scheduler_options: dict[str, Any] = field(default_factory=dict)
-    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
+    warmup_epochs: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulate: Count = 1
     clip_norm: Positive | None = None
