@@ -55,9 +55,8 @@ def torchao_pt2e(model: nn.Module, batches: list[Tensor], folder: Path) -> Call:
     image = torch.load(folder / "image.pt", weights_only=True)
     exported = torch.export.export(model, (image,)).module()
     prepared = prepare_pt2e(exported, quantizer)
-    for batch in batches:
-        for one in batch.split(image.shape[0]):
-            prepared(one)
+    for one in torch.cat(batches).split(image.shape[0]):
+        prepared(one)
     compiled = torch.compile(convert_pt2e(prepared))
     return lambda x: torch.cat([compiled(one) for one in x.split(image.shape[0])])
 
