@@ -88,6 +88,25 @@ def test_it_runs_in_integers_on_every_backend(backend: str) -> None:
         assert output_snr(model(x[:3]), result(x[:3])) > 25
 
 
+class OwnLayer(nn.Module):
+    """Code that reads the tensors of a layer one by one; its bias is added behind another operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(12, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.inner.weight.t()).sin() + self.inner.bias
+
+
+def test_a_layer_keeps_the_tensors_that_others_read() -> None:
+    model, x = OwnLayer().eval(), torch.randn(64, 12)
+    quantized = PTQQuantizer("fbgemm", num_calibration_batches=1, progress=False).quantize(model, [x])
+    assert coverage(quantized).mac_share == 1.0
+    assert output_snr(model(x), quantized(x)) > 25
+
+
 def test_weights_that_are_quantized_as_the_input_comes() -> None:
     model, x = built("x @ w")
     result = DynamicQuantizer().quantize(model, example_inputs=x)

@@ -221,13 +221,20 @@ class _Lowering(Writer):
         """The layer's own name where its module holds nothing else, a fresh one under it otherwise."""
         stored = call["weight"].args[0]
         owner, _, leaf = str(stored.target).rpartition(".")
-        if owner and leaf == "weight" and owner not in self.layers and not self.module.get_submodule(owner)._modules:
+        if owner and leaf == "weight" and owner not in self.layers and self._holds_alone(owner, call.node):
             return owner
         name, count = call.node.name, 0
         while name in self.layers or hasattr(self.module, name):
             count += 1
             name = f"{call.node.name}_{count}"
         return name
+
+    def _holds_alone(self, owner: str, node: fx.Node) -> bool:
+        """Whether a module holds nothing but tensors that ``node`` alone reads."""
+        fetched = [n for n in self.module.graph.find_nodes(op="get_attr") if str(n.target).rpartition(".")[0] == owner]
+        users = [user for source in fetched for user in source.users]
+        readers = {reader for user in users for reader in (user.users if user.target in _LATER else (user,))}
+        return readers == {node} and not self.module.get_submodule(owner)._modules
 
 
 def _is_integer(node: fx.Node) -> bool:
