@@ -222,8 +222,12 @@ class PruneChannels(Pass):
         found = self.importance(channels, context)
         if not self.target:
             return choose(channels, found, self._budget())
-        share, measure = next(iter(self.target.values())), self._measure(channels, context)
-        return choose(channels, found, self._budget(), measure, share * measure({}))
+        (what, share), measure = next(iter(self.target.items())), self._measure(channels, context)
+        dense = measure({})
+        chosen = choose(channels, found, self._budget(), measure, share * dense)
+        left = measure(chosen) / dense if dense else 0.0
+        context.note("", f"{left:.1%} of its {what} {'are' if what != 'latency' else 'is'} left where {share:.1%} was asked")
+        return chosen
 
     def _budget(self) -> Budget:
         return Budget(

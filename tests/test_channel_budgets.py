@@ -11,7 +11,7 @@ from torch import nn
 
 from fxcompress.errors import ConfigError, FxCompressError
 from fxcompress.pruning import AGPScheduler, CubicScheduler, IterativeScheduler, StructuredPruner
-from tests.channel_cases import c3, error, image, lived_in, net, prune, remarks, shapes
+from tests.channel_cases import c3, error, image, lived_in, net, prune, remarks, shapes, tokens
 
 X = (image(),)
 
@@ -110,6 +110,18 @@ def test_excluding_one_member_keeps_everything_tied_to_it_and_says_so(pattern: s
     assert widths(small) == [8, 8, 6, 2]
     said = remarks(pruner).splitlines()
     assert any("node='a'" in line and "excluded by name" in line for line in said)
+
+
+def test_hrank_falls_back_where_no_layer_makes_feature_maps_and_says_so() -> None:
+    model = lived_in(
+        net(lambda self, x: self.o(self.r(self.a(x))[0].mean(1)), a=nn.Linear(6, 8), r=nn.LSTM(8, 10), o=nn.Linear(10, 3))
+    )
+    pruner = StructuredPruner(criterion="hrank", round_to=1, progress=False)
+    small = pruner.prune(model, data=[(tokens(), torch.zeros(2))])
+    assert "no layer makes feature maps of its channels: l1_norm is used" in remarks(pruner)
+    norms = model.r.weight_ih_l0.abs().sum(1) + model.r.weight_hh_l0.abs().sum(1)
+    kept = norms.reshape(4, 10).sum(0).argsort()[5:].sort().values
+    assert torch.equal(small.get_parameter("r.bias_ih_l0"), model.r.bias_ih_l0.reshape(4, 10)[:, kept].flatten())
 
 
 def test_bn_scale_falls_back_where_there_is_no_batchnorm_and_says_so() -> None:

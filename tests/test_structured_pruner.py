@@ -127,6 +127,7 @@ def test_targets_are_met_to_the_nearest_unit(what: str) -> None:
     first, last = pruner.ledger.rows[0], pruner.ledger.rows[-1]
     share = last.parameters / first.parameters if what == "parameters" else last.macs / first.macs
     assert abs(share - 0.5) < 0.02
+    assert any(f"{share:.1%} of its {what} are left where 50.0% was asked" in str(remark) for remark in last.remarks)
     assert last.parameters == sum(p.numel() for p in small.parameters())
 
 

@@ -23,6 +23,9 @@ __all__ = ["Loss", "check_criterion", "scores"]
 
 Skip = Callable[[str, str], None]
 
+_NARROW = {"bn_scale": "no BatchNorm scales its channels", "hrank": "no layer makes feature maps of its channels"}
+"""Criteria that not every group has something for, and what it lacks."""
+
 
 def check_criterion(criterion: str) -> str:
     """``criterion``, or ConfigError with the closest names."""
@@ -48,7 +51,7 @@ def scores(
     The slices looked at are those of the layers that make a unit's channels (``dimension="out"``) or that read them
     (``"in"``); several of them add up (``reduction``). taylor takes gradients that are there, or computes them over ``data``
     with ``loss(output, target)`` (cross entropy unless said otherwise); hrank needs data. A group without BatchNorm falls
-    back from bn_scale to l1_norm, and ``skip`` is told.
+    back from bn_scale to l1_norm, one that no weighted layer makes from hrank, and ``skip`` is told.
     """
     check_criterion(criterion)
     module = channels.walk.module
@@ -79,8 +82,8 @@ class _Scoring:
     def run(self, reduction: str | None) -> Tensor:
         criterion = self.criterion
         parts = self._parts(criterion)
-        if not parts and criterion == "bn_scale":
-            self.skip(self.group.name, "no BatchNorm scales its channels: l1_norm is used")
+        if not parts and criterion in _NARROW:
+            self.skip(self.group.name, f"{_NARROW[criterion]}: l1_norm is used")
             criterion = "l1_norm"
             parts = self._parts(criterion)
         if not parts:
@@ -181,7 +184,7 @@ class _Features(Recorder):
         value = super().run_node(n)
         name = self.makers.get(n)
         if name is not None:
-            call = ops.read(n)
-            channel = value.dim() - 1 if call is not None and call.kind == "linear" else 1
+            found = ops.lookup(n)
+            channel = value.dim() - 1 - (int(found.kind[-2]) if found is not None and "conv" in found.kind else 0)
             self.ranks[name] = criteria.hrank(value.movedim(channel, 1), name)
         return value
