@@ -125,6 +125,14 @@ MODELS = {
         ),
         *TOKENS,
     ),
+    "a cell whose code is exported": Hostile(
+        lambda: net(
+            lambda self, x: self.o(self.c(x[:, 1], self.c(x[:, 0], torch.zeros(x.shape[0], 8, dtype=x.dtype)))),
+            c=nn.GRUCell(6, 8),
+            o=linear(8, 3),
+        ),
+        *TOKENS,
+    ),
     "a diagonal in index notation": Hostile(
         lambda: net(
             lambda self, x: self.o(torch.einsum("bnc,cc,dcd->bnd", self.a(x), self.w, self.v)),

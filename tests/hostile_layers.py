@@ -36,6 +36,13 @@ def with_or_without(self: Any, x: Tensor, y: Tensor | None = None) -> Tensor:
     return self.o(z)
 
 
+def averaged(self: Any, x: Tensor) -> Tensor:
+    """A running mean of the channels, also in eval mode, by a chain of writes."""
+    y = self.a(x)
+    self.mean.mul_(0.9).add_(y.mean((0, 2, 3)).detach(), alpha=0.1)
+    return self.o(y - self.mean[None, :, None, None])
+
+
 MODELS = {
     "shuffle then grouped": Hostile(
         lambda: nn.Sequential(
@@ -98,6 +105,7 @@ MODELS = {
         ),
         *TOKENS,
     ),
+    "a buffer averaged into": Hostile(lambda: net(averaged, a=c3(3, 8), mean=torch.zeros(8), o=c3(8, 3)), more=[]),
     "gru cell loop": Hostile(
         lambda: net(
             lambda self, x: (lambda h: self.o([(h := self.c(x[:, i], h)) for i in range(4)][-1]))(

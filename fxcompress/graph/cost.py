@@ -225,6 +225,11 @@ def _recurrent(call: ops.Call, shape: Shape) -> int:
     return (meta[0].shape[0] if packed else shape(call, call["input"])[:-1].numel()) * weights
 
 
+def _cell(call: ops.Call, shape: Shape) -> int:
+    weights = sum(shape(call, call[name]).numel() for name in ("weight_ih", "weight_hh"))
+    return shape(call, call["input"])[:-1].numel() * weights
+
+
 _COUNTS: dict[str, Callable[[ops.Call, Shape], int]] = {
     **{f"conv{dims}d": _conv for dims in (1, 2, 3)},
     **{f"conv_transpose{dims}d": _conv_transpose for dims in (1, 2, 3)},
@@ -236,7 +241,7 @@ _COUNTS: dict[str, Callable[[ops.Call, Shape], int]] = {
     "lstm": _recurrent,
     "gru": _recurrent,
     "rnn": _recurrent,
-    "recurrent_cell": _recurrent,
+    "recurrent_cell": _cell,
     "einsum": _index_notation,
     "tensordot": _index_notation,
 }

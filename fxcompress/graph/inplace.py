@@ -56,7 +56,10 @@ def make_functional(module: fx.GraphModule) -> list[str]:
     inputs = []
     sites = [node for node in module.graph.nodes if is_in_place(node)]
     order = {node: position for position, node in enumerate(module.graph.nodes)} if sites else {}
-    shared = {node for node in sites if _is_seen_elsewhere(node, order)}
+    shared: set[fx.Node] = set()
+    for node in sites:
+        if _is_seen_elsewhere(node, order, shared):
+            shared.add(node)
     blocked = {node.target for node in shared if node.op == "call_module"}
     for node in sites:
         written = node.all_input_nodes[0]
@@ -71,8 +74,11 @@ def make_functional(module: fx.GraphModule) -> list[str]:
     return inputs
 
 
-def _is_seen_elsewhere(node: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether writing into the first input of ``node`` may reach a value that somebody reads under another name."""
+def _is_seen_elsewhere(node: fx.Node, order: dict[fx.Node, int], shared: set[fx.Node]) -> bool:
+    """Whether writing into the first input of ``node`` may reach a value that somebody reads under another name.
+
+    What the writes ``shared`` give is such a value.
+    """
     written = node.all_input_nodes[0]
     if any(ops.kind(user) in VIEWS and order[user] < order[node] for user in written.users):
         return True
@@ -80,12 +86,12 @@ def _is_seen_elsewhere(node: fx.Node, order: dict[fx.Node, int]) -> bool:
         written = written.all_input_nodes[0]
         if len(written.users) > 1 or written.op == "placeholder":
             return True
-    return written.op == "get_attr"
+    return written.op == "get_attr" or written in shared
 
 
 def origin(node: fx.Node) -> fx.Node:
-    """The value that ``node`` is a view of, or itself."""
-    while ops.kind(node) in VIEWS and node.all_input_nodes:
+    """The value that ``node`` is a view of, or was written into by, or itself."""
+    while node.all_input_nodes and (ops.kind(node) in VIEWS or is_in_place(node)):
         node = node.all_input_nodes[0]
     return node
 

@@ -104,8 +104,10 @@ def frozen_state(module: nn.Module) -> Iterator[None]:
 
 
 def _written(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Tensors that a forward pass may write: buffers of a module in training, tables whose entries are bounded in length."""
-    held = dict(module.named_buffers()) if any(m.training for m in module.modules()) else {}
+    """Tensors that a forward pass may write: buffers (in eval mode those of numbers with a point, which code of its own may
+    average into), and tables whose entries are bounded in length."""
+    training = any(m.training for m in module.modules())
+    held = {name: buffer for name, buffer in module.named_buffers() if training or buffer.is_floating_point()}
     bounded = [(n, m) for n, m in module.named_modules() if getattr(m, "max_norm", None) is not None]
     return held | {f"{n}.weight": m.weight for n, m in bounded if isinstance(m.weight, torch.Tensor)}
 

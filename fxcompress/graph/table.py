@@ -177,7 +177,14 @@ TABLE: tuple[Op, ...] = (
     Op("lstm", "recurrent", "", "input state", (nn.LSTM,)),
     Op("gru", "recurrent", "", "input state", (nn.GRU,)),
     Op("rnn", "recurrent", "", "input state", (nn.RNN,)),
-    Op("recurrent_cell", "recurrent", "", "input state", (nn.LSTMCell, nn.GRUCell, nn.RNNCell)),
+    Op(
+        "recurrent_cell",
+        "recurrent",
+        "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
+        "input state weight_ih weight_hh bias_ih bias_hh",
+        modules=(nn.LSTMCell, nn.GRUCell, nn.RNNCell),
+        tensors=("weight_ih", "weight_hh", "bias_ih", "bias_hh"),
+    ),
     Op(
         "pack_sequence",
         "other",

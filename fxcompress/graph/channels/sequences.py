@@ -108,18 +108,20 @@ def recurrent(walk: Walk, call: ops.Call) -> Any:
 @rule("recurrent_cell")
 def recurrent_cell(walk: Walk, call: ops.Call) -> Any:
     """One step: a hidden unit owns its rows of gates, its column in the recurrent weights, and its place in the states."""
-    part: Any = module_of(call.node)
-    value, where = walk.operand(call["input"]), place(call.node)
-    units = walk.atoms.new(part.hidden_size)
+    value, where, held = walk.operand(call["input"]), place(call.node), call["weight_ih"]
+    if not isinstance(held, ops.Attr) or not held.name.endswith("weight_ih"):
+        return walk.give_up(call.node, "its weights are computed")
+    (rows, _), (_, size) = (walk.operand(call[name]).shape for name in ("weight_ih", "weight_hh"))
+    units = walk.atoms.new(size)
     walk.freeze(value.without(len(value.shape) - 1), f"a batch dimension at {where}")
     below = value.labels.get(len(value.shape) - 1)
     lower = walk.atoms.line(below.array, len(value.shape) - 1) if below is not None else None
-    gates = {"LSTMCell": 4, "GRUCell": 3}.get(type(part).__name__, 1)
-    _cell(walk, f"{call.node.target}.", "", np.tile(units, gates), units, lower, where, False)
+    _cell(walk, held.name.removesuffix("weight_ih"), "", np.tile(units, rows // size), units, lower, where, False)
     walk.counts.append(Count(call.node, "hidden_size", units))
     if lower is not None:
         walk.counts.append(Count(call.node, "input_size", lower))
-    states = [v for v in walk.inputs(call.node) if v is not value]
+    state = walk.value(call["state"])
+    states = [state] if state is not None else walk.several(call["state"] or ())
     for state in states:
         _same_units(walk, state, units, where)
     given = [label for v in (value, *states) if (label := v.labels.get(len(v.shape) - 1)) is not None]
@@ -135,7 +137,7 @@ def _same_units(walk: Walk, state: Value, units: Ints, where: str) -> None:
     last = len(state.shape) - 1
     label = state.labels.get(last)
     if label is not None:
-        walk.atoms.merge(walk.row_of(label, last, 0, 1), units, where)
+        walk.atoms.merge(walk.atoms.line(label.array, last), units, where)
     elif state.shape[last] > 1:
         walk.atoms.freeze(units, f"a state of fixed size at {where}")
     for dim in set(state.labels) - {last}:

@@ -170,8 +170,9 @@ def _put_back(run: Silent, small: Any, value: Any) -> Any:
 def _recurrent(run: Silent, call: ops.Call) -> Any:
     """A recurrence whose removed units have zeros in every tensor: they stay at zero."""
     saved = []
+    held = module_of(call.node).named_parameters() if call.node.op == "call_module" else ()
     try:
-        for name, parameter in module_of(call.node).named_parameters():
+        for name, parameter in held:
             masks = run.masks(ops.Attr(f"{call.node.target}.{name}"))
             if masks:
                 saved.append((parameter, parameter.data))
