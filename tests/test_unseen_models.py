@@ -237,8 +237,19 @@ def test_tokens_that_become_an_image_are_pooled_and_resampled_at_any_batch_size(
     model, x = Tokens(RESHAPED[name]).eval(), torch.randn(4, 64, 12)
     quantized = ptq(model, x, backend=backend)
     assert coverage(quantized).mac_share == 1.0
+    assert not coverage(quantized).floats
     for batch in (4, 2, 1):
         assert snr(model, quantized, x[:batch]) > 25
+
+
+def test_convolutions_that_pad_alike_on_both_sides_run_in_integers_whatever_word_says_so() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding="same", dilation=2), nn.ReLU(), nn.Conv2d(8, 4, (1, 5), padding="same")]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 3, 9, 9)
+    quantized = ptq(model, x, backend="fbgemm")
+    assert coverage(quantized).mac_share == 1.0
+    assert snr(model, quantized, x[:1]) > 25
+    assert layers[0].padding == "same"  # the caller's
 
 
 class PerSample(nn.Module):

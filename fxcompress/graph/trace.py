@@ -224,9 +224,19 @@ def _finish(module: fx.GraphModule, model: nn.Module, rungs: list[Rung]) -> fx.G
     inplace.drop_dead(module)
     edit.finish(module)
     _forget_code(module)
+    _number_paddings(module)
     module.graph.lint()
     module.meta.update(rungs=tuple(rungs), stage="float")
     return module
+
+
+def _number_paddings(module: nn.Module) -> None:
+    """Give convolutions that pad with "same", alike on both sides, the numbers: what knows no word takes them then."""
+    for part in module.modules():
+        if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and part.padding == "same":
+            reach = [size * (kernel - 1) for size, kernel in zip(part.dilation, part.kernel_size, strict=True)]
+            if all(pixels % 2 == 0 for pixels in reach):
+                part.padding = tuple(pixels // 2 for pixels in reach)
 
 
 def _forget_code(module: fx.GraphModule) -> None:
