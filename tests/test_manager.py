@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxcompress import Context, Ledger, Pass, PassManager, Plan, coverage, library, trace
 from fxcompress.__main__ import main
 from fxcompress.errors import DataError, PassError, PlanError, PromiseError, VerificationError
-from fxcompress.graph import edit, ops
+from fxcompress.graph import edit, ops, verify
 from fxcompress.pass_base import EXACT, Promise
 
 
@@ -91,6 +91,22 @@ def test_a_broken_promise_is_an_error_and_the_model_stays() -> None:
 def test_a_changed_training_flag_is_an_error() -> None:
     with pytest.raises(VerificationError, match="same_training_flags: '0' was training=False"):
         manager(Retrain()).run(model(), X)
+
+
+def test_a_tensor_at_the_address_of_one_that_is_gone_is_another() -> None:
+    module = trace(nn.Sequential(nn.Linear(4, 4, bias=False)), X[..., :4])
+    edit.set_tensor(module, "0.weight", torch.ones(4, 4))
+    before = verify.fingerprint(module)
+    assert verify.fingerprint(module) == before
+    layer = module.get_submodule("0")
+    address = id(layer.weight)
+    del layer._parameters["weight"]
+    others = [nn.Parameter(torch.zeros(4, 4))]
+    while id(others[-1]) != address and len(others) < 10_000:
+        others.append(nn.Parameter(torch.zeros(4, 4)))
+    assert id(others[-1]) == address
+    layer.register_parameter("weight", others[-1])
+    assert verify.fingerprint(module) != before
 
 
 def test_metadata_that_disagrees_with_a_real_run_is_an_error() -> None:

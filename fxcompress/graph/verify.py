@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdRef
 
 from fxcompress.errors import VerificationError
 from fxcompress.graph import edit, taps
@@ -147,9 +148,12 @@ class Content(NamedTuple):
 
 
 def fingerprint(module: fx.GraphModule) -> Content:
-    """The content of a graph module, equal while it computes the same."""
-    held = [(name, id(tensor), _writes(tensor)) for name, tensor, _ in tensors(module)]
-    layers = [(name, id(m), m.training, vars(m).get("activation")) for name, m in parts(module).items()]
+    """The content of a graph module, equal while it computes the same.
+
+    Tensors and layers are told by references: another one may come to lie at the address of one that is gone.
+    """
+    held = [(name, WeakIdRef(tensor), _writes(tensor)) for name, tensor, _ in tensors(module)]
+    layers = [(name, WeakIdRef(m), m.training, vars(m).get("activation")) for name, m in parts(module).items()]
     return Content(calls(module.graph), held, layers)
 
 
