@@ -73,6 +73,11 @@ GROUPED = {
         row(lambda: c3(8, 4, groups=4), nn.ReLU, lambda: c3(4, 2)),
         {**HALF, "1.weight": (2, 2, 3, 3), "3.weight": (2, 2, 3, 3)},
     ),
+    "groups that a shuffle ties into one": Case(
+        lambda: nn.Sequential(c3(3, 2), c3(2, 8, groups=2), nn.ChannelShuffle(2), c3(8, 2, groups=2), nn.ReLU(), c3(2, 2)),
+        {"0.weight": (2, 3, 3, 3), "1.weight": (4, 1, 3, 3), "3.weight": (2, 2, 3, 3)},
+        frozen={"0": "fixed size", "3": "the only one of its group"},
+    ),
     "transposed": Case(
         row(lambda: nn.ConvTranspose2d(8, 6, 2, stride=2), nn.ReLU, lambda: c3(6, 2)),
         {**HALF, "1.weight": (4, 3, 2, 2), "1.bias": (3,), "3.weight": (2, 3, 3, 3)},

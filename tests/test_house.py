@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import fxcompress
 from fxcompress import library
+from fxcompress.graph.table import TABLE
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fxcompress"
@@ -245,3 +246,8 @@ def test_what_a_file_takes_from_another_is_what_that_one_gives() -> None:
 def test_nothing_rests_on_the_deprecated_quantization_package() -> None:
     for file in [*PACKAGE.rglob("*.py"), *(ROOT / "passes").glob("*.py")]:
         assert not re.search(r"torch\.(ao|quantization)\b", file.read_text()), file
+
+
+def test_a_name_of_an_operator_is_in_one_row_of_the_table() -> None:
+    names = Counter(name for op in TABLE for name in op.names.split())
+    assert [name for name, rows in names.items() if rows > 1] == []

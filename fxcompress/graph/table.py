@@ -6,6 +6,7 @@ Adding an operator is adding a row. Argument names are those of ``torch.nn.funct
 from __future__ import annotations
 
 import math
+import operator
 from collections import OrderedDict
 from typing import Any
 
@@ -368,7 +369,7 @@ TABLE: tuple[Op, ...] = (
         defaults={"dim": 1},
     ),
     Op("cdist", "other", "cdist", "input other p"),
-    Op("product", "other", "outer inner vdot kron cross tensordot vecdot multi_dot addbmm addmv addr", "input other"),
+    Op("product", "other", "inner vdot kron cross vecdot multi_dot addbmm addmv addr", "input other"),
     Op("triangle", "other", "tril triu", "input diagonal"),
     Op("joined", "other", "meshgrid broadcast_tensors hstack vstack dstack column_stack block_diag", "*tensors"),
     Op("counted", "other", "one_hot bincount bucketize searchsorted nonzero masked_select masked_scatter", "input other"),
@@ -471,8 +472,8 @@ TABLE: tuple[Op, ...] = (
     Op(
         "scalar_function",
         "query",
-        "item index sym_float sym_int sym_max sym_min",
+        "item sym_float sym_int sym_max sym_min",
         "input",
-        functions=((math.ceil, None), (math.floor, None), (math.sqrt, None)),
+        functions=((operator.index, None), (math.ceil, None), (math.floor, None), (math.sqrt, None)),
     ),
 )

@@ -154,10 +154,15 @@ def _advance(walk: Walk, offsets: dict[str, int], coarse: set[str]) -> bool:
     chosen = {site for site in left & coarse if not offsets.get(site)}
     if left and not chosen:
         classes = walk.atoms.solve()
-        frozen, root = classes.is_frozen(), classes.root
-        chosen = {site for site in left if bool(frozen[root[walk.sites.inputs[site]]].all())}
+        chosen = {site for site in left if _is_stuck(classes, walk.sites.inputs[site])}
     offsets.update({site: offsets.get(site, 0) + 1 for site in chosen})
     return bool(chosen)
+
+
+def _is_stuck(classes: Classes, atoms: Ints) -> bool:
+    """Whether none of these atoms can go: all are frozen, or they are one unit, and one has to stay."""
+    units = classes.root[atoms]
+    return bool(classes.is_frozen()[units].all() or (units == units[0]).all())
 
 
 def _freeze(walk: Walk, frozen: Mapping[str, str], dimension: str, attention: str | None) -> None:
