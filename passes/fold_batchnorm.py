@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.graph import edit, ops
-from fxcompress.graph.moved import channel_map, moved_from, moved_to
+from fxcompress.graph.channels.correspondence import channel_map, moved_from, moved_to
 from fxcompress.graph.shapes import module_of, shape_of
 from fxcompress.pass_base import Context, Pass, Promise, close
 from fxcompress.quantization.fake_quant import FakeQuantize, fake_quantizer

@@ -1,20 +1,24 @@
-"""The calls of a graph: how they are written, what people name them by, and what they give on empty tensors."""
+"""The calls of a graph: how they are written, what people name them by, and what they give on empty tensors.
+
+What was found out about a call is known of all of its spelling (:class:`Readings`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from fxcompress.graph import ops
 from fxcompress.graph.channels.labels import Value, map_values
 from fxcompress.graph.shapes import module_of
 from fxcompress.graph.tree import submodule
 
-__all__ = ["Spelling", "enumerate_operands", "evaluate", "is_pointwise", "operand_names", "operator_name", "place", "plain"]
+__all__ = ["Known", "Readings", "Spelling", "enumerate_operands", "evaluate", "is_pointwise", "operand_names", "operator_name", "place", "plain"]
 
 
 @dataclass(frozen=True)
@@ -102,3 +106,41 @@ def place(node: fx.Node) -> str:
         return str(node.target)
     owner = ops.owner_name(node)
     return f"{owner}:{node.name}" if owner else node.name
+
+
+Known = dict[Any, Any]
+"""What was asked of a call → the answer."""
+
+
+class Readings:
+    """What was found out about calls: those of one spelling do the same, and the blocks of a network repeat them."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Known] = {}
+
+    def of(self, node: fx.Node, env: Mapping[fx.Node, Any], operands: Container[str]) -> Known:
+        """What is known of calls that do the same as ``node`` to the nodes called ``operands``; more may be put in."""
+        target = _layer(module_of(node)) if node.op == "call_module" else node.target
+        look: Any = lambda source: Value if source.name in operands else env[source]  # noqa: E731
+        given: Any = fx.node.map_arg((node.args, node.kwargs), look)
+        if target is None or not all(map(_is_plain, pytree.tree_leaves(given))):
+            return {}
+        return self._known.setdefault((node.op, target, repr(given)), {})
+
+
+def _layer(part: Any) -> Any:
+    """A layer's class and options; None for one that holds tensors or layers."""
+    options = {name: value for name, value in vars(part).items() if name not in _OF_ANY_LAYER}
+    holds = part._parameters or part._buffers or part._modules
+    return None if holds or not all(map(_is_plain, pytree.tree_leaves(options))) else (type(part), repr(options))
+
+
+_OF_ANY_LAYER = frozenset(vars(nn.Module())) - {"training"}
+_PLAIN = (int, float, str, type(None), type(...), torch.dtype)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is told by what it is written as; the class of values stands for an operand."""
+    if isinstance(value, slice):
+        return all(map(_is_plain, (value.start, value.stop, value.step)))
+    return value is Value or isinstance(value, _PLAIN)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.graph.channels.atoms import Atoms, Ints
+from fxcompress.graph.channels.calls import Known
 from fxcompress.graph.channels.labels import Label, Value
-from fxcompress.graph.shapes import module_of
 
-__all__ = ["Known", "Readings", "Sites", "codes", "move", "read_codes"]
+__all__ = ["Sites", "codes", "move", "read_codes"]
 
 Run = Callable[[torch.Tensor], Any]
 
@@ -60,44 +59,6 @@ class Reading:
     shapes: list[tuple[int, ...]]
     found: list[Ints]
     spec: Any
-
-
-Known = dict[Any, Any]
-"""What was asked of a call → the answer: of the shapes of an operand and of its label, a :class:`Reading`."""
-
-
-class Readings:
-    """What was found out about calls: those of one spelling do the same, and the blocks of a network repeat them."""
-
-    def __init__(self) -> None:
-        self._known: dict[Any, Known] = {}
-
-    def of(self, node: fx.Node, env: Mapping[fx.Node, Any], operands: Container[str]) -> Known:
-        """What is known of calls that do the same as ``node`` to the nodes called ``operands``; more may be put in."""
-        target = _layer(module_of(node)) if node.op == "call_module" else node.target
-        look: Any = lambda source: Value if source.name in operands else env[source]  # noqa: E731
-        given: Any = fx.node.map_arg((node.args, node.kwargs), look)
-        if target is None or not all(map(_is_plain, pytree.tree_leaves(given))):
-            return {}
-        return self._known.setdefault((node.op, target, repr(given)), {})
-
-
-def _layer(part: Any) -> Any:
-    """A layer's class and options; None for one that holds tensors or layers."""
-    options = {name: value for name, value in vars(part).items() if name not in _OF_ANY_LAYER}
-    holds = part._parameters or part._buffers or part._modules
-    return None if holds or not all(map(_is_plain, pytree.tree_leaves(options))) else (type(part), repr(options))
-
-
-_OF_ANY_LAYER = frozenset(vars(nn.Module())) - {"training"}
-_PLAIN = (int, float, str, type(None), type(...), torch.dtype)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is told by what it is written as; the class of values stands for an operand."""
-    if isinstance(value, slice):
-        return all(map(_is_plain, (value.start, value.stop, value.step)))
-    return value is Value or isinstance(value, _PLAIN)
 
 
 def reading(run: Run, value: Value, label: Label | None, known: Known) -> Reading:

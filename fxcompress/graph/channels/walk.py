@@ -18,6 +18,7 @@ from fxcompress.errors import PassError
 from fxcompress.graph import edit, ops, spellings
 from fxcompress.graph.channels.atoms import Atoms, Ints
 from fxcompress.graph.channels.calls import (
+    Readings,
     Spelling,
     enumerate_operands,
     evaluate,
@@ -28,7 +29,7 @@ from fxcompress.graph.channels.calls import (
     plain,
 )
 from fxcompress.graph.channels.labels import Label, Value, moved, values_in
-from fxcompress.graph.channels.movement import Readings, Sites, move
+from fxcompress.graph.channels.movement import Sites, move
 from fxcompress.graph.shapes import is_meta
 
 __all__ = ["FAMILIES", "RULES", "Count", "Rule", "Walk", "rule"]

@@ -1,13 +1,17 @@
-"""Which channel a value's indices belong to, behind operators that only move values: those are run on channel numbers."""
+"""Which channel of a value the indices of another belong to, where what stands between the two only moves values."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, fx
 
 from fxcompress.graph import ops
+from fxcompress.graph.channels.calls import Spelling, evaluate
+from fxcompress.graph.channels.labels import Value
+from fxcompress.graph.channels.movement import codes
 from fxcompress.graph.shapes import module_of, shape_of
 
 __all__ = ["channel_map", "moved_from", "moved_to"]
@@ -61,27 +65,37 @@ def channel_map(source: fx.Node, dim: int, value: fx.Node, at: int) -> Tensor | 
     shape = shape_of(source)
     if shape is None or not -len(shape) <= dim < len(shape):
         return None
-    numbers = torch.arange(shape[dim], dtype=torch.int32)
-    spread = numbers.reshape([-1 if d == dim % len(shape) else 1 for d in range(len(shape))]).expand(shape).contiguous()
+    line = np.empty([size if d == dim % len(shape) else 1 for d, size in enumerate(shape)])
     try:
-        moved = _run(value, {source: spread})
+        moved = _moved(source, codes(line, tuple(shape)), value)
     except Exception:  # an argument that only a real call tells
         return None
     rows = moved.movedim(at, 0).flatten(1)
-    found: Tensor = rows[:, 0]
-    return found.long() if bool((rows == found[:, None]).all()) else None
+    found = rows[:, 0]
+    return found.long() - 1 if bool((rows == found[:, None]).all()) else None
 
 
-def _run(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-    """What ``node`` is; tensors that are not ``known`` tell no more than their shape."""
-    if node in known:
-        return known[node]
-    shape = shape_of(node)
-    if shape is not None and not _moves(node):
-        return torch.empty(shape, device="meta")
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _run(source, known))
-    if node.op == "call_module":
-        return module_of(node)(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+def _moved(source: fx.Node, numbers: Tensor, value: fx.Node) -> Tensor:
+    """What ``value`` makes of ``numbers`` in the place of ``source``."""
+    path = [value]
+    while path[-1] is not source:
+        path.append(path[-1].all_input_nodes[0])
+    known = _Known()
+    for before, node in itertools.pairwise(reversed(path)):
+        numbers = known.call(node, {before.name: numbers})
+    return numbers
+
+
+class _Known(dict[fx.Node, Any]):
+    """What nodes are: of a tensor its shape; sizes are computed when they are asked for."""
+
+    def __missing__(self, node: fx.Node) -> Any:
+        shape = shape_of(node)
+        self[node] = Value(tuple(shape)) if shape is not None else self.call(node, {})
+        return self[node]
+
+    def call(self, node: fx.Node, special: dict[str, Any]) -> Any:
+        """Make a node's call, with ``special`` operands by name."""
+        module = node.graph.owning_module
+        assert module is not None
+        return evaluate(module, self, Spelling.of(node), "meta", special)
