@@ -18,7 +18,18 @@ from fxcompress.graph.channels.labels import Value, map_values
 from fxcompress.graph.shapes import module_of
 from fxcompress.graph.tree import submodule
 
-__all__ = ["Known", "Readings", "Spelling", "enumerate_operands", "evaluate", "is_pointwise", "operand_names", "operator_name", "place", "plain"]
+__all__ = [
+    "Known",
+    "Readings",
+    "Spelling",
+    "enumerate_operands",
+    "evaluate",
+    "is_pointwise",
+    "operand_names",
+    "operator_name",
+    "place",
+    "plain",
+]
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def channel_map(source: fx.Node, dim: int, value: fx.Node, at: int) -> Tensor | 
     shape = shape_of(source)
     if shape is None or not -len(shape) <= dim < len(shape):
         return None
-    line = np.empty([size if d == dim % len(shape) else 1 for d, size in enumerate(shape)])
+    line = np.arange(shape[dim]).reshape([-1 if d == dim % len(shape) else 1 for d in range(len(shape))])
     try:
         moved = _moved(source, codes(line, tuple(shape)), value)
     except Exception:  # an argument that only a real call tells
