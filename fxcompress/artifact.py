@@ -118,7 +118,7 @@ def load(path: str | os.PathLike[str], *, modules: Mapping[str, nn.Module] | Non
     folder = path_of(path, "load()")
     if not isinstance(modules, Mapping | None):
         raise ConfigError(f"modules maps the names of islands to modules; it is {shown(modules)}.")
-    _check_whole(folder)
+    _check_files(folder)
     document = _read_json(folder, _GRAPH)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else None
@@ -176,7 +176,13 @@ def _restored(document: dict[str, Any], tensors: dict[str, Tensor], history: lis
     return model
 
 
-def _check_whole(folder: Path) -> None:
+_UNSIGNED = (
+    " Copy the whole folder; where it comes from a version of fxcompress that wrote no digests, "
+    "compress the model again and save it."
+)
+
+
+def _check_files(folder: Path) -> None:
     """Raise ArtifactError where ``folder`` is no saved model, or one of its files is not what was written."""
     if os.path.isfile(folder):
         raise ArtifactError(
@@ -185,7 +191,8 @@ def _check_whole(folder: Path) -> None:
         )
     for name in (*_FILES, _DIGESTS):
         if not os.path.isfile(folder / name):
-            raise ArtifactError(f"there is no saved model at {shown(str(folder))}: {name} is missing.")
+            hint = _UNSIGNED if name == _DIGESTS else ""
+            raise ArtifactError(f"there is no saved model at {shown(str(folder))}: {name} is missing.{hint}")
     written = _read_json(folder, _DIGESTS)
     try:
         damaged = [name for name in _FILES if written[name] != _digest(folder / name)]

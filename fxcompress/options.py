@@ -64,6 +64,14 @@ class Option:
         """Whether there is no default."""
         return self.default is inspect.Parameter.empty
 
+    def complaint(self, value: Any) -> str:
+        """What is wrong with a value: another type, or out of range; empty where nothing is."""
+        try:
+            self.checker.validate_python(value, strict=True)
+        except pydantic.ValidationError as error:
+            return error.errors()[0]["msg"].lower()
+        return ""
+
 
 @functools.cache
 def options_of(made: Callable[..., Any]) -> dict[str, Option]:
@@ -138,11 +146,8 @@ def validated(made: Callable[..., Any], values: Mapping[str, Any], path: Where) 
     for key, value in values.items():
         if key not in known:
             raise unknown(key, known, path)
-        try:
-            known[key].checker.validate_python(value, strict=True)
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            raise fault((*path, key), f"{shown(value)} cannot be meant: {first['msg'].lower()}.") from error
+        if wrong := known[key].complaint(value):
+            raise fault((*path, key), f"{shown(value)} cannot be meant: {wrong}.")
     for name, option in known.items():
         if option.required and name not in values:
             raise fault(path, f"{name!r} is missing.")
@@ -156,13 +161,8 @@ def check_given(made: Callable[..., Any], given: Mapping[str, Any]) -> None:
     ``locals()``.
     """
     for name, option in options_of(made).items():
-        if name not in given:
-            continue
-        value = list(given[name]) if isinstance(given[name], Set) else given[name]
-        try:
-            option.checker.validate_python(value, strict=True)
-        except pydantic.ValidationError as error:
-            raise ConfigError(f"{name} is {shown(given[name])}: {error.errors()[0]['msg'].lower()}.") from error
+        if name in given and (wrong := option.complaint(list(given[name]) if isinstance(given[name], Set) else given[name])):
+            raise ConfigError(f"{name} is {shown(given[name])}: {wrong}.")
 
 
 def check_whole(name: str, value: object, least: int = 0) -> None:

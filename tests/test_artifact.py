@@ -133,6 +133,12 @@ def test_foreign_files_and_empty_folders_are_no_saved_models(tmp_path: Path) -> 
         load(tmp_path / "folder")
 
 
+def test_a_folder_without_digests_says_what_to_do(saved: Path) -> None:
+    (saved / "digests.json").unlink()
+    with pytest.raises(ArtifactError, match=r"digests.json is missing. Copy the whole folder; .* save it"):
+        load(saved)
+
+
 def test_modules_for_islands_come_as_a_mapping(saved: Path) -> None:
     wrong: Any = [nn.ReLU()]
     with pytest.raises(ConfigError, match="modules maps the names of islands to modules"):

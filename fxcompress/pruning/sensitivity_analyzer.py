@@ -23,7 +23,7 @@ from fxcompress.files import make_folder, write_text
 from fxcompress.graph.digest import digest, state_of
 from fxcompress.graph.tree import device_of
 from fxcompress.manager import PassManager, example_call
-from fxcompress.options import check_given, check_whole
+from fxcompress.options import Count, check_given
 from fxcompress.plan import Plan
 from fxcompress.pruning import sensitivity_report as report
 from fxcompress.pruning.sensitivity_report import Recommendation
@@ -57,7 +57,7 @@ class SensitivityAnalyzer:
     def __init__(
         self,
         sparsity_range: Sequence[float] = (0.1, 0.9),
-        num_steps: int = 9,
+        num_steps: Count = 9,
         metric: str | Callable[[nn.Module, Any], float] = "accuracy",
         pruning_type: str = "structured",
         *,
@@ -70,7 +70,6 @@ class SensitivityAnalyzer:
         check_given(SensitivityAnalyzer, locals())
         if not _is_range(sparsity_range):
             raise ConfigError(f"sparsity_range is {sparsity_range!r}; it is [low, high] with 0 < low <= high < 1.")
-        check_whole("num_steps", num_steps, least=1)
         if pruning_type not in TYPES:
             raise ConfigError(f"pruning_type is {pruning_type!r}; it is one of {', '.join(TYPES)}.")
         check_options(pruning_type, pruner_options or {})
