@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.digits import accuracy, digits, trained
-from fxcompress import PassManager, PTQQuantizer, StaticQuantizer, coverage
+from fxcompress import PassManager, PTQQuantizer, StaticQuantizer, backends, coverage
+from fxcompress.backends.kernels import mean_of_levels
 from fxcompress.errors import BackendError, ConfigError, VerificationError
 from fxcompress.graph import qdq
 from fxcompress.graph.results import output_snr
@@ -132,6 +133,35 @@ def test_a_layer_computes_integer_arithmetic_written_out(name: str, relu: bool) 
     ((scale_y, zero_y),) = result
     expected = (np.clip(np.round(y.numpy() / scale_y) + zero_y, 0, 255) - zero_y) * scale_y
     assert (grid_steps(lowered(x), expected, scale_y) <= 1.001).mean() >= 0.999
+
+
+@pytest.mark.parametrize("zero", [0, 127])
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize(("shape", "dims"), [((16, 64, 4, 4), [2, 3]), ((1, 64, 8, 1), (-1, -2)), ((16, 8, 64), 1)])
+def test_means_fall_on_the_level_of_exact_arithmetic_with_halves_to_even(
+    shape: tuple[int, ...], dims: Any, keepdim: bool, zero: int
+) -> None:
+    torch.manual_seed(0)
+    levels = torch.randint(0, 256, shape, dtype=torch.uint8)
+    found = mean_of_levels(torch._make_per_tensor_quantized_tensor(levels, 0.0261, zero), dims, keepdim)
+    axis = dims if isinstance(dims, int) else tuple(dims)
+    exact = np.round(levels.double().numpy().mean(axis=axis, keepdims=keepdim) - zero) + zero
+    np.testing.assert_array_equal(found.int_repr().numpy(), exact)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_channel_that_is_all_but_silenced_keeps_its_bias_on_qnnpack(per_channel: bool) -> None:
+    """Its weights' scale is so small that the bias in units of that scale is beyond int32."""
+    reason = backends.find("qnnpack").unavailable()
+    if reason:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(3, 8, 3), torch.randn(16, 3, 12, 12)
+    with torch.no_grad():
+        layer.weight[0 if per_channel else slice(None)] *= 1e-8
+    lowered = PTQQuantizer(backend="qnnpack", per_channel=per_channel, progress=False).quantize(nn.Sequential(layer), [x])
+    assert coverage(lowered).mac_share == 1.0
+    assert output_snr(layer(x), lowered(x)) > 30
 
 
 def test_quantize_rounds_half_to_even_and_keeps_zero_exact() -> None:

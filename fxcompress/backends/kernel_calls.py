@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxcompress.backends.kernels import QuantizedBatchNorm
+from fxcompress.backends.kernels import QuantizedBatchNorm, mean_of_levels
 from fxcompress.graph import edit, ops, qdq
 from fxcompress.graph.shapes import shape_of
 
@@ -52,6 +52,10 @@ def _mul(to: Writer, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
 
 def _cat(to: Writer, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
     return to.call(_q.cat.default, [to.operand(t) for t in call["tensors"]], call["dim"], scale, zero_point)
+
+
+def _mean(to: Writer, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
+    return to.call(mean_of_levels, to.operand(call["input"]), call["dim"], bool(call["keepdim"]))
 
 
 def _unary(function: Any, *options: str) -> Kernel:
@@ -102,6 +106,7 @@ KERNELS: dict[str, Kernel] = {
     "add": _add,
     "mul": _mul,
     "cat": _cat,
+    "mean": _mean,
     "batch_norm": _batch_norm,
     "hardswish": _unary(_q.hardswish.default),
     "leaky_relu": _leaky_relu,

@@ -7,7 +7,7 @@ form is made from them when the layer is built, copied or unpickled.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.backends.cpu import has_vnni
+from fxcompress.graph.qdq import along
 
 __all__ = [
     "FLOAT_RESULT",
@@ -23,8 +24,10 @@ __all__ = [
     "QuantizedLayer",
     "engine_of",
     "in_one_layout",
+    "mean_of_levels",
     "quantize_input",
     "quantized_weight",
+    "with_room_for",
     "x86_engine",
 ]
 
@@ -152,6 +155,26 @@ def quantized_weight(weight: Tensor, scale: Tensor, zero_point: Tensor | None, a
     return torch._make_per_channel_quantized_tensor(weight, scale.to(torch.float64), zeros, axis)
 
 
+def with_room_for(
+    bias: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int, input_scale: float
+) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """Levels, scale, zero point and axis of a weight, on a coarser scale where the bias would not fit into int32.
+
+    QNNPACK holds a bias in units of input scale times weight scale. A channel that batch normalisation has all but silenced
+    has a scale so small that its bias overflows, and next to that bias its weights hardly count.
+    """
+    least = (bias.detach().abs() / (_LARGEST_BIAS * input_scale)).to(scale)
+    least = least if scale.numel() > 1 else least.amax().reshape(1)
+    if zero_point is not None or not bool((scale < least).any()):
+        return weight, scale, zero_point, axis
+    coarser = torch.maximum(scale, least)
+    levels = torch.round(weight * along(scale / coarser, weight.dim(), axis)).to(torch.int8)
+    return levels, coarser, zero_point, axis
+
+
+_LARGEST_BIAS = 2.0**30
+
+
 def _pack_linear(weight: Tensor, bias: Tensor | None, geometry: dict[str, Any]) -> Any:
     return torch.ops.quantized.linear_prepack(weight, bias)
 
@@ -231,6 +254,24 @@ def in_one_layout(input: Tensor) -> Tensor:
         return input
     strides = torch.empty(input.shape, device="meta", memory_format=layout).stride()
     return input if input.stride() == strides else input.as_strided(input.shape, strides)
+
+
+def mean_of_levels(input: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Tensor:
+    """The mean of a quint8 tensor over some dimensions, on the tensor's own grid.
+
+    Over space, or over the tokens of a sequence, it is pooled: that kernel sums levels, and halves go to even as they did in
+    training. torch's kernel for means sums floats, whose noise decides which way a half goes.
+    """
+    dims = {d % input.dim() for d in ([dim] if isinstance(dim, int) else dim)}
+    if (input.dim(), dims) == (4, {2, 3}):
+        image = input
+    elif (input.dim(), dims) == (3, {1}):
+        image = input.transpose(1, 2).unsqueeze(3)
+    else:
+        return torch.mean(input, sorted(dims), keepdim)
+    sizes = [1 if d in dims else size for d, size in enumerate(input.shape) if keepdim or d not in dims]
+    image = in_one_layout(image.contiguous(memory_format=torch.channels_last))
+    return nn.functional.adaptive_avg_pool2d(image, 1).reshape(sizes)
 
 
 class QuantizedBatchNorm(nn.Module):

@@ -16,7 +16,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from fxcompress.backends.agreement import GRID, OPERATOR, REFERENCE
 from fxcompress.backends.dynamic import DynamicLinear, DynamicRecurrent
 from fxcompress.backends.kernel_calls import KERNELS, Writer
-from fxcompress.backends.kernels import FLOAT_RESULT, LAYERS, QuantizedLayer, in_one_layout, quantize_input
+from fxcompress.backends.kernels import FLOAT_RESULT, LAYERS, QuantizedLayer, in_one_layout, quantize_input, with_room_for
 from fxcompress.graph import edit, ops, qdq
 from fxcompress.graph.cost import macs
 from fxcompress.graph.recurrent import QuantizedRecurrent
@@ -180,6 +180,8 @@ class _Lowering(Writer):
         activation = "relu" if call["activation"] in ("relu", "relu6") else None
         if call["input"].target is qdq.fake_quantize_dynamic:
             return self._dynamic_layer(call, weight, bias, activation)
+        if self.engine == "qnnpack" and bias is not None:
+            weight = with_room_for(bias, *weight, float(qdq.read(qdq.source(call["input"])).scale))
         source, taken = (self.operand(call["input"]), None) if scale is not None else self._float_operand(call["input"])
         layer = QuantizedLayer(call.kind, *weight, bias, _geometry(call), activation, scale, zero_point, taken, self.engine)
         name = self._layer_name(call)
