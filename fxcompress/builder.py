@@ -36,7 +36,7 @@ from fxcompress.components import (
 from fxcompress.config import Config, read_config
 from fxcompress.errors import ConfigError, Where, shown
 from fxcompress.graph.tree import check_module
-from fxcompress.models import build_model
+from fxcompress.models import given_or_built
 from fxcompress.options import fault
 from fxcompress.pipeline import CompressionPipeline, assembled, check_layers, stages_of
 from fxcompress.registry import Registry
@@ -65,7 +65,10 @@ def build_pruner(config: Any, model: nn.Module | None = None) -> Any:
 
 
 def build_distiller(config: Any, teacher: nn.Module | None = None, student: nn.Module | None = None) -> Any:
-    """The distiller that ``config`` describes, over ``teacher`` and ``student`` or the models the configuration names."""
+    """The distiller that ``config`` describes, over ``teacher`` and ``student`` or the models the configuration names.
+
+    Where both are there, a warning says that the one in the configuration is not built.
+    """
     config = read_config(config)
     with _places(config):
         stage, where = _section(config)
@@ -74,10 +77,10 @@ def build_distiller(config: Any, teacher: nn.Module | None = None, student: nn.M
         models = {"teacher": teacher, "student": student}
         for name, given in models.items():
             described = stage.pop(name, None)
-            if given is None:
-                if described is None:
-                    raise fault(where, f"{name!r} is missing: name a model, or give one to build_distiller.")
-                models[name] = build_model(described, (*where, name))
+            if described is not None:
+                models[name] = given_or_built(given, described, (*where, name))
+            elif given is None:
+                raise fault(where, f"{name!r} is missing: name a model, or give one to build_distiller.")
         return distiller(stage, where, **models)
 
 
@@ -85,13 +88,14 @@ def build_compression_pipeline(config: Any, model: nn.Module | None = None) -> C
     """The pipeline that ``config`` describes: one component, a ``pipeline`` list, or stages as a mapping.
 
     ``model`` is what it compresses; without one, the configuration's ``model`` or a distiller's ``student`` is built, or a
-    model is given to :meth:`CompressionPipeline.run`. Everything in the configuration is checked here.
+    model is given to :meth:`CompressionPipeline.run`. A warning names a model that is not built because one was given.
+    Everything in the configuration is checked here.
     """
     config = read_config(config)
     with _places(config):
         section, where = _section(config)
-        if model is None and "model" in config.data:
-            model = build_model(config.data["model"], ("model",))
+        if "model" in config.data:
+            model = given_or_built(model, config.data["model"], ("model",))
         return assembled(stages_of(section, where), model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -15,7 +16,9 @@ from fxcompress.options import Seed, fault, located, no_such, validated
 from fxcompress.registry import Registry
 from fxcompress.weights import load_weights
 
-__all__ = ["DATASETS", "MODELS", "build_data", "build_model"]
+__all__ = ["DATASETS", "MODELS", "build_data", "build_model", "given_or_built"]
+
+log = logging.getLogger("fxcompress")
 
 Count = Annotated[int, Field(ge=1, lt=2**40)]
 
@@ -62,6 +65,15 @@ def build_model(config: Any, path: Where = ()) -> nn.Module:
         except ConfigError as error:
             raise fault((*path, "pretrained"), str(error)) from error
     return model
+
+
+def given_or_built(given: nn.Module | None, config: Any, path: Where) -> nn.Module:
+    """``given``, with a warning that the model which ``config`` describes is not built; that model where none is given."""
+    if given is None:
+        return build_model(config, path)
+    place, name = ".".join(map(str, path)), _options(config, path)["type"]
+    log.warning("%s: %r is not built, for a model was given: %s", place, name, type(given).__name__)
+    return given
 
 
 def _torchvision_names() -> list[str]:

@@ -14,7 +14,7 @@ from fxcompress.errors import ConfigError, PlanError, Where, shown
 from fxcompress.graph.select import Selection
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
-from fxcompress.models import build_model
+from fxcompress.models import build_model, given_or_built
 from fxcompress.options import fault, only, unknown
 from fxcompress.pass_base import Pass
 from fxcompress.plan import Plan
@@ -115,8 +115,7 @@ def assembled(stages: Sequence[tuple[Any, Where]], model: nn.Module | None) -> C
         if isinstance(config, Mapping) and config.get("type") in DISTILLERS:
             config = dict(config)
             if "student" in config:
-                student = config.pop("student")
-                model = build_model(student, (*where, "student")) if model is None else model
+                model = given_or_built(model, config.pop("student"), (*where, "student"))
             if "teacher" in config:
                 if teacher is not None:
                     raise fault((*where, "teacher"), "a pipeline has one teacher, and an earlier stage names it.")

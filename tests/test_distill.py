@@ -232,6 +232,20 @@ def test_a_pipeline_distils_then_prunes_then_quantizes() -> None:
     assert "distill" in [row.step for row in pipeline.ledger.rows]
 
 
+def test_models_of_a_configuration_that_give_way_to_given_ones_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    config = {"type": "LogitDistiller", "teacher": {"type": "resnet101"}, "student": "resnet18"}
+    teacher, student = net(8), net(4)
+    distiller = build_distiller({"compression": config}, teacher, student)
+    assert distiller.student.get_parameter("head.weight").shape == student.get_parameter("head.weight").shape
+    assert "compression.teacher: 'resnet101' is not built" in caplog.text
+    assert "compression.student: 'resnet18' is not built" in caplog.text
+    caplog.clear()
+    build_compression_pipeline({"model": "resnet18", "compression": {"type": "PTQQuantizer"}}, net(4))
+    assert "model: 'resnet18' is not built" in caplog.text
+    with pytest.raises(ConfigError, match="student"):
+        build_distiller({"type": "LogitDistiller", "student": 3}, teacher, student)
+
+
 def test_the_distillation_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torchvision = pytest.importorskip("torchvision")
     monkeypatch.chdir(tmp_path)
