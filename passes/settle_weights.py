@@ -23,7 +23,8 @@ class SettleWeights(Pass):
 
     Weight norm, spectral norm, parametrizations and what the graph itself computes for a convolution or linear layer are
     written into a plain weight, which then is quantized and trains like any other. Products with a stored weight (``x @ w``,
-    ``addmm``, ``bmm``, ``einsum``) become linear layers, or grouped convolutions where each group has a weight of its own.
+    ``addmm``, ``bmm``, ``einsum``, ``tensordot``) become linear layers, or grouped convolutions where each group has a
+    weight of its own.
 
     Masks of this package and of ``torch.nn.utils.prune`` become zeros.
 

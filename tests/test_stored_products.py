@@ -48,6 +48,9 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...], tuple[i
     "einsum to two": (lambda m, x: torch.einsum("hdc,bnc->bhnd", m.w, x), (3, 4, 12), (4, 7, 12)),
     "einsum in groups": (lambda m, x: torch.einsum("bnhd,hde->bnhe", x, m.w), (3, 4, 5), (4, 7, 3, 4)),
     "einsum with dots": (lambda m, x: torch.einsum("...c,oc->...o", x, m.w), (20, 12), (4, 3, 7, 12)),
+    "einsum without an arrow": (lambda m, x: torch.einsum("abz,zc", x, m.w), (12, 20), (4, 7, 12)),
+    "tensordot over two": (lambda m, x: torch.tensordot(x, m.w, dims=([1, 2], [1, 0])), (5, 3, 20), (4, 3, 5)),
+    "tensordot of a stored weight first": (lambda m, x: torch.tensordot(m.w, x, dims=([1], [1])), (20, 12), (4, 12)),
     "einsum with a vector": (lambda m, x: torch.einsum("bnc,c->bn", x, m.w), (12,), (4, 7, 12)),
 }
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from fxcompress.graph import ops
-from fxcompress.graph.index_notation import notation
+from fxcompress.graph.index_notation import factors, notation
 from fxcompress.graph.island import regions
 from fxcompress.graph.shapes import module_of, shape_of
 from fxcompress.graph.tree import submodule, tensors
@@ -191,9 +191,8 @@ def _matmul(call: ops.Call, shape: Shape) -> int:
 
 def _index_notation(call: ops.Call, shape: Shape) -> int:
     """One for every combination of the indices, where something is summed."""
-    operands = call["operands"] if call.kind == "einsum" else [call["input"], call["other"]]
-    shapes = [shape(call, operand) for operand in operands]
-    found = notation(call, operands, [len(s) for s in shapes])
+    shapes = [shape(call, operand) for operand in factors(call)]
+    found = notation(call, [len(s) for s in shapes])
     if found is None or len(shapes) < 2:
         return 0
     sizes: dict[str, int] = {}

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fxcompress.graph import ops
 
-__all__ = ["Notation", "notation"]
+__all__ = ["Notation", "factors", "notation"]
 
 Notation = tuple[list[list[str]], list[str]]
 """The names of every operand's indices, and of the result's."""
 
 
-def notation(call: ops.Call, operands: list[Any], ranks: list[int]) -> Notation | None:
-    """``call`` on ``operands`` of these ranks in index notation; None where it is written in another form (lists)."""
-    return _FORMS[call.kind](call, ranks) if len(operands) == len(ranks) else None
+Ranks = Sequence[int | None]
+"""How many dimensions each operand has; None where that is not known."""
 
 
-def _einsum(call: ops.Call, ranks: list[int]) -> Notation | None:
+def factors(call: ops.Call) -> list[Any]:
+    """The operands that ``call`` multiplies."""
+    return list(call["operands"]) if call.kind == "einsum" else [call["input"], call["other"]]
+
+
+def notation(call: ops.Call, ranks: Ranks) -> Notation | None:
+    """``call`` on operands of these ranks in index notation; None where it is written in another form (lists)."""
+    return _FORMS[call.kind](call, ranks) if len(factors(call)) == len(ranks) else None
+
+
+def _einsum(call: ops.Call, ranks: Ranks) -> Notation | None:
     """An ellipsis becomes names of its own, counted from the right."""
-    if not isinstance(call["equation"], str):
+    equation = call["equation"]
+    if not isinstance(equation, str) or ("..." in equation and None in ranks):
         return None
-    left, arrow, right = call["equation"].replace(" ", "").partition("->")
+    left, arrow, right = equation.replace(" ", "").partition("->")
 
-    def spell(term: str, size: int) -> list[str]:
-        if "..." not in term:
+    def spell(term: str, size: int | None) -> list[str]:
+        if "..." not in term or size is None:
             return list(term)
         before, after = term.split("...")
         hidden = size - len(before) - len(after)
@@ -40,24 +50,27 @@ def _einsum(call: ops.Call, ranks: list[int]) -> Notation | None:
     return inputs, [*before, *(dots if found else []), *after]
 
 
-def _tensordot(call: ops.Call, ranks: list[int]) -> Notation | None:
+def _tensordot(call: ops.Call, ranks: Ranks) -> Notation | None:
+    one, other = ranks
+    if one is None or other is None:
+        return None
     dims = 2 if call["dims"] is None else call["dims"]
     if isinstance(dims, int):
-        dims = (range(ranks[0] - dims, ranks[0]), range(dims))
+        dims = (range(one - dims, one), range(dims))
     if not isinstance(dims, (tuple, list)) or len(dims) != 2:
         return None
-    first, second = [f"a{d}" for d in range(ranks[0])], [f"b{d}" for d in range(ranks[1])]
-    for one, other in zip(*dims, strict=True):
-        second[other] = first[one]
+    first, second = [f"a{d}" for d in range(one)], [f"b{d}" for d in range(other)]
+    for d, same in zip(*dims, strict=True):
+        second[same] = first[d]
     shared = {*first} & {*second}
     return [first, second], [name for name in [*first, *second] if name not in shared]
 
 
-def _outer(call: ops.Call, ranks: list[int]) -> Notation:
+def _outer(call: ops.Call, ranks: Ranks) -> Notation:
     return [["i"], ["j"]], ["i", "j"]
 
 
-_FORMS: dict[str, Callable[[ops.Call, list[int]], Notation | None]] = {
+_FORMS: dict[str, Callable[[ops.Call, Ranks], Notation | None]] = {
     "einsum": _einsum,
     "tensordot": _tensordot,
     "outer": _outer,

@@ -1,13 +1,13 @@
 """Products of values with stored weights, spelled as the layers they are.
 
-``x @ w``, ``addmm``, ``bmm``, ``baddbmm`` and ``einsum`` with a parameter or buffer (or what is computed from some) are
-linear layers; those with another weight for each of several groups are grouped convolutions of one position.
+``x @ w``, ``addmm``, ``bmm``, ``baddbmm``, ``einsum`` and ``tensordot`` with a parameter or buffer (or what is computed from
+some) are linear layers; those with another weight for each of several groups are grouped convolutions of one position.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fxcompress.graph import edit, ops
+from fxcompress.graph.index_notation import factors, notation
 from fxcompress.graph.settling import computed, constants
 from fxcompress.graph.shapes import shape_of
 
@@ -38,13 +39,17 @@ def spell_projections(module: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
             yield made, "it multiplies with a stored weight, as a layer does"
 
 
+Letters = tuple[Sequence[str], Sequence[str], Sequence[str]]
+"""The names of the indices of two operands and of the result."""
+
+
 @dataclass(frozen=True)
 class _Product:
     """``value`` times ``weight``, each dimension under a letter as in einsum, and what is added to it."""
 
     value: fx.Node
     weight: fx.Node
-    letters: tuple[str, str, str]
+    letters: Letters
     sizes: dict[str, int]
     bias: fx.Node | None = None
     added: fx.Node | None = None
@@ -147,7 +152,10 @@ class _Operands:
     known: set[fx.Node]
 
     def __getitem__(self, name: str) -> Any:
-        found = self.call[name]
+        return self.node(self.call[name])
+
+    def node(self, found: Any) -> Any:
+        """An operand as the node that gives it."""
         if not isinstance(found, ops.Attr):
             return found
         return next(n for n in self.call.node.all_input_nodes if n.op == "get_attr" and n.target == found.name)
@@ -157,7 +165,7 @@ class _Operands:
         found = computed(self.module, node) if isinstance(node, fx.Node) and node in self.known else None
         return found if isinstance(found, Tensor) and found.is_floating_point() else None
 
-    def product(self, left: Any, right: Any, letters: tuple[str, str, str], **added: Any) -> _Product | None:
+    def product(self, left: Any, right: Any, letters: Letters, **added: Any) -> _Product | None:
         """A product one of whose operands is stored; ``letters`` are those of left, right and result."""
         stored = [self.weight_of(left), self.weight_of(right)]
         if (stored[0] is None) == (stored[1] is None) or not all(isinstance(n, fx.Node) for n in (left, right)):
@@ -199,30 +207,27 @@ def _addmm(given: _Operands) -> _Product | None:
     return given.product(given["input"], given["other"], _in_order(given, product), added=bias)
 
 
-def _in_order(given: _Operands, product: _Product) -> tuple[str, str, str]:
+def _in_order(given: _Operands, product: _Product) -> Letters:
     """The letters of left, right and result."""
     value, weight, result = product.letters
     return (value, weight, result) if given["other"] is product.weight else (weight, value, result)
 
 
-def _einsum(given: _Operands) -> _Product | None:
-    equation, operands = given["equation"], given["operands"]
-    if not isinstance(equation, str) or "->" not in equation or not isinstance(operands, (tuple, list)):
+def _summed(given: _Operands) -> _Product | None:
+    operands = [given.node(factor) for factor in factors(given.call)]
+    shapes = [given.shape(operand) for operand in operands]
+    found = notation(given.call, [len(shape) if shape is not None else None for shape in shapes])
+    if found is None or len(operands) != 2:
         return None
-    inputs, result = equation.replace(" ", "").split("->")
-    parts = inputs.split(",")
-    if len(parts) != 2 or len(operands) != 2:
-        return None
-    if "..." in equation:
-        shapes = [given.shape(node) for node in operands]
-        dotted = [len(s) - len(p) + 3 for p, s in zip(parts, shapes, strict=True) if "..." in p and s is not None]
-        if len(dotted) != 1 or sum("..." in part for part in parts) != 1:
-            return None
-        free = [letter for letter in string.ascii_letters if letter not in equation]
-        more = "".join(free[: dotted.pop()])
-        parts, result = [part.replace("...", more) for part in parts], result.replace("...", more)
-    return given.product(operands[0], operands[1], (parts[0], parts[1], result))
+    (left, right), result = found
+    if any(name.startswith(".") for name in {*left} & {*right}):
+        return None  # one may be repeated for the other's batch
+    return given.product(operands[0], operands[1], (left, right, result))
 
 
-_READERS: dict[str, Callable[[_Operands], _Product | None]] = {"matmul": _matmul, "addmm": _addmm, "einsum": _einsum}
+_READERS: dict[str, Callable[[_Operands], _Product | None]] = {
+    "matmul": _matmul,
+    "addmm": _addmm,
+    **dict.fromkeys(("einsum", "tensordot"), _summed),
+}
 """Kind of operator → what it multiplies."""

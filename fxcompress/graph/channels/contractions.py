@@ -10,7 +10,7 @@ from fxcompress.graph import ops
 from fxcompress.graph.channels.calls import place
 from fxcompress.graph.channels.labels import Label, Value, aligned, alone, broadcast, join, moved
 from fxcompress.graph.channels.walk import Walk, rule
-from fxcompress.graph.index_notation import notation
+from fxcompress.graph.index_notation import factors, notation
 
 
 def contract(walk: Walk, labels: list[Label | None], where: str, *weights: Label | None) -> None:
@@ -183,9 +183,9 @@ def bilinear(walk: Walk, call: ops.Call) -> Value:
 
 @rule("einsum", "tensordot", "outer")
 def index_notation(walk: Walk, call: ops.Call) -> Value:
-    operands = call["operands"] if call.kind == "einsum" else [call["input"], call["other"]]
+    operands = factors(call)
     values = [value for operand in operands if (value := walk.value(operand)) is not None]
-    found = notation(call, operands, [len(value.shape) for value in values])
+    found = notation(call, [len(value.shape) for value in values])
     if found is None:
         return walk.give_up(call.node, f"{call.kind} in the form of lists has no rule")
     inputs, output = found

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from torch.utils import _pytree as pytree
 
 from fxcompress.graph import ops
 from fxcompress.graph.channels.atoms import Ints
 from fxcompress.graph.channels.calls import place
 from fxcompress.graph.channels.contractions import contract, padded
-from fxcompress.graph.channels.labels import Label, Value, aligned, broadcast
+from fxcompress.graph.channels.labels import Label, Value, aligned, broadcast, map_values
 from fxcompress.graph.channels.walk import Count, Walk, rule
 from fxcompress.graph.shapes import module_of
 
@@ -130,7 +129,7 @@ def recurrent_cell(walk: Walk, call: ops.Call) -> Any:
             walk.atoms.doubt(label.array, f"what it leaves behind is not zero at {where}")
     shapes = walk.unlabelled(call.node)
     zero = all(label.zero for label in given)
-    return pytree.tree_map_only(Value, lambda v: _with_units(v, units, zero), shapes)
+    return map_values(lambda v: _with_units(v, units, zero), shapes)
 
 
 def _same_units(walk: Walk, state: Value, units: Ints, where: str) -> None:
