@@ -15,7 +15,7 @@ from fxcompress.graph import spellings
 from fxcompress.graph.hooks import has_hooks
 from fxcompress.graph.tree import kept_modes, parts
 
-__all__ = ["DropPath", "make_layers"]
+__all__ = ["DropPath", "make_drop_paths"]
 
 
 class DropPath(nn.Module):
@@ -35,7 +35,7 @@ class DropPath(nn.Module):
         return f"p={self.p}"
 
 
-def make_layers(model: nn.Module) -> None:
+def make_drop_paths(model: nn.Module) -> None:
     """Put a :class:`DropPath` in the place of every part of ``model`` that does what it does."""
     made: dict[int, DropPath] = {}
     for name, part in parts(model).items():

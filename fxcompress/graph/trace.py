@@ -26,7 +26,7 @@ from fxcompress.graph.capture import capture, inline
 from fxcompress.graph.collector import collector_paused
 from fxcompress.graph.containers import open_mappings
 from fxcompress.graph.copying import copied_model
-from fxcompress.graph.drop_path import make_layers
+from fxcompress.graph.drop_path import make_drop_paths
 from fxcompress.graph.functions import inline_call, open_functions
 from fxcompress.graph.guards import guard_fixed
 from fxcompress.graph.hooks import ONCE, drop_hooks, has_hooks
@@ -116,7 +116,7 @@ def region_inputs(model: fx.GraphModule, call: Arguments) -> dict[str, Arguments
 
 
 def _trace(model: nn.Module, call: Arguments | None) -> fx.GraphModule:
-    make_layers(model)
+    make_drop_paths(model)
     module, reason = _capture_whole(model, call)
     if module is not None:
         return module
