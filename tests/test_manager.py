@@ -100,10 +100,11 @@ def test_a_tensor_at_the_address_of_one_that_is_gone_is_another() -> None:
     assert verify.fingerprint(module) == before
     layer = module.get_submodule("0")
     address = id(layer.weight)
+    zeros = torch.zeros(4, 4)
     del layer._parameters["weight"]
-    others = [nn.Parameter(torch.zeros(4, 4))]
-    while id(others[-1]) != address and len(others) < 10_000:
-        others.append(nn.Parameter(torch.zeros(4, 4)))
+    others = [nn.Parameter(zeros)]
+    while id(others[-1]) != address and len(others) < 100_000:
+        others.append(nn.Parameter(zeros))
     assert id(others[-1]) == address
     layer.register_parameter("weight", others[-1])
     assert verify.fingerprint(module) != before

@@ -234,7 +234,7 @@ class _Lowering(Writer):
     def _holds_alone(self, owner: str, node: fx.Node) -> bool:
         """Whether a module holds nothing but tensors that ``node`` alone reads."""
         fetched = [n for n in self.module.graph.find_nodes(op="get_attr") if str(n.target).rpartition(".")[0] == owner]
-        users = [user for source in fetched for user in source.users]
+        users = [user for source in fetched for user in ops.value_readers(source)]
         readers = {reader for user in users for reader in (user.users if user.target in _LATER else (user,))}
         return readers == {node} and not self.module.get_submodule(owner)._modules
 

@@ -100,7 +100,8 @@ def frozen_state(module: nn.Module) -> Iterator[None]:
             held = _written(module)
             with torch.no_grad():
                 for name, value in saved.items():
-                    held[name].copy_(value)
+                    if not torch.equal(held[name], value):  # a write counts as a change, of whatever autograd has kept too
+                        held[name].copy_(value)
 
 
 def _written(module: nn.Module) -> dict[str, torch.Tensor]:

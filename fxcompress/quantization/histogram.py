@@ -83,10 +83,11 @@ class Histogram:
             flat[: found.numel()].add_(found)
 
     def _settle(self) -> None:
-        """Count what waits, and gather the bin around zero from its lanes."""
+        """Count what waits, and gather the bin around zero from its lanes, and from both sides: -0.0 is 0."""
         self._count_waiting()
-        for side in self._counts:
-            side[0], side[1:_LANES] = side[:_LANES].sum(), 0
+        around = self._counts[:, :_LANES].sum()
+        self._counts[:, :_LANES] = 0
+        self._counts[0, 0] = around
 
     def _rise(self, octave: int) -> None:
         """Let the window of octaves end at ``octave`` at least; what falls below it joins the bin around zero."""
