@@ -95,7 +95,7 @@ def test_structured_pruning(model: nn.Module, data: Any, tmp_path: Path) -> None
     pipeline = build_compression_pipeline(shorter("structured.yaml", tmp_path, end_epoch=3), model)
     pruned = pipeline.run(data=data)
     assert pruned.get_submodule("stem.0").out_channels == 16
-    kept = [pruned.get_submodule(name).out_channels for name in ("body.0", "body.3")]
+    kept: list[Any] = [pruned.get_submodule(name).out_channels for name in ("body.0", "body.3")]
     assert pruned.get_submodule("head").in_features == kept[-1]  # what the head reads follows the layer before it
     assert abs(sum(kept) - 32) <= 1 and max(kept) < 32
     trained = [step for step in pipeline.plan if step.name == "train"]

@@ -137,6 +137,7 @@ def test_they_train_rounded_and_no_checkpoint_is_taken_for_their_transpose() -> 
     [
         (lambda m, x: torch.addmm(m.b, x, m.w, beta=0.5), (12, 20)),  # a scaled bias
         (lambda m, x: torch.einsum("bc,co->b", x, m.w), (12, 20)),  # a sum over what the weight makes
+        (lambda m, x: torch.einsum("bc,co->bo", x.mean(1, keepdim=True), m.w), (12, 20)),  # one value for every input
         (lambda m, x: x[:, None] @ m.w, (1, 12, 20)),  # a weight repeated for each sample
         (lambda m, x: x @ (m.w * x.mean()), (12, 20)),  # a weight that follows the input
     ],

@@ -176,7 +176,11 @@ class _Operands:
         assert weight is not None
         if weight.dim() != len(letters[1]) or left in self.known:
             return None
-        return _Product(left, right, letters, dict(zip(letters[1], weight.shape, strict=True)), **added)
+        sizes, shape = dict(zip(letters[1], weight.shape, strict=True)), self.shape(left)
+        given = zip(letters[0], shape, strict=True) if shape is not None else ()
+        if any(sizes.get(letter, size) != size for letter, size in given):
+            return None  # a dimension of one is repeated
+        return _Product(left, right, letters, sizes, **added)
 
     def shape(self, node: Any) -> torch.Size | None:
         weight = self.weight_of(node)
