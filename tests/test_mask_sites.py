@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from fxcompress import PassManager, load, save, trace
@@ -19,6 +18,7 @@ from fxcompress.errors import ConfigError
 from fxcompress.pruning import MagnitudePruner, RandomPruner
 from fxcompress.pruning.masks import smallest
 from fxcompress.pruning.prunable import sites
+from tests.replicas import on_two
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
 
@@ -112,9 +112,7 @@ def test_masked_state_loads_into_a_masked_model_with_weights_only(tmp_path: Path
     assert MagnitudePruner().get_sparsity(fresh) == MagnitudePruner().get_sparsity(model)
 
 
-def _ddp_worker(rank: int, rendezvous: str, results: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+def _replica(rank: int, folder: Path) -> None:
     found = {}
     for mask_first in (True, False):
         model: Any = network()
@@ -138,12 +136,11 @@ def _ddp_worker(rank: int, rendezvous: str, results: str) -> None:
         pruner.remove_mask(wrapped)
         wrapped(batch).square().mean().backward()
         found[str(mask_first)] = {"state": model.state_dict(), "sparsity": sparsity}
-    torch.save(found, f"{results}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(found, folder / f"{rank}.pt")
 
 
 def test_masks_hold_under_two_ddp_processes_and_agree(tmp_path: Path) -> None:
-    spawn(_ddp_worker, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    on_two(_replica, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for case in ("True", "False"):
         assert first[case]["sparsity"] == second[case]["sparsity"] == pytest.approx(0.8, abs=1 / 224)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from fxcompress.errors import ConfigError, DataError, PlanError, PromiseError
 from fxcompress.graph import qdq
 from fxcompress.pass_base import Context, Pass, Promise, close
 from fxcompress.quantization.fake_quant import LearnedFakeQuantize, RangeFakeQuantize, fake_quantizers
+from tests.replicas import on_two
 from tests.strategies import Drawn, networks
 
 QUANTIZERS: dict[str, Callable[[], Any]] = {
@@ -319,10 +319,7 @@ def test_it_trains_compiled_in_one_graph() -> None:
         assert all(torch.equal(a, b) for a, b in zip(prepared.buffers(), twin.buffers(), strict=True))
 
 
-def _replica(rank: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def _replica(rank: int, folder: Path) -> None:
     for name, quantizer in (("qat", QATQuantizer()), ("lsq", LSQQuantizer(4))):
         torch.manual_seed(0)
         prepared = quantizer.prepare(DigitsNet().train(), torch.zeros(2, 1, 8, 8))
@@ -333,12 +330,11 @@ def _replica(rank: int, folder: str) -> None:
         for fake in fake_quantizers(wrapped).values():
             fake.eval()
         wrapped(torch.zeros(2, 1, 8, 8))  # a step starts with the buffers of rank 0
-        torch.save(prepared.state_dict(), f"{folder}/{name}{rank}.pt")
-    torch.distributed.destroy_process_group()
+        torch.save(prepared.state_dict(), folder / f"{name}{rank}.pt")
 
 
 def test_replicas_agree(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_replica, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined]
+    on_two(_replica, tmp_path)
     for name in ("qat", "lsq"):
         first, second = (torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in (0, 1))
         assert all(torch.equal(value, second[key]) for key, value in first.items())
