@@ -18,10 +18,10 @@ from fxcompress.graph import verify
 from fxcompress.graph.cost import cost
 from fxcompress.graph.inputs import Arguments, frozen_state, tensors_in
 from fxcompress.graph.island import regions
-from fxcompress.graph.results import largest_difference, output_snr, same_structure
+from fxcompress.graph.results import UNSTEADY, largest_difference, output_snr, same_structure
 from fxcompress.graph.sparsity import sparsity
 from fxcompress.ledger import Ledger, Row
-from fxcompress.pass_base import Context, Pass
+from fxcompress.pass_base import Context, Pass, Promise
 
 __all__ = ["Diffs", "LedgerKeeper", "Observer", "Promises", "Run", "Verifier", "check_trace"]
 
@@ -119,8 +119,10 @@ class Promises(Observer):
                 continue
             try:
                 self._compare(run.step, region, before, now)
-            except PromiseError:
-                if region not in self.unrounded or not output_snr(before, now) > _ROUNDED_WORST:
+            except PromiseError as error:
+                if region not in self.unrounded:
+                    raise PromiseError(f"{error}{_unsteady(run, region)}") from None
+                if not output_snr(before, now) > _ROUNDED_WORST:
                     raise
                 self._compare(run.step, region, self.unrounded[region], self._unrounded(run)[region])
 
@@ -149,15 +151,29 @@ class Promises(Observer):
         promise = step.promise
         if promise.kind == "approximate":
             return
-        gap = largest_difference(before, now)
-        finite = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in tensors_in(before) if t.numel())
-        magnitude = max((t.abs().max().item() for t in finite), default=0.0)
-        allowed = promise.atol + max(promise.rtol, _rounding(before) if promise.rtol else 0.0) * magnitude
+        gap, allowed = largest_difference(before, now), _allowed(promise, before)
         if not gap <= allowed:
             raise PromiseError(
                 f"{step.name!r} promised outputs {promise.kind} (within {allowed:.3g}) and moved those of "
                 f"{region or 'the model'} by {gap:.3g}."
             )
+
+
+def _allowed(promise: Promise, before: Any) -> float:
+    """How far a promise lets results move."""
+    finite = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in tensors_in(before) if t.numel())
+    magnitude = max((t.abs().max().item() for t in finite), default=0.0)
+    return promise.atol + max(promise.rtol, _rounding(before) if promise.rtol else 0.0) * magnitude
+
+
+def _unsteady(run: Run, region: str) -> str:
+    """What to say where a rounding of the inputs moves the results further than the pass may; else nothing."""
+    assert run.step is not None
+    nudged = verify.run(regions(run.model)[region], run.context.inputs[region].nudged())
+    moved = largest_difference(run.outputs[region], nudged)
+    if run.step.promise.kind == "exact" or not moved > _allowed(run.step.promise, run.previous[region]):
+        return ""
+    return f" One rounding of its inputs moves them by {moved:.3g} already. {UNSTEADY}"
 
 
 def _roundings(module: fx.GraphModule) -> list[Any]:

@@ -21,6 +21,7 @@ from fxcompress.graph.channels.kept import Kept
 from fxcompress.graph.channels.proof import Proof, tolerance
 from fxcompress.graph.channels.rewriting import UnprovableError
 from fxcompress.graph.island import regions
+from fxcompress.graph.results import UNSTEADY
 from fxcompress.graph.select import Layer, Selection
 from fxcompress.graph.settling import settle
 from fxcompress.options import Count, Fraction, Seed
@@ -305,9 +306,14 @@ class PruneChannels(Pass):
                 context.note("", "the outputs do not depend on what was removed, so the proof says little about this model")
             return {}
         before.restore()
+        oracle, error = next((oracle, error) for oracle, error in errors.items() if not error <= allowed)
+        if (moved := proof.unsteadiness()) > allowed:
+            raise VerificationError(
+                f"the {oracle} oracle finds a relative error of {error:.2g}, and a rounding of the inputs moves the outputs "
+                f"of the model itself by {moved:.2g} (allowed: {allowed:.0e}). {UNSTEADY} Your model is as it was."
+            )
         found = culprits(proof)
         if not found or len(found) == len(proof.channels.groups):
-            oracle, error = next((oracle, error) for oracle, error in errors.items() if not error <= allowed)
             raise VerificationError(
                 f"the {oracle} oracle finds a relative error of {error:.2g} (rounding explains {allowed:.0e}): "
                 "the channel analysis of this model is wrong. Your model is as it was; please report it."

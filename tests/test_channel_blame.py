@@ -71,6 +71,18 @@ def test_the_same_model_loses_them_all_by_the_right_rule() -> None:
     assert holds_against_the_eager_model(model, small)
 
 
+def test_a_model_whose_own_rounding_explains_the_error_is_told_so_and_no_rule_is_blamed() -> None:
+    def wild(self: Any, x: Any) -> Any:
+        x = self.b(F.relu(self.a(x)))
+        for _ in range(8):
+            x = torch.sin(50 * x)
+        return x
+
+    model = lived_in(net(wild, a=c3(3, 8), b=c3(8, 4))).float()
+    with pytest.raises(VerificationError, match="a rounding of the inputs moves the outputs of the model itself by"):
+        prune(model, image().float())
+
+
 def test_a_number_that_nobody_counted_is_laid_to_the_channels_that_it_counts() -> None:
     class Forgetful(list[Count]):
         def append(self, count: Count) -> None:

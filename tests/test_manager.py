@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxcompress import Context, Ledger, Pass, PassManager, Plan, coverage, library, trace
 from fxcompress.__main__ import main
 from fxcompress.errors import DataError, PassError, PlanError, PromiseError, VerificationError
 from fxcompress.graph import edit, ops, verify
-from fxcompress.pass_base import EXACT, Promise
+from fxcompress.pass_base import EXACT, Promise, close
 
 
 def model() -> nn.Sequential:
@@ -38,6 +38,14 @@ class Negate(Pass):
             if ops.kind(node) == "conv2d":
                 made = edit.insert_after(node, torch.neg, (node,))
                 node.replace_all_uses_with(made, lambda user, made=made: user is not made)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Nearly(Negate):
+    """Break a promise within tolerances."""
+
+    name: ClassVar[str] = "nearly"
+    promise: ClassVar[Promise] = close(rtol=1e-4)
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,34 @@ def test_a_broken_promise_is_an_error_and_the_model_stays() -> None:
         manager(Negate()).run(original, X)
     assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())
     manager(Negate(), verify=False).run(original, X)
+
+
+class Wild(nn.Module):
+    """Multiplies errors by 50, ``times`` times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            x = torch.sin(50 * x)
+        return x
+
+
+def test_a_promise_that_no_rounding_would_keep_says_so() -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)]
+    layers[1].running_var.fill_(3.0)  # type: ignore[union-attr,operator]
+    said = "'fold-batchnorm' promised .* One rounding of its inputs moves them by .* give the model and its inputs in double"
+    with pytest.raises(PromiseError, match=said):
+        manager("fold-batchnorm").run(nn.Sequential(*layers, Wild(8)).eval(), torch.randn(2, 3, 8, 8))
+    manager("fold-batchnorm").run(nn.Sequential(*layers, Wild(1)).eval(), torch.randn(2, 3, 8, 8))
+
+
+def test_a_pass_that_is_wrong_is_not_excused_by_rounding() -> None:
+    with pytest.raises(PromiseError) as raised:
+        manager(Nearly()).run(model(), X)
+    assert "One rounding" not in str(raised.value)
 
 
 def test_a_changed_training_flag_is_an_error() -> None:

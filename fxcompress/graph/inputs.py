@@ -44,6 +44,18 @@ class Arguments(NamedTuple):
         """The same values with tensors on ``device``."""
         return Arguments(*pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), tuple(self)))
 
+    def nudged(self) -> Arguments:
+        """The same values, those of floating tensors moved by one rounding each, up or down at random."""
+        generator = torch.Generator().manual_seed(0)
+
+        def nudge(values: torch.Tensor) -> torch.Tensor:
+            if not values.is_floating_point():
+                return values.clone()
+            signs = 2 * torch.randint(0, 2, values.shape, generator=generator).to(values) - 1
+            return values * (1 + torch.finfo(values.dtype).eps * signs)
+
+        return Arguments(*pytree.tree_map_only(torch.Tensor, nudge, tuple(self)))
+
 
 def arguments(example_inputs: Any) -> Arguments:
     """One call's arguments from a tensor, a tuple or list of positionals, or a dict by keyword."""

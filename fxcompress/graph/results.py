@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-__all__ = ["largest_difference", "output_snr", "same_structure"]
+__all__ = ["UNSTEADY", "largest_difference", "output_snr", "same_structure"]
+
+UNSTEADY = (
+    "The network multiplies errors of rounding, so that nothing can be told from its results: look at its weights, the "
+    "statistics of its normalisation and the size of the example inputs, or give the model and its inputs in double."
+)
+"""What to say of a model whose results move further by a rounding of its inputs than a rewrite may move them."""
 
 
 def same_structure(before: Any, after: Any) -> bool:

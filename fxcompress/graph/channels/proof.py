@@ -75,6 +75,12 @@ class Proof:
         self.moved = relative_error(self.plain, found)
         return {"permutation": self.permutation, "silence": relative_error(self.expected, found)}
 
+    def unsteadiness(self) -> float:
+        """By how much a rounding of the inputs moves the outputs of the dense model, relative to them."""
+        dense = self.channels.walk.module
+        with evaluating(dense):
+            return relative_error(self.plain, Recorder(dense).record(self.call.nudged()))
+
 
 def tolerance(module: fx.GraphModule) -> float:
     """The relative error that rounding may cause, by the coarsest precision among the parameters and the values."""
