@@ -22,7 +22,7 @@ from fxcompress.quantization import (
     build_calibrator,
 )
 from fxcompress.quantization.grid import Grid, compute_scale_zp, grid
-from fxcompress.quantization.thresholds import entropy_threshold, even_bins, squared_error
+from fxcompress.quantization.thresholds import entropy_threshold, even_bins, graded, squared_error
 
 UINT8 = grid("uint8", symmetric=False)
 
@@ -166,29 +166,55 @@ def test_percentile_is_that_of_magnitudes_or_of_both_tails_within_a_bin(percenti
     assert upper <= high <= upper * (1 + 1 / 256) and lower * (1 + 1 / 256) <= low <= lower
 
 
-def divergence(counts: np.ndarray, kept: int, levels: int) -> float:
+def divergence(counts: np.ndarray, kept: int, levels: int, ends: np.ndarray | None = None) -> float:
     """KL(P ‖ Q) written out: P clipped at ``kept`` bins, Q its version in ``levels`` levels; both over all values."""
-    p = counts[:kept].astype(np.float64)
-    level = np.arange(kept) * levels // kept
+    ends = np.arange(len(counts) + 1) if ends is None else ends
+    p, width = counts[:kept].astype(np.float64), np.diff(ends)[:kept]
+    level = ends[:kept] * levels // ends[kept]
     inside = np.bincount(level, weights=p, minlength=levels)
     p[-1] += counts[kept:].sum()
-    occupied = np.bincount(level[p > 0], minlength=levels)
-    if (inside[level[p > 0]] == 0).any():
-        return np.inf
-    q = inside[level] / np.maximum(occupied[level], 1)
     seen = p > 0
+    occupied = np.bincount(level[seen], weights=width[seen], minlength=levels)
+    if (inside[level[seen]] == 0).any():
+        return np.inf
+    q = inside[level] * width / np.maximum(occupied[level], 1)
     return float((p[seen] * np.log(p[seen] / q[seen])).sum() / counts.sum())
 
 
-@given(st.integers(0, 2**16), st.sampled_from([8, 16, 31]), st.sampled_from([1.0, 0.2, 0.02]))
+@given(st.integers(0, 2**16), st.sampled_from([8, 16, 31]), st.sampled_from([1.0, 0.2, 0.02]), st.integers(0, 3))
 @common
-def test_entropy_takes_the_threshold_of_least_divergence(seed: int, levels: int, density: float) -> None:
+def test_entropy_takes_the_threshold_of_least_divergence(seed: int, levels: int, density: float, octaves: int) -> None:
     generator = np.random.default_rng(seed)
-    counts = np.round(1000 * np.exp(-np.arange(128) / generator.uniform(2, 60))) * (generator.random(128) < density)
-    counts[generator.integers(128)] += 1
-    every = {kept: divergence(counts, kept, levels) for kept in range(levels, 129)}
-    kept = entropy_threshold(torch.from_numpy(counts), levels)
-    assert every[kept] <= min(every.values()) + 1e-9 or (kept == 128 and not np.isfinite(min(every.values())))
+    ends = graded(64, octaves)
+    counts = np.round(1000 * np.exp(-ends[:-1].numpy() / generator.uniform(2, 60))) * (
+        generator.random(len(ends) - 1) < density
+    )
+    counts[generator.integers(len(counts), size=2)] += 1
+    candidates = [i for i in range(levels, len(ends)) if ends[i] - ends[i - 1] == 1 or counts[i - 1] > 0]
+    every = {kept: divergence(counts, kept, levels, ends.numpy()) for kept in candidates}
+    kept = entropy_threshold(torch.from_numpy(counts), levels, ends)
+    assert every.get(kept, np.inf) <= min(every.values()) + 1e-9 or kept == len(counts)
+    assert kept != len(counts) or kept not in every or every[kept] <= min(every.values()) + 1e-9
+
+
+MIXTURES: dict[str, tuple[float, int]] = {
+    "a thousandth": (20.0, 100),
+    "half of that": (20.0, 50),
+    "not so far out": (8.0, 100),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_entropy_keeps_outliers_where_a_search_over_the_whole_range_keeps_them(name: str) -> None:
+    """The search written plainly: 2048 equal bins up to the largest magnitude, every threshold."""
+    place, number = MIXTURES[name]
+    generator = np.random.default_rng(0)
+    far = generator.choice([-1, 1], number) * generator.normal(place, 0.2, number)
+    values = np.concatenate([generator.normal(size=100_000), far]).astype(np.float32)
+    counts, edges = np.histogram(np.abs(values), 2048, (0, np.abs(values).max()))
+    plain = edges[min(range(128, 2049), key=lambda kept: divergence(counts, kept, 128))]
+    assert plain > place
+    assert float(fed("entropy", torch.from_numpy(values)).compute_range()[1]) == pytest.approx(plain, rel=0.02)
 
 
 def test_entropy_does_not_throw_away_the_bulk_of_bimodal_data() -> None:
@@ -213,7 +239,8 @@ def test_even_bins_keep_the_count_and_the_mass_below_every_edge(seed: int, numbe
     calibrator = build_calibrator("entropy")
     calibrator.collect(torch.from_numpy(values))
     left, right, counts = calibrator.histogram.bins(0.0, float(values.max()))  # type: ignore[attr-defined]
-    even = even_bins(left, right, counts, float(values.max()), number).numpy()
+    ends = torch.linspace(0, 1, number + 1, dtype=torch.float64) * float(values.max())
+    even = even_bins(left, right, counts, ends).numpy()
     assert even.sum() == pytest.approx(len(values))
     edges = np.arange(1, number + 1) / number * float(values.max())
     exact = (values[None] <= edges[:, None]).sum(1)

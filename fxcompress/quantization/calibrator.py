@@ -16,7 +16,7 @@ from torch import Tensor
 from fxcompress.errors import ConfigError, DataError
 from fxcompress.quantization.grid import Grid, compute_scale_zp, grid
 from fxcompress.quantization.histogram import Histogram
-from fxcompress.quantization.thresholds import entropy_threshold, even_bins, mse_range
+from fxcompress.quantization.thresholds import entropy_threshold, even_bins, graded, mse_range
 from fxcompress.registry import Registry
 
 __all__ = [
@@ -276,9 +276,10 @@ class EntropyCalibrator(_HistogramBased):
     """The threshold on |x| with the least KL divergence between the clipped distribution and its quantized version.
 
     The divergence is that of :func:`~fxcompress.quantization.thresholds.entropy_threshold`, over ``num_bins`` equal bins of
-    the magnitudes, quantized to ``num_quantized_bins`` levels. Zeros are exact whatever the threshold and do not count. Bins
-    cover the whole range, unless less than a thousandth of the values lies in its upper half: then the lower half, and so
-    on, as far as the best threshold is not at its end; a few outliers do not blur the rest into one bin.
+    the magnitudes, quantized to ``num_quantized_bins`` levels. Zeros are exact whatever the threshold and do not count. The
+    bins cover the whole range, unless less than a thousandth of the values lies in its upper half: then they cover the lower
+    half, and so on, with as many bins for every octave above; thus a few outliers do not blur the rest into one bin, and a
+    threshold that keeps them is weighed against one that does not.
     """
 
     name: ClassVar[str] = "entropy"
@@ -298,16 +299,12 @@ class EntropyCalibrator(_HistogramBased):
         largest = float(torch.maximum(-minimum, maximum))
         if largest == 0.0:
             return minimum, maximum
-        total, reach = float(counts.sum()), largest
-        while float(counts[left >= reach / 2].sum()) < 1e-3 * total:
-            reach /= 2
-        while True:
-            even = even_bins(left, right, counts, reach, self.num_bins)
-            kept = entropy_threshold(even, self.num_quantized_bins, total - float(even.sum()))
-            if kept < self.num_bins or reach == largest:
-                break
-            reach *= 2
-        threshold = reach * (kept / self.num_bins)
+        octaves, rare = 0, 1e-3 * float(counts.sum())
+        while float(counts[left >= largest / 2 ** (octaves + 1)].sum()) < rare:
+            octaves += 1
+        ends = graded(self.num_bins, octaves)
+        reach = ends.to(torch.float64) / float(ends[-1]) * largest
+        threshold = float(reach[entropy_threshold(even_bins(left, right, counts, reach), self.num_quantized_bins, ends)])
         return minimum.clamp(min=-threshold), maximum.clamp(max=threshold)
 
 

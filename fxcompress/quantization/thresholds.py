@@ -13,15 +13,14 @@ from torch import Tensor
 
 from fxcompress.quantization.grid import Grid, compute_scale_zp
 
-__all__ = ["entropy_threshold", "even_bins", "mse_range", "squared_error"]
+__all__ = ["entropy_threshold", "even_bins", "graded", "mse_range", "squared_error"]
 
 
-def even_bins(left: Tensor, right: Tensor, counts: Tensor, reach: float, number: int) -> Tensor:
-    """Magnitudes up to ``reach``, counted in ``number`` bins of equal width; a bin that straddles an edge is divided."""
+def even_bins(left: Tensor, right: Tensor, counts: Tensor, ends: Tensor) -> Tensor:
+    """Magnitudes counted in bins between neighbouring ``ends`` (ascending, from 0); a bin that straddles one is divided."""
     spread = right > left
     total = torch.cat([torch.zeros(1, dtype=torch.float64), counts[spread].cumsum(0)])
-    ends = torch.linspace(0, 1, number + 1, dtype=torch.float64) * reach
-    even = torch.zeros(number, dtype=torch.float64)
+    even = torch.zeros(ends.numel() - 1, dtype=torch.float64)
     if bool(spread.any()):
         a, b = left[spread], right[spread]
         place = torch.searchsorted(a, ends, right=True) - 1
@@ -30,12 +29,18 @@ def even_bins(left: Tensor, right: Tensor, counts: Tensor, reach: float, number:
         below = torch.where(place >= 0, total[inside] + share * counts[spread][inside], 0.0)
         even += below.diff()
     points, held = left[~spread], counts[~spread]
-    index = torch.ceil(points / reach * number).to(torch.int64).sub(1).clamp(min=0)
-    return even.index_add_(0, index[index < number], held[index < number])
+    index = torch.searchsorted(ends, points).sub(1).clamp(min=0)
+    return even.index_add_(0, index[index < even.numel()], held[index < even.numel()])
 
 
-def entropy_threshold(counts: Tensor, levels: int, beyond: float = 0.0) -> int:
-    """How many of the equal bins of magnitudes to keep, so that clipping and quantizing to ``levels`` diverges least.
+def graded(number: int, octaves: int) -> Tensor:
+    """The ends of ``number`` bins of width 1, and of ``number`` more for each octave above them, as integers."""
+    steps = [torch.ones(number, dtype=torch.int64), *(torch.full((number,), 1 << octave) for octave in range(octaves))]
+    return torch.cat([torch.zeros(1, dtype=torch.int64), *steps]).cumsum(0)
+
+
+def entropy_threshold(counts: Tensor, levels: int, ends: Tensor | None = None) -> int:
+    """How many of the bins of magnitudes to keep, so that clipping and quantizing to ``levels`` diverges least.
 
     For i bins kept, P is ``counts[:i]`` with all that is clipped added to the last bin; Q is ``counts[:i]`` in ``levels``
     equal levels, each spread evenly over the bins of its own where P is not zero. Both are divided by the count of all
@@ -43,33 +48,49 @@ def entropy_threshold(counts: Tensor, levels: int, beyond: float = 0.0) -> int:
 
         KL(i) = Σ_j P_j log(P_j / Q_j)
 
-    Bin j of i belongs to level ⌊j·levels/i⌋. Candidates are i = levels … all; a candidate where P has values and Q has none
-    is out. The largest of equals wins: what costs nothing is not clipped. ``beyond`` counts values above all bins, which
-    every candidate clips. (Migacz, 8-bit inference with TensorRT, 2017, with clipped mass charged.)
+    ``ends`` are those of the bins, integers from 0; None: every bin has width 1. A wider bin stands for that many of width 1
+    with its mass spread evenly over them. A bin belongs to the level that its left end lies in. Candidates are the ends from
+    ``levels`` on, where bins are wider those of occupied ones; a candidate where P has values and Q has none is out. The
+    largest of equals wins: what costs nothing is not clipped. (Migacz, 8-bit inference with TensorRT, 2017, with clipped
+    mass charged.)
     """
     number = counts.numel()
     if number <= levels:
         return number
+    ends = torch.arange(number + 1) if ends is None else ends
+    width = ends.diff()
     kept = torch.arange(levels, number + 1)
-    zero = torch.zeros(1, dtype=torch.float64)
-    mass = torch.cat([zero, counts.cumsum(0)])
-    occupied = torch.cat([zero, (counts > 0).to(torch.float64).cumsum(0)])
-    logs = torch.cat([zero, torch.xlogy(counts, counts).cumsum(0)])
-    clipped, last = mass[-1] - mass[kept] + beyond, counts[kept - 1]
-    raised = last + clipped
-    own = logs[kept] - torch.xlogy(last, last) + torch.xlogy(raised, raised)
-    starts = (torch.arange(levels + 1) * kept[:, None] + levels - 1) // levels
-    in_level = mass[starts].diff(dim=1)
-    wide = occupied[starts].diff(dim=1)
-    wide[:, -1] += (last == 0) & (clipped > 0)
-    p_level = in_level.clone()
-    p_level[:, -1] += clipped
-    cross = torch.xlogy(p_level, in_level / wide.clamp(min=1))
-    divergence = (own - cross.sum(1)) / (mass[-1] + beyond)
+    kept = kept[(width[kept - 1] == 1) | (counts[kept - 1] > 0)]
+    divergence = torch.cat([_divergence(part, counts, levels, ends) for part in kept.split(_CANDIDATES)])
     least = divergence.min()
     if not bool(torch.isfinite(least)):
         return number
     return int(kept[divergence <= least + 1e-12][-1])
+
+
+_CANDIDATES = 2048
+
+
+def _divergence(kept: Tensor, counts: Tensor, levels: int, ends: Tensor) -> Tensor:
+    """KL(i) for every i in ``kept``."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    width = ends.diff().to(torch.float64)
+    mass = torch.cat([zero, counts.cumsum(0)])
+    occupied = torch.cat([zero, (width * (counts > 0)).cumsum(0)])
+    logs = torch.cat([zero, torch.xlogy(counts, counts / width).cumsum(0)])
+    clipped, last, unit = mass[-1] - mass[kept], counts[kept - 1], width[kept - 1]
+    raised = last + clipped
+    own = logs[kept] - torch.xlogy(last, last / unit) + torch.xlogy(raised, raised / unit)
+    starts = (torch.arange(levels + 1) * ends[kept][:, None] + levels - 1) // levels
+    if int(ends[kept[-1]]) > int(kept[-1]):
+        starts = torch.searchsorted(ends, starts)
+    in_level = mass[starts].diff(dim=1)
+    wide = occupied[starts].diff(dim=1)
+    wide[:, -1] += unit * ((last == 0) & (clipped > 0))
+    p_level = in_level.clone()
+    p_level[:, -1] += clipped
+    cross = torch.xlogy(p_level, in_level / wide.clamp(min=1))
+    return (own - cross.sum(1)) / mass[-1]
 
 
 def squared_error(low: Tensor, high: Tensor, target: Grid, bins: tuple[Tensor, Tensor, Tensor]) -> Tensor:
