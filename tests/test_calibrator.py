@@ -232,6 +232,12 @@ def test_entropy_is_not_blurred_by_a_single_outlier() -> None:
     assert alone / 2 < with_outlier < 2 * alone
 
 
+def test_entropy_takes_values_below_what_a_histogram_tells_apart() -> None:
+    values = torch.cat([torch.full((100_000,), 1.4e-45), torch.tensor([3e38])])
+    assert float(fed("entropy", values).compute_range()[1]) == pytest.approx(3e38)
+    assert float(fed("entropy", values[:1]).compute_range()[1]) == float(values[0])
+
+
 @given(st.integers(0, 2**16), st.integers(10, 200))
 @common
 def test_even_bins_keep_the_count_and_the_mass_below_every_edge(seed: int, number: int) -> None:

@@ -299,8 +299,8 @@ class EntropyCalibrator(_HistogramBased):
         largest = float(torch.maximum(-minimum, maximum))
         if largest == 0.0:
             return minimum, maximum
-        octaves, rare = 0, 1e-3 * float(counts.sum())
-        while float(counts[left >= largest / 2 ** (octaves + 1)].sum()) < rare:
+        octaves, rare, finest = 0, 1e-3 * float(counts.sum()), float(right.min())
+        while (half := largest / 2 ** (octaves + 1)) >= finest and float(counts[left >= half].sum()) < rare:
             octaves += 1
         ends = graded(self.num_bins, octaves)
         reach = ends.to(torch.float64) / float(ends[-1]) * largest
