@@ -137,24 +137,23 @@ _MOST_EVENTS = 1000
 def _channels_by_and_by(
     pruner: StructuredPruner, scheduler: PruningScheduler, training: dict[str, Any], where: Where
 ) -> Iterable[Pass]:
-    """Channels go at the epochs of a schedule, with training between them.
-
-    What a step takes is a share of what is left then. Until the last one, what remains is not rounded, so that small steps
-    are not lost.
-    """
+    """Channels go at the epochs of a schedule, with training between; every step counts in the model before the first."""
     last = max(int(training.get("epochs", 0)), scheduler.end_epoch + 1)
     if (scheduler.end_epoch - scheduler.start_epoch) / scheduler.frequency > _MOST_EVENTS or last > 100 * _MOST_EVENTS:
         raise fault((*where, "scheduler"), f"prunes channels more than {_MOST_EVENTS} times; raise its frequency.")
     events = [epoch for epoch in range(last) if scheduler.should_prune(epoch) and scheduler.sparsity_at(epoch) > 0]
-    before = 0.0
     if not events or events[0] > 0:
         yield build_pass("train", {**training, "epochs": events[0] if events else last})
-    for epoch, following in zip(events, [*events[1:], last], strict=True):
-        share = 1 - (1 - scheduler.sparsity_at(epoch)) / (1 - before)
-        before = scheduler.sparsity_at(epoch)
-        rounding: dict[str, Any] = {} if epoch == events[-1] else {"round_to": 1}
-        yield from pruner.plan(recalibrate=_recalibrates(pruner), sparsity=max(share, 0.0), **rounding)
+    for number, (epoch, following) in enumerate(zip(events, [*events[1:], last], strict=True)):
+        part = scheduler.sparsity_at(epoch) / scheduler.target_sparsity
+        asked = {**_asked(pruner, scheduler), "part": part, "earlier": number}
+        yield from pruner.plan(recalibrate=_recalibrates(pruner), **asked)
         yield build_pass("train", {**training, "epochs": following - epoch})
+
+
+def _asked(pruner: StructuredPruner, scheduler: PruningScheduler) -> dict[str, Any]:
+    """What a schedule asks in all: the pruner's own target, or the schedule's."""
+    return {} if pruner.options["target"] else {"sparsity": scheduler.target_sparsity}
 
 
 def finetuning(extra: Mapping[str, Any], where: Where) -> dict[str, Any]:
@@ -179,9 +178,18 @@ def pruning_schedule(extra: Mapping[str, Any], own: Mapping[str, Any], where: Wh
     place, config = (*where, "scheduler"), extra["scheduler"]
     cls = component_class(config, SCHEDULERS, place)
     options = {key: value for key, value in config.items() if key != "type"}
-    if "sparsity" in own and options.setdefault("target_sparsity", own["sparsity"]) != own["sparsity"]:
-        raise fault((*place, "target_sparsity"), f"contradicts the pruner's sparsity of {own['sparsity']!r}.")
+    for what, gone in _ends(own).items():
+        if options.setdefault("target_sparsity", gone) != gone:
+            raise fault((*place, "target_sparsity"), f"contradicts the pruner's {what} of {own[what]!r}.")
     return made(cls, options, place)
+
+
+def _ends(own: Mapping[str, Any]) -> dict[str, Any]:
+    """The share that is gone in the end, by the option of a pruner that says so."""
+    shares = own.get("target") or {}
+    left = next(iter(shares.values()), None) if isinstance(shares, Mapping) else None
+    ends = {"target": 1 - left} if isinstance(left, float) else {}
+    return {**ends, **({"sparsity": own["sparsity"]} if "sparsity" in own else {})}
 
 
 def _distiller_steps(config: Mapping[str, Any], where: Where) -> Iterable[Pass]:

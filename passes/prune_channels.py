@@ -27,10 +27,11 @@ from fxcompress.graph.settling import settle
 from fxcompress.options import Count, Fraction, Seed
 from fxcompress.pass_base import APPROXIMATE, Context, Pass, Promise
 from fxcompress.pruning.compensation import compensation, fold
+from fxcompress.pruning.dense import Dense, dense_of
 from fxcompress.pruning.importance import check_criterion, scores
 from fxcompress.pruning.latency import latency
 from fxcompress.pruning.pruning_plan import GroupPlan, PruningPlan
-from fxcompress.pruning.selection import Budget, choose, missed, removed_classes, whole_groups
+from fxcompress.pruning.selection import Budget, choose, missed, removed_classes, sparsities, whole_groups
 from fxcompress.pruning.sites import Mask
 
 __all__ = ["PruneChannels"]
@@ -52,7 +53,8 @@ class PruneChannels(Pass):
     attention; ``whole_groups``, grouped convolutions that lose whole groups (None: those that come nearer to
     their share so), where the others lose equal numbers of channels from every group; ``policy``: ``exact`` leaves alone
     what changes remaining values, ``approximate`` allows it, ``compensate`` folds the mean of removed channels into biases;
-    ``plan``, a saved pruning plan to apply instead of choosing;
+    ``plan``, a saved pruning plan to apply instead of choosing; ``part`` of what is asked goes now, counted, as everything
+    asked, of the model before the ``earlier`` prune-channels steps that belong to this one;
     ``prove``: hold the analysis and the smaller model against the dense one; ``strict``: an operator nobody knows is an
     error instead of a frozen channel.
     """
@@ -81,13 +83,15 @@ class PruneChannels(Pass):
     whole_groups: tuple[str, ...] | None = None
     policy: Literal["exact", "approximate", "compensate"] = "approximate"
     plan: dict[str, Any] | None = None
+    part: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    earlier: Annotated[int, Field(ge=0)] = 0
     prove: bool = True
     strict: bool = False
     seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_criterion(self.criterion)
-        self._budget()
+        self._whole_budget()
         if self.plan is not None:
             PruningPlan.from_data(self.plan)
         if len(self.target) > 1 or any(not 0.0 < share <= 1.0 for share in self.target.values()):
@@ -98,12 +102,12 @@ class PruneChannels(Pass):
         groups = [group for channels in found.values() for group in channels.groups]
         if self.plan is not None:
             PruningPlan.from_data(self.plan).check(groups)
-        if not groups:
+        if not groups and not self.earlier:
             raise _nothing(found)
         for region, channels in found.items():
             with context.in_region(region):
                 found[region] = self._prune(channels, context)
-        if not any(channels.groups for channels in found.values()):
+        if groups and not any(channels.groups for channels in found.values()):
             raise _nothing(found)
 
     def analysed(self, model: fx.GraphModule, context: Context) -> dict[str, Channels]:
@@ -138,8 +142,10 @@ class PruneChannels(Pass):
         call = context.example() if self.prove else None
         refused: dict[str, str] = {}
         blamed: dict[str, str] = {}
+        dense = self._dense(module)
+        cost = self._dense_cost(channels, context) if self.target and self.plan is None else None
         while True:
-            removed = self._removed(channels, context)
+            removed = self._removed(channels, context, cost)
             folded = compensation(channels, removed, context) if self.policy == "compensate" else {}
             held = (Proof(channels, removed, call, self.seed), Before(channels.walk)) if call is not None else None
             try:
@@ -155,17 +161,19 @@ class PruneChannels(Pass):
             blamed |= found
             channels = channels.without(blamed)
         fold(channels, removed, folded)
-        module.meta["pruning"] = [*module.meta.get("pruning", []), self._record(channels, removed, done)]
-        self._account(channels, removed, context)
+        module.meta["pruning"] = [*module.meta.get("pruning", []), self._record(channels, removed, done, cost)]
+        self._account(channels, removed, dense, context)
         return channels
 
     def analyse(self, module: fx.GraphModule, context: Context, refused: dict[str, str] | None = None) -> Channels:
         """The channel groups of one region under this pass's options."""
         prefix = f"{context.region}." if context.region else ""
-        named = Selection(self.whole_groups or ())
+        before = self._earlier(module)
+        chosen = before[0]["options"].get("whole_groups", ()) if before else self.whole_groups
+        named = Selection(chosen or ())
         channels = self._analyse(module, prefix, lambda name: prefix + name in named, refused)
-        if self.whole_groups is None and self.plan is None and not self.target and not self.global_pruning:
-            found = whole_groups(channels, self._budget())
+        if chosen is None and self.plan is None and not self.target and not self.global_pruning:
+            found = whole_groups(channels, self._whole_budget())
             if found:
                 channels = self._nearer(channels, self._analyse(module, prefix, found.__contains__, refused))
         if self.strict and channels.walk.opaque:
@@ -193,7 +201,7 @@ class PruneChannels(Pass):
 
     def _nearer(self, channels: Channels, coarser: Channels) -> Channels:
         """The analysis whose roundings come nearer to the shares asked; what ``coarser`` froze counts as missed."""
-        (misses, wanted), (others, left) = missed(channels, self._budget()), missed(coarser, self._budget())
+        (misses, wanted), (others, left) = (missed(each, self._whole_budget()) for each in (channels, coarser))
         return coarser if others + max(0.0, wanted - left) < misses else channels
 
     def _excluded(self, module: fx.GraphModule, prefix: str) -> dict[str, str]:
@@ -218,19 +226,33 @@ class PruneChannels(Pass):
             skip=context.note,
         )
 
-    def choose(self, channels: Channels, context: Context) -> dict[str, list[int]]:
-        """The units that go, by group."""
-        found = self.importance(channels, context)
+    def choose(self, channels: Channels, context: Context, cost: float | None = None) -> dict[str, list[int]]:
+        """The units that go, by group; ``cost`` is what the dense model was measured to cost."""
+        found, budget = self.importance(channels, context), self._budget(self._dense(channels.walk.module))
         if not self.target:
-            return choose(channels, found, self._budget())
+            return choose(channels, found, budget)
         (what, share), measure = next(iter(self.target.items())), self._measure(channels, context)
-        dense = measure({})
-        chosen = choose(channels, found, self._budget(), measure, share * dense)
+        dense, asked = self._dense_cost(channels, context) if cost is None else cost, 1 - self.part * (1 - share)
+        chosen = choose(channels, found, budget, measure, asked * dense)
         left = measure(chosen) / dense if dense else 0.0
-        context.note("", f"{left:.1%} of its {what} {'are' if what != 'latency' else 'is'} left where {share:.1%} was asked")
+        context.note("", f"{left:.1%} of its {what} {'are' if what != 'latency' else 'is'} left where {asked:.1%} was asked")
         return chosen
 
-    def _budget(self) -> Budget:
+    def _earlier(self, module: fx.GraphModule) -> list[dict[str, Any]]:
+        """The records of the steps before this one that belong to it."""
+        records: list[dict[str, Any]] = module.meta.get("pruning") or []
+        return records[-self.earlier :] if self.earlier else []
+
+    def _dense(self, module: fx.GraphModule) -> Dense:
+        return dense_of(self._earlier(module), next(iter(self.target), None))
+
+    def _dense_cost(self, channels: Channels, context: Context) -> float:
+        """What the model before the earlier steps cost in what ``target`` names."""
+        known = self._dense(channels.walk.module).cost
+        return self._measure(channels, context)({}) if known is None else known
+
+    def _whole_budget(self) -> Budget:
+        """Everything that is asked, of the model as it is."""
         return Budget(
             self.sparsity,
             self.layers,
@@ -242,6 +264,11 @@ class PruneChannels(Pass):
             self.uniform,
         )
 
+    def _budget(self, dense: Dense) -> Budget:
+        """What is asked by now, of the model before the earlier steps."""
+        layers = {name: share * self.part for name, share in self.layers.items()}
+        return replace(self._whole_budget(), sparsity=self.sparsity * self.part, layers=layers, dense=dense)
+
     def _measure(self, channels: Channels, context: Context) -> Callable[[dict[str, list[int]]], float]:
         what = next(iter(self.target))
         call = context.example()
@@ -250,9 +277,9 @@ class PruneChannels(Pass):
         count = {"parameters": predict.parameters, "macs": predict.macs}[what]
         return lambda chosen: float(count(channels, Kept.without(channels.root, removed_classes(channels, chosen))))
 
-    def _removed(self, channels: Channels, context: Context) -> np.ndarray:
+    def _removed(self, channels: Channels, context: Context, cost: float | None) -> np.ndarray:
         if self.plan is None:
-            return removed_classes(channels, self.choose(channels, context))
+            return removed_classes(channels, self.choose(channels, context, cost))
         plan = PruningPlan.from_data(self.plan)
         return removed_classes(channels, {name: group.remove for name, group in plan.groups.items()})
 
@@ -269,7 +296,7 @@ class PruneChannels(Pass):
         for group in inexact:
             context.note(group.name, group.inexact)
 
-    def _record(self, channels: Channels, removed: np.ndarray, done: Cut) -> dict[str, Any]:
+    def _record(self, channels: Channels, removed: np.ndarray, done: Cut, cost: float | None) -> dict[str, Any]:
         """What was done, as plain data: enough to do it again to a fresh model, and to know that it was the same."""
         lost, groups = np.zeros(len(channels.root), dtype=bool), {}
         lost[removed] = True
@@ -278,19 +305,25 @@ class PruneChannels(Pass):
             groups[group.name] = GroupPlan(group.size, gone, len(group.blocks))
         options = {name: getattr(self, name) for name in ANALYSIS if getattr(self, name) != getattr(type(self), name)}
         options |= {"whole_groups": list(channels.whole)} if channels.whole else {}
-        return {**PruningPlan(groups, options).as_data(), "kept": done.kept(), "literals": dict(done.calls)}
+        dense = {} if cost is None else {"dense": {next(iter(self.target)): cost}}
+        return {**PruningPlan(groups, options).as_data(), "kept": done.kept(), "literals": dict(done.calls), **dense}
 
-    def _account(self, channels: Channels, removed: np.ndarray, context: Context) -> None:
+    def _account(self, channels: Channels, removed: np.ndarray, dense: Dense, context: Context) -> None:
         total, gone = sum(group.size for group in channels.groups), len(removed)
-        lost_by_class = np.zeros(len(channels.root), dtype=bool)
-        lost_by_class[removed] = True
         context.note("", f"{gone} of {total} units removed ({gone / total if total else 0.0:.2%})")
+        if self.earlier:
+            units, kept = dense.total(channels.groups)
+            lost = units - kept + gone
+            context.note("", f"{lost} of the {units} before the schedule are gone ({lost / units if units else 0.0:.2%})")
+        if self.plan is not None or self.target or self.global_pruning:
+            return
+        asked = sparsities(channels, self._budget(dense))
         for group in channels.groups:
-            lost = int(lost_by_class[group.blocks].sum())
-            asked = self.layers.get(group.name, self.sparsity) * group.size
-            if self.plan is None and not self.target and not self.global_pruning and abs(lost - asked) >= len(group.blocks):
+            size, wanted = dense.size(group) * len(group.blocks), asked[group.name] * dense.size(group) * len(group.blocks)
+            lost = size - group.size + int(np.isin(group.blocks, removed).sum())
+            if abs(lost - wanted) >= len(group.blocks):
                 context.note(
-                    group.name, f"{lost} of {group.size} units removed where {asked:.1f} were asked (round_to, min_kept)"
+                    group.name, f"{lost} of {size} units removed where {wanted:.1f} were asked (round_to, min_kept)"
                 )
 
     def _check(self, proof: Proof, before: Before, context: Context) -> dict[str, str]:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as limits
 from hypothesis import strategies as st
 from torch import nn
 
 from fxcompress import load, save
+from fxcompress.components import steps_of
 from fxcompress.errors import ConfigError
+from fxcompress.graph.cost import cost
+from fxcompress.manager import PassManager
 from fxcompress.pruning import (
     AGPScheduler,
     CubicScheduler,
@@ -209,16 +214,97 @@ def test_gradual_channel_pruning_resumes_from_saved_model_and_state(tmp_path: Pa
     for epoch in range(3, 6):
         second.step(epoch)
     assert whole.model is not None and second.model is not None
-    assert widths(whole.model) == widths(second.model)
+    assert widths(whole.model) == widths(second.model) == [5, 7, 4]
     state = whole.model.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in second.model.state_dict().items())
+
+
+KINDS = ["AGPScheduler", "CubicScheduler", "IterativeScheduler"]
+WIDTHS = st.lists(st.sampled_from([8, 12, 16, 20, 24, 32, 40]), min_size=2, max_size=3)
+
+
+def chain(widths: list[int], groups: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 1)]
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.ReLU(), nn.Conv2d(before, after, 1, groups=groups)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 4, 3)).eval()
+
+
+def made(model: nn.Module) -> list[int]:
+    return [layer.out_channels for layer in model.children() if isinstance(layer, nn.Conv2d)]
+
+
+def cuts(config: dict[str, Any]) -> list[Any]:
+    """The steps of a pruning stage without the training between them."""
+    return [step for step in steps_of({"type": "StructuredPruner", "prove": False, **config}, ()) if step.name != "train"]
+
+
+@pytest.mark.parametrize("asked", [{}, {"global_pruning": True}, {"layers": {"2": 0.25}}, {"uniform_across_layers": True}])
+@given(WIDTHS, st.sampled_from([0.1, 0.3, 0.5, 0.7, 0.9]), st.sampled_from(KINDS), st.integers(1, 5), st.integers(1, 5))
+@limits(max_examples=8, deadline=None)
+def test_channels_that_go_by_and_by_end_on_multiples_where_a_single_cut_would(
+    asked: dict[str, Any], widths: list[int], share: float, kind: str, end: int, stop: int
+) -> None:
+    x, own = torch.randn(2, 3, 2, 2), {"sparsity": share, "round_to": 8, **asked}
+    steps = cuts({**own, "scheduler": {"type": kind, "end_epoch": end, "frequency": 2}})
+    half = PassManager(steps[:stop]).run(chain(widths), x)
+    with tempfile.TemporaryDirectory() as folder:
+        save(half, f"{folder}/model")
+        model = PassManager(steps[stop:]).run(load(f"{folder}/model"), x)
+    once = PassManager(cuts(own)).run(chain(widths), x)
+    for before, middle, after in zip(widths, made(half), made(model), strict=True):
+        assert before >= middle >= after >= 1
+        assert after == before or after % 8 == 0 or before <= 8
+    assert made(model) == made(once) if not asked.get("global_pruning") else sum(made(model)) == sum(made(once))
+
+
+@pytest.mark.parametrize("what", ["macs", "parameters"])
+@given(widths=WIDTHS, left=st.sampled_from([0.3, 0.5, 0.75, 0.9]), end=st.integers(1, 5))
+@limits(max_examples=8, deadline=None)
+def test_a_target_by_and_by_counts_the_dense_model(what: str, widths: list[int], left: float, end: int) -> None:
+    x, own = torch.randn(2, 3, 2, 2), {"target": {what: left}, "round_to": 1}
+    model = PassManager(cuts({**own, "scheduler": {"type": "IterativeScheduler", "end_epoch": end}})).run(chain(widths), x)
+    once = PassManager(cuts(own)).run(chain(widths), x)
+    dense, many, single = (getattr(cost(PassManager([]).run(each, x)), what) for each in (chain(widths), model, once))
+    largest = max(widths) * 2 + 3 * 4 + 2  # what one channel costs at most, at one of four places
+    assert abs(many - left * dense) <= max(abs(single - left * dense), largest * (4 if what == "macs" else 1))
+
+
+def test_whole_groups_that_go_by_and_by_are_those_that_a_single_cut_takes() -> None:
+    x, own = torch.randn(2, 3, 2, 2), {"sparsity": 0.5, "round_to": 8}
+    model = PassManager(cuts({**own, "scheduler": {"type": "AGPScheduler", "end_epoch": 5}})).run(chain([64, 64, 32], 8), x)
+    assert made(model) == made(PassManager(cuts(own)).run(chain([64, 64, 32], 8), x)) == [32, 32, 16]
+
+
+def test_a_pruner_that_is_driven_rounds_as_it_does_alone() -> None:
+    schedule = AGPScheduler(
+        0.0, 0.6, 0, 5, pruner=GradualPruner(StructuredPruner(), torch.randn(2, 8)), model=small().eval()
+    )
+    seen = []
+    for epoch in range(6):
+        schedule.step(epoch)
+        assert schedule.model is not None
+        seen.append(widths(schedule.model))
+    assert all(width % 8 == 0 for found in seen for width in found[:-1]) and seen[-1] == [8, 8, 4]
+
+
+def test_a_schedule_that_ends_elsewhere_than_its_target_is_refused() -> None:
+    with pytest.raises(ConfigError, match="contradicts the pruner's target"):
+        cuts({"target": {"macs": 0.5}, "scheduler": {"type": "AGPScheduler", "target_sparsity": 0.7}})
+
+
+def test_a_schedule_that_leaves_nothing_to_take_goes_on() -> None:
+    x, steps = (
+        torch.randn(2, 3, 2, 2),
+        cuts({"sparsity": 0.95, "round_to": 1, "scheduler": {"type": "AGPScheduler", "end_epoch": 6}}),
+    )
+    assert made(PassManager(steps).run(chain([8, 8]), x)) == [1, 1]
 
 
 def test_a_pruner_that_cannot_be_driven_is_refused() -> None:
     with pytest.raises(ConfigError, match="neither apply_mask nor prune_step"):
         AGPScheduler(pruner=StructuredPruner(), model=small())  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="round_to is 8"):
-        GradualPruner(StructuredPruner())
 
 
 @pytest.mark.parametrize(

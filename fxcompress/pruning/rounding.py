@@ -19,13 +19,15 @@ __all__ = ["Rounding", "layers_of", "rounding", "slices_of"]
 class Rounding:
     """The numbers of units that one block of a channel group may keep.
 
-    ``size``        units in a block
+    ``size``        units in a block of the model that shares count
+    ``now``         how many of them are left; fewer than ``size`` where earlier steps took some
     ``step``        what remains is a multiple of this
     ``least``       units that stay at least
     ``layer_size``  channels of the layer; up to ``round_to`` of them are not rounded
     """
 
     size: int
+    now: int
     step: int
     least: int
     layer_size: int
@@ -33,29 +35,31 @@ class Rounding:
 
     def nearest(self, kept: float) -> int:
         """The allowed number nearest to ``kept``, the larger of two."""
-        kept = min(max(kept, self.least), self.size)
-        if kept >= self.size or self.layer_size <= self.round_to:
-            return int(min(self.size, math.floor(kept + 0.5)))
+        kept = min(max(kept, self.least), self.now)
+        if kept >= self.now or self.layer_size <= self.round_to:
+            return int(min(self.now, math.floor(kept + 0.5)))
         rounded = math.floor(kept / self.step + 0.5) * self.step
         while rounded < self.least:
             rounded += self.step
-        return int(min(rounded, self.size))
+        return int(min(rounded, self.now))
 
     def steps(self) -> list[int]:
         """Every allowed number, from all down to the least."""
-        return sorted({self.nearest(kept) for kept in range(self.least, self.size + 1)}, reverse=True)
+        return sorted({self.nearest(kept) for kept in range(min(self.least, self.now), self.now + 1)}, reverse=True)
 
     def gone(self, share: float) -> float:
         """The share that goes where ``share`` is asked."""
         return 1 - self.nearest(self.size - share * self.size) / self.size
 
 
-def rounding(size: int, blocks: int, slices: int, round_to: int, min_kept: int, max_ratio: float) -> Rounding:
-    """For ``blocks`` of ``size`` units, each ``slices`` channels of its layer."""
+def rounding(
+    size: int, blocks: int, slices: int, round_to: int, min_kept: int, max_ratio: float, now: int | None = None
+) -> Rounding:
+    """For ``blocks`` of ``size`` units, ``now`` of which are left, each ``slices`` channels of its layer."""
     step = round_to // math.gcd(round_to, slices)
     step = step if size > step or blocks == 1 else step // math.gcd(step, blocks)
     least = min(size, max(min_kept, math.ceil(size * (1 - max_ratio) - 1e-9), 1))
-    return Rounding(size, step, least, size * blocks * slices, round_to)
+    return Rounding(size, size if now is None else now, step, least, size * blocks * slices, round_to)
 
 
 def slices_of(channels: Channels, group: ChannelGroup) -> int:

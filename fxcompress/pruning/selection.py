@@ -14,6 +14,7 @@ from fxcompress.graph.channels import ChannelGroup, Channels
 from fxcompress.graph.channels.analysis import group_name
 from fxcompress.graph.select import Selection
 from fxcompress.pruning import criteria
+from fxcompress.pruning.dense import Dense
 from fxcompress.pruning.masks import check_sparsity
 from fxcompress.pruning.rounding import Rounding, layers_of, rounding, slices_of
 
@@ -34,6 +35,7 @@ class Budget:
     ``max_ratio``      the share that may go from one group
     ``normalisation``  how scores of groups are made comparable
     ``uniform``        groups of one shape keep the same number
+    ``dense``          the model that shares are counted of, where earlier steps took some of it
     """
 
     sparsity: float = 0.5
@@ -44,6 +46,7 @@ class Budget:
     max_ratio: float = 1.0
     normalisation: str = "mean"
     uniform: bool = False
+    dense: Dense = field(default_factory=Dense)
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
@@ -60,8 +63,9 @@ class Budget:
 
     def rounding(self, channels: Channels, group: ChannelGroup) -> Rounding:
         """The numbers of units that a group may keep."""
-        blocks, size = group.blocks.shape
-        return rounding(size, blocks, slices_of(channels, group), self.round_to, self.min_kept, self.max_ratio)
+        blocks, now = group.blocks.shape
+        size, slices = self.dense.size(group), slices_of(channels, group)
+        return rounding(size, blocks, slices, self.round_to, self.min_kept, self.max_ratio, now)
 
 
 def sparsities(channels: Channels, budget: Budget) -> dict[str, float]:
@@ -132,7 +136,8 @@ def choose(
     if measure is not None and target is not None:
         counts = _bisect(channels, ladders, budget, measure, target)
     elif budget.global_pruning:
-        counts = _globally(ladders, budget)
+        units, kept = budget.dense.total(channels.groups)
+        counts = _globally(ladders, round(budget.sparsity * units) - (units - kept))
     else:
         asked = sparsities(channels, budget)
         counts = [ladder.nearest(ladder.size - asked[ladder.group.name] * ladder.size) for ladder in ladders]
@@ -146,7 +151,7 @@ class _Ladder:
 
     def __init__(self, channels: Channels, group: ChannelGroup, scores: Tensor, budget: Budget) -> None:
         self.group, self.rounding = group, budget.rounding(channels, group)
-        self.size, self.least = self.rounding.size, self.rounding.least
+        self.size, self.now = self.rounding.size, self.rounding.now
         self.nearest, self.steps = self.rounding.nearest, self.rounding.steps
         self.scores = criteria.normalise(scores.reshape(-1), budget.normalisation).reshape(scores.shape)
         self.order = torch.argsort(self.scores, dim=1, stable=True)
@@ -160,25 +165,23 @@ class _Ladder:
         """The positions of the first ``number`` units of every block, of those that do not have to stay."""
         free = [order[~kept[order]] for order, kept in zip(self.order.numpy(), stays, strict=True)]
         number = min(number, *map(len, free))
-        chosen = np.concatenate([units[:number] + block * self.size for block, units in enumerate(free)])
+        chosen = np.concatenate([units[:number] + block * self.now for block, units in enumerate(free)])
         return np.sort(chosen).tolist()
 
 
-def _globally(ladders: list[_Ladder], budget: Budget) -> list[int]:
-    """The lowest rungs of all ladders, then the nearest allowed numbers, then the total mended step by step."""
-    total = sum(ladder.group.size for ladder in ladders)
-    wanted = round(budget.sparsity * total)
-    kept = [ladder.size for ladder in ladders]
+def _globally(ladders: list[_Ladder], more: int) -> list[int]:
+    """The lowest rungs of all ladders until ``more`` units go, the nearest allowed numbers, the total mended by steps."""
+    wanted = sum(ladder.group.size for ladder in ladders) - more
+    kept = [ladder.now for ladder in ladders]
     gone = 0
     for _, index in _rungs(ladders):
-        blocks = len(ladders[index].group.blocks)
-        if gone >= wanted:
+        if gone >= more:
             break
-        if kept[index] > ladders[index].least:
+        if kept[index] > ladders[index].rounding.least:
             kept[index] -= 1
-            gone += blocks
+            gone += len(ladders[index].group.blocks)
     counts = [ladder.nearest(k) for ladder, k in zip(ladders, kept, strict=True)]
-    return _mend(ladders, counts, kept, total - wanted)
+    return _mend(ladders, counts, kept, wanted)
 
 
 def _rungs(ladders: list[_Ladder]) -> list[tuple[float, int]]:
@@ -214,9 +217,9 @@ def _bisect(
     """The fewest rungs that bring the cost down to ``target``, or the neighbour that is nearer to it."""
 
     def counts(rungs: int) -> list[int]:
-        kept = [ladder.size for ladder in ladders]
+        kept = [ladder.now for ladder in ladders]
         for index in order[:rungs]:
-            kept[index] = max(kept[index] - 1, ladders[index].least)
+            kept[index] = max(kept[index] - 1, ladders[index].rounding.least)
         return [ladder.nearest(k) for ladder, k in zip(ladders, kept, strict=True)]
 
     def cost(rungs: int) -> float:
@@ -225,7 +228,7 @@ def _bisect(
     if budget.global_pruning:
         order = [index for _, index in _rungs(ladders)]
     else:
-        places = [((i + 1) / ladder.size, index) for index, ladder in enumerate(ladders) for i in range(ladder.size)]
+        places = [(1 - i / ladder.size, index) for index, ladder in enumerate(ladders) for i in range(ladder.now)]
         order = [index for _, index in sorted(places)]
     low, high = 0, len(order)
     if cost(high) > target:
@@ -256,7 +259,7 @@ def _take(channels: Channels, ladders: list[_Ladder], counts: list[int]) -> Choi
     one goes in its place."""
     stays = [np.zeros(ladder.group.blocks.shape, dtype=bool) for ladder in ladders]
     while True:
-        gone = [ladder.first(ladder.size - n, kept) for ladder, n, kept in zip(ladders, counts, stays, strict=True)]
+        gone = [ladder.first(ladder.now - n, kept) for ladder, n, kept in zip(ladders, counts, stays, strict=True)]
         chosen = {ladder.group.name: units for ladder, units in zip(ladders, gone, strict=True)}
         empty = _emptied(channels, removed_classes(channels, chosen))
         if not len(empty):

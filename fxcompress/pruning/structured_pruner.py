@@ -125,16 +125,19 @@ class StructuredPruner:
         sparsity: float | Mapping[str, float] | None = None,
         example_inputs: Any = None,
         data: Iterable[Any] | None = None,
+        *,
+        earlier: int = 0,
     ) -> PruningPlan:
         """Which units would go: a table to print, edit, save, and apply to this model or a fresh copy of it.
 
-        ``sparsity`` is a share, or group (or layer, or glob) → share; groups that are not named then stay whole.
+        ``sparsity`` is a share, or group (or layer, or glob) → share; groups that are not named then stay whole. Shares are
+        of the model as it was before the last ``earlier`` cuts.
         """
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"earlier": earlier}
         if isinstance(sparsity, Mapping):
-            options = {"sparsity": 0.0, "layers": dict(sparsity), "target": {}}
+            options |= {"sparsity": 0.0, "layers": dict(sparsity), "target": {}}
         elif sparsity is not None:
-            options = {"sparsity": sparsity, "target": {}}
+            options |= {"sparsity": sparsity, "target": {}}
         plan = PruningPlan(options={k: self.options[k] for k in _ANALYSIS})
         for step, channels, context in self._analysed(model, example_inputs, data, **options):
             chosen = step.choose(channels, context)
