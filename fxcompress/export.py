@@ -53,7 +53,8 @@ def export_onnx(
                         needs none
     ``dynamic_batch``   leave the first dimension of every input free where the model allows it
     ``half``            float16 between the operators; None: for a model quantized for TensorRT, unless its values are too
-                        large or too small for float16, which is logged as a warning
+                        large or too small for float16, which is logged as a warning (as it is where ONNX Runtime's own
+                        optimizations do not take the file)
 
     Raises BackendError where a package is missing or an operator has no ONNX form, VerificationError where the file computes
     something else than the model (nothing is left at ``path`` then).
@@ -70,7 +71,9 @@ def export_onnx(
         _check(flat, onnxruntime(data, torch.get_num_threads(), optimize=False), half)
         return data
 
-    return _written(_typed(make, half, _backend(graph)), target)
+    data = _typed(make, half, _backend(graph))
+    _warn_unless_it_loads(data)
+    return _written(data, target)
 
 
 def export_tensorrt(
@@ -175,6 +178,18 @@ def _check(flat: Flat, session: Session, half: bool) -> None:
         raise VerificationError(
             f"the exported model computes something else than the graph: results agree to {agreement:.1f} dB, "
             f"at least {least:.0f} dB were expected. Nothing was written.{_hint(expected) if half else ''}"
+        )
+
+
+def _warn_unless_it_loads(data: bytes) -> None:
+    """What ONNX Runtime runs as written it may not load as it is used: its fused integer kernels take float32 alone."""
+    try:
+        onnxruntime(data, torch.get_num_threads())
+    except Exception as error:  # the runtime raises types of its own
+        log.warning(
+            "the file is right, but ONNX Runtime loads it only with graph_optimization_level=ORT_DISABLE_ALL; "
+            "half=False may write one that it loads as it is: %s",
+            str(error).splitlines()[0],
         )
 
 

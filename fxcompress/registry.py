@@ -3,7 +3,7 @@
     @OPTIMIZERS.register("lion")
     class Lion(torch.optim.Optimizer): ...
 
-A name that is not there is a ConfigError with the closest ones.
+A class is found by its own name as well. A name that is not there is a ConfigError with the closest ones.
 """
 
 from __future__ import annotations
@@ -30,21 +30,28 @@ class Registry(Mapping[str, Any]):
         self._entries = dict(entries or {})
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self:
+        key = self._key(name)
+        if key is None:
             known = ", ".join(self._entries) or "none"
             raise ConfigError(
                 f"there is no {self.kind} {shown(name)}.{did_you_mean(str(name), self._entries)} Known: {known}."
             )
-        return self._entries[name]
+        return self._entries[key]
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self._entries
+        return self._key(name) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def _key(self, name: object) -> str | None:
+        """The name under which that is held what is asked for: a class is found by its own name too."""
+        if not isinstance(name, str) or name in self._entries:
+            return name if isinstance(name, str) else None
+        return next((key for key, held in self._entries.items() if isinstance(held, type) and held.__name__ == name), None)
 
     def register(self, name: str | None = None) -> Callable[[T], T]:
         """A decorator that adds a class or function under ``name``, or its own; ConfigError where that is taken."""

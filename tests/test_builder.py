@@ -20,6 +20,7 @@ from fxcompress.builder import (
 from fxcompress.errors import ConfigError, PlanError
 from fxcompress.models import DATASETS, MODELS, build_data, build_model
 from fxcompress.pruning import AGPScheduler, MagnitudePruner
+from fxcompress.training import OPTIMIZERS
 from tests.configurations import small, written
 
 X = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -174,6 +175,17 @@ def test_users_register_components() -> None:
     assert pipeline.plan.steps[0].sparsity == 0.25  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="lightness"):
         build_compression_pipeline({"type": "TestPruner", "lightness": "very"})
+
+
+def test_classes_are_found_by_their_own_names_too() -> None:
+    config = {"type": "PTQQuantizer", "calibration_method": "EntropyCalibrator", "num_calibration_batches": 1}
+    named, short = ({**config, "calibration_method": method} for method in ("EntropyCalibrator", "entropy"))
+    first, second = (build_compression_pipeline(c).run(small(), BATCHES, X[:8]) for c in (named, short))
+    assert torch.equal(first(X[:8]), second(X[:8]))
+    assert "AdamW" in OPTIMIZERS and OPTIMIZERS["AdamW"] is OPTIMIZERS["adamw"]
+    assert list(OPTIMIZERS).count("AdamW") == 0
+    with pytest.raises(ConfigError, match="Did you mean 'entropy'"):
+        build_compression_pipeline({**config, "calibration_method": "EntropyCalibrater"})
 
 
 # models and data

@@ -174,6 +174,35 @@ def test_tensorrt_gets_symmetric_int8_float16_and_a_quantized_shortcut(tmp_path:
     assert graph.input[0].type.tensor_type.elem_type == graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
 
 
+class Joined(nn.Module):
+    """Quantized, flattened and read by a layer in float: ONNX Runtime moves quantize operators past the flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, padding=1)
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        y = F.relu(x + self.body(x))
+        return self.head(torch.cat([self.pool(x), self.pool(y)], 1).flatten(1))
+
+
+def test_onnx_runtime_loads_int8_files_as_it_is_used_or_the_export_says_that_it_does_not(
+    tmp_path: Path, caplog: Any
+) -> None:
+    torch.manual_seed(0)
+    float_model = Joined().eval()
+    model = PTQQuantizer(backend="tensorrt", num_calibration_batches=1, progress=False).quantize(float_model, [images()])
+    found = run(export_onnx(model, tmp_path / "model.onnx", half=False), images())
+    expected = float_model(images()).detach().numpy()
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+    assert "half=False" not in caplog.text
+    path = export_onnx(model, tmp_path / "half.onnx")
+    assert "half=False" in caplog.text
+    assert np.abs(run(path, images(), optimize=False) - expected).max() < 0.05 * np.abs(expected).max()
+
+
 def test_float_models_export_too_traced_or_not(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Net().eval()

@@ -19,8 +19,8 @@ from fxcompress.graph.quiet import quiet
 
 __all__ = ["OPSET", "to_onnx"]
 
-OPSET = 21
-"""The least in which QuantizeLinear and DequantizeLinear are what we write."""
+OPSET = 20
+"""Has all that is written. From 21 on, ONNX Runtime types the quantize operators that it adds, and then changes the type."""
 _NEEDED = ("onnx", "onnxscript")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnxscript import opset21 as op
+from onnxscript import opset20 as op
 
 from fxcompress.graph import qdq
 
