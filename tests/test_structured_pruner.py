@@ -38,13 +38,30 @@ def test_importance_is_the_norm_of_the_filters() -> None:
     model = network()
     found = StructuredPruner().compute_importance(model, X)
     expected = model[0].weight.detach().double().abs().sum((1, 2, 3))
-    close(found["0"].reshape(-1), expected)
+    close(found["0"], expected)
     squared = StructuredPruner(criterion="l2_norm").compute_importance(model, X)
-    close(squared["3"].reshape(-1), model[3].weight.detach().double().square().sum((1, 2, 3)).sqrt())
+    close(squared["3"], model[3].weight.detach().double().square().sum((1, 2, 3)).sqrt())
     inputs = ChannelPruner().compute_importance(model, X)
-    close(inputs["3"].reshape(-1), model[3].weight.detach().double().abs().sum((0, 2, 3)))
+    close(inputs["3"], model[3].weight.detach().double().abs().sum((0, 2, 3)))
     scales = StructuredPruner(criterion="bn_scale").compute_importance(model, X)
-    close(scales["0"].reshape(-1), model[1].weight.detach().double().abs())
+    close(scales["0"], model[1].weight.detach().double().abs())
+
+
+def test_scores_stand_in_the_positions_of_a_plan_in_blocks_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=4), nn.ReLU(), nn.Conv2d(16, 4, 1)
+    ).eval()
+    pruner = StructuredPruner(0.5, round_to=1, example_inputs=torch.randn(1, 3, 8, 8))
+    scores, plan = pruner.compute_importance(model), pruner.get_pruning_plan(model)
+    assert scores.keys() == plan.groups.keys() and any(group.blocks == 4 for group in plan.groups.values())
+    for name, group in plan.groups.items():
+        assert scores[name].shape == (group.size,)
+        each = group.size // group.blocks
+        for block in range(0, group.size, each):
+            gone = [i for i in group.remove if block <= i < block + each]
+            kept = [i for i in range(block, block + each) if i not in gone]
+            assert scores[name][gone].max() <= scores[name][kept].min()
 
 
 def test_the_smallest_filters_go_and_the_rest_keep_their_values() -> None:

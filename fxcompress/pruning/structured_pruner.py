@@ -113,11 +113,11 @@ class StructuredPruner:
     def compute_importance(
         self, model: nn.Module, example_inputs: Any = None, data: Iterable[Any] | None = None
     ) -> dict[str, Tensor]:
-        """Channel group → the score of every unit, [blocks, units]; the smallest go first."""
+        """Channel group → the score of every unit, [units], in the positions of a plan; the smallest go first."""
         found: dict[str, Tensor] = {}
         for step, channels, context in self._analysed(model, example_inputs, data):
             found |= step.importance(channels, context)
-        return found
+        return {name: scores.reshape(-1) for name, scores in found.items()}
 
     def get_pruning_plan(
         self,
