@@ -23,7 +23,7 @@ from fxcompress.graph.sharing import own
 from fxcompress.graph.trace import region_inputs
 from fxcompress.graph.tree import check_module
 from fxcompress.ledger import Ledger
-from fxcompress.observe import Diffs, LedgerKeeper, Observer, Promises, Run, Verifier, check_trace
+from fxcompress.observe import Diffs, LedgerKeeper, Observer, Promises, Run, Verifier
 from fxcompress.pass_base import Context, Pass, Remark
 from fxcompress.plan import Plan
 from fxcompress.stages import Stages
@@ -113,7 +113,6 @@ class PassManager:
         watchers = [*self._watchers, LedgerKeeper(self.ledger)]
         for watcher in watchers:
             watcher.begin(run)
-        check_trace(run)
         self._steps(run, stages, watchers)
         own(run.model, model)
         for watcher in watchers:

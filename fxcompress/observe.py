@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxcompress.backends.agreement import first_samples, wanted
 from fxcompress.errors import PromiseError, VerificationError
 from fxcompress.graph import verify
 from fxcompress.graph.cost import cost
@@ -20,10 +21,11 @@ from fxcompress.graph.inputs import Arguments, frozen_state, tensors_in
 from fxcompress.graph.island import regions
 from fxcompress.graph.results import UNSTEADY, largest_difference, output_snr, same_structure
 from fxcompress.graph.sparsity import sparsity
+from fxcompress.graph.trace import trace
 from fxcompress.ledger import Ledger, Row
 from fxcompress.pass_base import Context, Pass, Promise
 
-__all__ = ["Diffs", "LedgerKeeper", "Observer", "Promises", "Run", "Verifier", "check_trace"]
+__all__ = ["Diffs", "LedgerKeeper", "Observer", "Promises", "Run", "Verifier"]
 
 
 @dataclass
@@ -68,34 +70,100 @@ class Observer:
 
 
 class Verifier(Observer):
-    """Holds every region against the graph contract after every pass, and runs it on the example inputs."""
+    """Holds every region against the graph contract after every pass, and runs it on the example inputs.
+
+    The graph as it was traced is not run where the first pass that changes it keeps its promise towards the model itself;
+    where it does not, a run of what is traced once more tells whose fault that is.
+    """
 
     def begin(self, run: Run) -> None:
-        for module in regions(run.model).values():
+        graphs = regions(run.model)
+        for module in graphs.values():
             verify.check(module)
-        run.original = run.outputs = self._outputs(run, {})
+        self.traced_only = run.call is not None and "" in graphs
+        known = {"": _own_result(run)} if self.traced_only else {}
+        run.original = run.outputs = self._outputs(run, known)
 
     def taken_up(self, run: Run) -> None:
+        self.traced_only = False
         run.outputs = self._outputs(run, {})
 
     def before(self, run: Run) -> None:
+        assert run.step is not None
+        if run.step.promise.kind == "approximate":
+            self.end(run)
         graphs = regions(run.model)
         self.snapshots = {name: verify.snapshot(module) for name, module in graphs.items()}
-        self.contents = {name: verify.fingerprint(module) for name, module in graphs.items()}
+        self.contents = {name: verify.fingerprint(module, through=True) for name, module in graphs.items()}
 
     def after(self, run: Run) -> None:
         same = {}
         for name, module in regions(run.model).items():
             verify.check(module, self.snapshots.get(name))
-            if name in run.outputs and verify.fingerprint(module) == self.contents.get(name):
+            if name in run.outputs and verify.fingerprint(module, through=True) == self.contents.get(name):
                 same[name] = run.outputs[name]
         run.previous, run.outputs = run.outputs, self._outputs(run, same)
+        if self.traced_only and "" not in same:
+            self.traced_only = False
+            self._check_first(run)
+
+    def _check_first(self, run: Run) -> None:
+        """Find what the traced graph gave before the first change, where that is not near enough to the model's own."""
+        assert run.step is not None
+        own, now = run.original[""], run.outputs.get("")
+        if not _same_numbers(own, now) or not largest_difference(own, now) <= _allowed(run.step.promise, own):
+            run.previous = run.previous | {"": _checked(run, trace(run.given, run.call, shared=True))}
+
+    def end(self, run: Run) -> None:
+        if self.traced_only:
+            self.traced_only = False
+            run.outputs = run.outputs | {"": _checked(run, run.model)}
 
     def _outputs(self, run: Run, known: dict[str, Any]) -> dict[str, Any]:
         """Results on the example inputs, per region; a region that is what it was is not run again."""
-        graphs = regions(run.model)
-        calls = {name: call for name, call in run.context.inputs.items() if name in graphs}
-        return {name: known[name] if name in known else verify.run(graphs[name], call) for name, call in calls.items()}
+        graphs = {name: module for name, module in regions(run.model).items() if name in run.context.inputs}
+        return {name: known[name] if name in known else _looked(run, name, graphs[name]) for name in graphs}
+
+
+def _own_result(run: Run) -> Any:
+    """What the model itself gives for the example inputs."""
+    assert run.call is not None
+    with frozen_state(run.given):
+        result = run.call.fresh()(run.given)
+    _check_finite(run.given, result)
+    return result
+
+
+def _checked(run: Run, traced: fx.GraphModule) -> Any:
+    """The result of a traced graph, held against the model's own.
+
+    Raises VerificationError where the model's code takes another path while it is traced.
+    """
+    assert run.call is not None
+    found = verify.run(traced, run.call)
+    if not _same_numbers(run.original[""], found):
+        raise VerificationError(
+            "the traced graph does not compute what the model computes on the example inputs: its code takes another "
+            "path while it is traced. Give example_inputs of the shapes you will use, or make the branch a module."
+        )
+    return found
+
+
+def _same_numbers(own: Any, found: Any) -> bool:
+    return same_structure(own, found) and output_snr(own, found) >= _SAME
+
+
+_SAME = 80.0
+"""dB to which a traced graph and the model agree."""
+
+
+def _looked(run: Run, region: str, module: fx.GraphModule) -> Any:
+    """The result of a region; what lowering will hold kernels against is kept on the way."""
+    call = run.context.inputs[region]
+    if module.meta.get("stage") != "qdq" or first_samples(call) is not None:
+        return verify.run(module, call)
+    look = run.context.looks[region] = verify.look(module, call, wanted(module))
+    return look.result
 
 
 _ROUNDED_WORST = 10.0
@@ -148,13 +216,12 @@ class Promises(Observer):
     def _compare(self, step: Pass, region: str, before: Any, now: Any) -> None:
         if not same_structure(before, now):
             raise PromiseError(f"{step.name!r} changed the structure of the output of {region or 'the model'}.")
-        promise = step.promise
-        if promise.kind == "approximate":
+        if step.promise.kind == "approximate":
             return
-        gap, allowed = largest_difference(before, now), _allowed(promise, before)
+        gap, allowed = largest_difference(before, now), _allowed(step.promise, before)
         if not gap <= allowed:
             raise PromiseError(
-                f"{step.name!r} promised outputs {promise.kind} (within {allowed:.3g}) and moved those of "
+                f"{step.name!r} promised outputs {step.promise.kind} (within {allowed:.3g}) and moved those of "
                 f"{region or 'the model'} by {gap:.3g}."
             )
 
@@ -279,21 +346,4 @@ def _check_finite(model: torch.nn.Module, result: Any) -> None:
         raise VerificationError(
             f"parameter {wrong[0]!r} holds NaN or infinite values, and so does the model's output: there is nothing to "
             "compress. Train or load the model again."
-        )
-
-
-def check_trace(run: Run) -> None:
-    """Hold the traced graph's result against the model's own; islands run the model's own code and need no check.
-
-    Raises VerificationError where the model's code takes another path while it is traced.
-    """
-    if run.call is None or "" not in run.outputs:
-        return
-    with frozen_state(run.given):
-        expected = run.call.fresh()(run.given)
-    _check_finite(run.given, expected)
-    if not same_structure(expected, run.outputs[""]) or output_snr(expected, run.outputs[""]) < 80:
-        raise VerificationError(
-            "the traced graph does not compute what the model computes on the example inputs: its code takes another "
-            "path while it is traced. Give example_inputs of the shapes you will use, or make the branch a module."
         )

@@ -14,6 +14,7 @@ from torch import fx, nn
 from fxcompress.errors import DataError
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.island import regions
+from fxcompress.graph.recorder import Look
 
 __all__ = ["APPROXIMATE", "EXACT", "STAGES", "Context", "Figures", "Pass", "Promise", "Remark", "close", "hidden"]
 
@@ -113,6 +114,7 @@ class Context:
     ``seed``      for every random choice
     ``progress``  whether to show progress bars; None: on a terminal
     ``folder``    where a long step may keep its own state, or None
+    ``looks``     what each region gave for ``inputs``, as it stands; those that somebody has run and is to be run again
     """
 
     inputs: dict[str, Arguments] = field(default_factory=dict)
@@ -125,6 +127,7 @@ class Context:
     remarks: list[Remark] = field(default_factory=list)
     figures: list[Figures] = field(default_factory=list)
     region: str = ""
+    looks: dict[str, Look] = field(default_factory=dict)
     _analyses: dict[tuple[Any, int], Any] = field(default_factory=dict)
 
     def skip(self, node: fx.Node | str, reason: str) -> None:
@@ -162,8 +165,9 @@ class Context:
         return self._analyses[key]
 
     def forget(self) -> None:
-        """Drop remembered analyses: the graph has changed."""
+        """Drop what is remembered of the graph: it has changed."""
         self._analyses.clear()
+        self.looks.clear()
 
     def generator(self) -> torch.Generator:
         """A fresh random generator seeded with ``seed``."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import fx, nn
 
 from fxcompress import backends
-from fxcompress.backends.agreement import Agreement, compare
+from fxcompress.backends.agreement import Reference
 from fxcompress.backends.base import Backend
 from fxcompress.backends.flat import examples
 from fxcompress.errors import BackendError
@@ -69,18 +69,19 @@ class Lower(Pass):
             return
         _check_device(module, backend)
         _bound(module, backend, context)
-        become(module, _lowered(module, backend, context))
+        become(module, _lowered(module, backend, _reference(module, context), context))
 
     def _lower_to_fastest(self, module: fx.GraphModule, context: Context) -> None:
         _check_device(module, backends.AUTO)
         _bound(module, backends.AUTO, context)
         known = module.meta["quantization"].get("fastest")
         trials: dict[str, fx.GraphModule] = {}
+        reference = _reference(module, context)
         for name in backends.CANDIDATES:
             reason = backends.find(name).unavailable()
             if reason is None and (known in (None, name) or backends.find(known).unavailable()):
                 try:
-                    trials[name] = _lowered(module, backends.find(name), context)
+                    trials[name] = _lowered(module, backends.find(name), reference, context)
                 except BackendError as error:
                     reason = str(error)
             if reason:
@@ -93,8 +94,8 @@ class Lower(Pass):
         become(module, trials[fastest])
 
 
-def _lowered(module: fx.GraphModule, backend: Backend, context: Context) -> fx.GraphModule:
-    """The kernels of ``backend``, held against the graph; an operator whose kernel computes something else runs in float."""
+def _lowered(module: fx.GraphModule, backend: Backend, reference: Reference | None, context: Context) -> fx.GraphModule:
+    """The kernels of ``backend``, held against the graph; what computes something else runs in float."""
     refused: dict[str, str] = {}
     while True:
         trial = shared_copy(module)
@@ -103,7 +104,8 @@ def _lowered(module: fx.GraphModule, backend: Backend, context: Context) -> fx.G
                 node.meta |= {"integer": False, "float": refused[node.name]}
         backend.lower(trial, context.skip)
         edit.finish(trial)
-        found = _agreement(module, trial, backend, context)
+        runtime = backend.name if backend.whole else ""
+        found = None if reference is None else reference.compare(trial, runtime=runtime)
         if found is None or not (wrong := found.wrong.keys() - refused.keys()):
             break
         refused |= {name: found.wrong[name] for name in wrong}
@@ -113,10 +115,13 @@ def _lowered(module: fx.GraphModule, backend: Backend, context: Context) -> fx.G
     return trial
 
 
-def _agreement(module: fx.GraphModule, lowered: fx.GraphModule, backend: Backend, context: Context) -> Agreement | None:
-    """The lowered graph held against the graph, on the example inputs or on made-up ones; None where nobody knows any."""
-    call = context.example() or _made_up(module)
-    return None if call is None else compare(module, lowered, call, runtime=backend.name if backend.whole else "")
+def _reference(module: fx.GraphModule, context: Context) -> Reference | None:
+    """What lowered forms are held against, on the example inputs or on made-up ones; None where nobody knows any."""
+    call = context.example()
+    if call is not None:
+        return Reference(module, call, context.looks.get(context.region))
+    call = _made_up(module)
+    return None if call is None else Reference(module, call)
 
 
 def _made_up(module: fx.GraphModule) -> Arguments | None:
@@ -152,6 +157,7 @@ def _bound(module: fx.GraphModule, backend: Backend, context: Context) -> None:
         return
     coarser = bound_weights(module, backend, settings)
     if coarser:
+        context.forget()
         context.note(
             "",
             f"quantized for a CPU that adds in 32 bits: {len(coarser)} weight(s) were put on coarser scales, so that 16-bit "

@@ -7,6 +7,7 @@ on its way through the network: its levels must be the graph's or next to them. 
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import BackendError
+from fxcompress.graph import qdq
 from fxcompress.graph.inputs import Arguments, frozen_state, tensors_in
-from fxcompress.graph.recorder import Recorder, Values
+from fxcompress.graph.recorder import Look, Recorder, Values
 from fxcompress.graph.results import largest_difference, output_snr
 
-__all__ = ["GRID", "OPERATOR", "REFERENCE", "Agreement", "compare", "least_agreement"]
+__all__ = ["GRID", "OPERATOR", "REFERENCE", "Agreement", "Reference", "first_samples", "least_agreement", "wanted"]
 
 REFERENCE, OPERATOR, GRID = "reference", "operator", "grid"
 """Under these names a lowered node's metadata says which node of the graph has the same value, whose kernel it is, and the
@@ -61,37 +63,64 @@ class Agreement:
         return f"{results}; of the levels of its {self.kernels} kernels, {steps} are more than one step off"
 
 
-def compare(graph: fx.GraphModule, lowered: fx.GraphModule, call: Arguments, *, runtime: str = "") -> Agreement:
-    """Run both on the first samples of ``call``.
+class Reference:
+    """A graph that lowered forms of it are held against: it runs once for all of them.
 
-    Raises BackendError where the results of ``runtime`` agree to less than rounding explains.
+    ``call``  what they run on: its first samples, or all of it where that is few, or where a model is bound to their number
+    ``look``  what the graph gave for ``call``, with the values that :func:`wanted` names, where somebody has run it
     """
-    with frozen_state(lowered), torch.no_grad():
-        few = _first_samples(call)
-        try:
-            call, expected, found, values = _run(graph, lowered, few or call)
-        except Exception:  # a model may be bound to the number of samples
-            if few is None:
-                raise
-            call, expected, found, values = _run(graph, lowered, call)
-        made = Agreement(output_snr(expected, found), largest_difference(expected, found), _magnitude(expected))
-        if not runtime:
-            _Kernels(lowered, values, made).record(call)
-        elif not made.snr > _SURE and not made.snr > least_agreement(graph, call, expected):
-            raise BackendError(
-                f"{runtime} computes something else than the graph: its results agree to {made.snr:.1f} dB only."
-            )
-    return made
+
+    def __init__(self, graph: fx.GraphModule, call: Arguments, look: Look | None = None) -> None:
+        self.graph, self.wanted = graph, wanted(graph)
+        few = first_samples(call)
+        self.calls = [call] if few is None else [few, call]
+        self.looks = {} if look is None else {len(self.calls) - 1: look}
+
+    def compare(self, lowered: fx.GraphModule, *, runtime: str = "") -> Agreement:
+        """Run a lowered form, and its kernels one by one where they are not one ``runtime``.
+
+        Raises BackendError where the results of ``runtime`` agree to less than rounding explains.
+        """
+        with frozen_state(lowered), torch.no_grad():
+            call, look, found = self._run(lowered)
+            expected = look.result
+            made = Agreement(output_snr(expected, found), largest_difference(expected, found), _magnitude(expected))
+            if not runtime:
+                _Kernels(lowered, look.values, made).record(call)
+            elif not made.snr > _SURE and not made.snr > least_agreement(self.graph, call, expected):
+                raise BackendError(
+                    f"{runtime} computes something else than the graph: its results agree to {made.snr:.1f} dB only."
+                )
+        return made
+
+    def _run(self, lowered: fx.GraphModule) -> tuple[Arguments, Look, Any]:
+        """A call that both take, what the graph gives for it, and the result of the lowered form."""
+        for number, call in enumerate(self.calls[:-1]):
+            with suppress(Exception):  # a model may be bound to the number of samples
+                return call, self._look(number), call.fresh()(lowered)
+        return self.calls[-1], self._look(len(self.calls) - 1), self.calls[-1].fresh()(lowered)
+
+    def _look(self, number: int) -> Look:
+        if number not in self.looks:
+            values = Values(self.graph, self.wanted)
+            self.looks[number] = Look(values.record(self.calls[number]), values.values)
+        return self.looks[number]
 
 
-def _run(graph: fx.GraphModule, lowered: fx.GraphModule, call: Arguments) -> tuple[Arguments, Any, Any, dict[str, Any]]:
-    """The call, the results of both, and the graph's values that the lowered graph refers to."""
-    values = Values(graph, {str(node.meta[REFERENCE]) for node in lowered.graph.nodes if REFERENCE in node.meta})
-    return call, values.record(call), call.fresh()(lowered), values.values
+def wanted(graph: fx.GraphModule) -> frozenset[str]:
+    """The nodes of a quantize/dequantize graph whose values kernels are held against: those that no other of them tells."""
+    told = (qdq.dequantize, qdq.dequantize_per_channel)
+    return frozenset(
+        node.name
+        for node in graph.graph.nodes
+        if node.op.startswith("call")
+        and node.target not in told
+        and any(user.target is not qdq.quantize for user in node.users)
+    )
 
 
-def _first_samples(call: Arguments) -> Arguments | None:
-    """The first samples of a call whose tensors all have the same, larger number of them."""
+def first_samples(call: Arguments) -> Arguments | None:
+    """The first samples of a call whose tensors all have the same, larger number of them; None for any other."""
     sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors_in(tuple(call))}
     if len(sizes) != 1 or min(sizes) <= _SAMPLES:
         return None
@@ -133,13 +162,14 @@ class _Kernels(Recorder):
         quantized = [tensor.is_quantized for tensor in tensors_in(found)]
         if expected is None or not quantized or (any(quantized) and not isinstance(found, Tensor)):
             return found
+        grid = n.meta.get(GRID)
+        levels = torch.empty_like(found.int_repr()).copy_(expected) if any(quantized) else expected
         if OPERATOR in n.meta:
             self.into.kernels += 1
-            self._judge(n.meta[OPERATOR], expected, found, n.meta.get(GRID))
+            self._judge(n.meta[OPERATOR], levels, found, grid)
         if not any(quantized):
             return expected
-        levels = torch.empty_like(found.int_repr()).copy_(expected)
-        return torch._make_per_tensor_quantized_tensor(levels, *n.meta.get(GRID, (found.q_scale(), found.q_zero_point())))
+        return torch._make_per_tensor_quantized_tensor(levels, *(grid or (found.q_scale(), found.q_zero_point())))
 
     def _judge(self, name: str, expected: Any, found: Any, grid: tuple[float, int] | None) -> None:
         if not any(tensor.is_quantized for tensor in tensors_in(found)):
@@ -147,10 +177,17 @@ class _Kernels(Recorder):
             if snr < _FLOAT_KERNEL:
                 self.into.wrong[name] = f"its kernel agrees with the graph to {snr:.1f} dB only"
             return
-        scale, zero_point = grid or (found.q_scale(), found.q_zero_point())
-        steps = (found.dequantize() / scale + zero_point - expected.to(torch.float32)).abs()
-        share = float((steps > 1.5).double().mean()) if steps.numel() else 0.0
+        steps = _steps(expected, found, grid)
+        share = int((steps > 1.5).count_nonzero()) / steps.numel() if steps.numel() else 0.0
         if share > self.into.apart[0]:
             self.into.apart = (share, name)
         if share > _MOST_WRONG:
             self.into.wrong[name] = f"{share:.1%} of its kernel's levels are off by up to {float(steps.max()):.0f} steps"
+
+
+def _steps(expected: Tensor, found: Tensor, grid: tuple[float, int] | None) -> Tensor:
+    """How many steps of the grid a kernel's values are from the levels expected."""
+    if grid is None or grid == (found.q_scale(), found.q_zero_point()):
+        return (found.int_repr().to(torch.int16) - expected).abs_()
+    scale, zero_point = grid
+    return (found.dequantize() / scale + zero_point - expected.to(torch.float32)).abs()

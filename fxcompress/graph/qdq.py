@@ -47,28 +47,28 @@ def along(values: Tensor, dims: int, axis: int) -> Tensor:
 
 
 def _quantize(input: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: torch.dtype) -> Tensor:
-    levels = torch.round(input.to(torch.float32) / scale) + zero_point
-    return levels.clamp_(quant_min, quant_max).to(dtype)
+    levels = (input.to(torch.float32) / scale).round_()
+    return levels.add_(zero_point).clamp_(quant_min, quant_max).to(dtype)
 
 
 def _quantize_per_channel(
     input: Tensor, scale: Tensor, axis: int, quant_min: int, quant_max: int, dtype: torch.dtype
 ) -> Tensor:
-    levels = torch.round(input.to(torch.float32) / along(scale, input.dim(), axis))
-    return levels.clamp_(quant_min, quant_max).to(dtype)
+    levels = input.to(torch.float32) / along(scale, input.dim(), axis)
+    return levels.round_().clamp_(quant_min, quant_max).to(dtype)
 
 
 def _dequantize(input: Tensor, scale: float, zero_point: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return ((input.to(torch.float32) - zero_point) * scale).to(dtype)
+    return (input.to(torch.float32) - zero_point).mul_(scale).to(dtype)
 
 
 def _dequantize_per_channel(
     input: Tensor, scale: Tensor, axis: int, zero_point: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    levels = input.to(torch.float32)
+    levels = input.to(torch.float32, copy=True)
     if zero_point is not None:
-        levels = levels - along(zero_point.to(torch.float32), input.dim(), axis)
-    return (levels * along(scale, input.dim(), axis)).to(dtype)
+        levels.sub_(along(zero_point.to(torch.float32), input.dim(), axis))
+    return levels.mul_(along(scale, input.dim(), axis)).to(dtype)
 
 
 def _fake_quantize_dynamic(input: Tensor, quant_max: int = 255) -> Tensor:

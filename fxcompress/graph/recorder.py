@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -14,7 +14,7 @@ from fxcompress.graph.containers import plain
 from fxcompress.graph.inputs import Arguments, bind, frozen_state
 from fxcompress.graph.shapes import describe
 
-__all__ = ["Interpreter", "Recorder", "Values", "placeholder_values"]
+__all__ = ["Interpreter", "Look", "Recorder", "Values", "placeholder_values"]
 
 
 class Interpreter(fx.Interpreter):
@@ -72,6 +72,13 @@ class Recorder(Interpreter):
                     f"the example inputs {sizes} do not run through the model: {reason} (at {where}). "
                     "Give inputs the model accepts."
                 ) from error
+
+
+class Look(NamedTuple):
+    """One run of a graph: its result, and values on the way to it by the names of their nodes."""
+
+    result: Any
+    values: dict[str, Any]
 
 
 class Values(Recorder):

@@ -6,7 +6,7 @@ function in :data:`RULES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,11 +18,11 @@ from fxcompress.errors import VerificationError
 from fxcompress.graph import edit, taps
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.module import calls
-from fxcompress.graph.recorder import Recorder
-from fxcompress.graph.shapes import is_meta
+from fxcompress.graph.recorder import Look, Values
+from fxcompress.graph.shapes import is_meta, module_of
 from fxcompress.graph.tree import parts, tensors
 
-__all__ = ["RULES", "Content", "Snapshot", "check", "check_metadata", "fingerprint", "run", "snapshot"]
+__all__ = ["RULES", "Content", "Snapshot", "check", "check_metadata", "fingerprint", "look", "run", "snapshot"]
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,15 @@ def run(module: fx.GraphModule, call: Arguments) -> Any:
 
     Nodes without metadata get it. Raises VerificationError naming the first node that disagrees.
     """
-    recorder = Recorder(module)
+    return look(module, call).result
+
+
+def look(module: fx.GraphModule, call: Arguments, wanted: Iterable[str] = ()) -> Look:
+    """What :func:`run` finds, and the values of the nodes named ``wanted``."""
+    recorder = Values(module, wanted)
     result = recorder.record(call)
     check_metadata(recorder.found)
-    return result
+    return Look(result, recorder.values)
 
 
 class Content(NamedTuple):
@@ -147,14 +152,41 @@ class Content(NamedTuple):
     layers: list[Any]
 
 
-def fingerprint(module: fx.GraphModule) -> Content:
+def fingerprint(module: fx.GraphModule, *, through: bool = False) -> Content:
     """The content of a graph module, equal while it computes the same.
 
     Tensors and layers are told by references: another one may come to lie at the address of one that is gone.
+    ``through``: what reads a layer that only watches (its ``passes_on()`` is true) counts as reading what that one reads.
     """
-    held = [(name, WeakIdRef(tensor), _writes(tensor)) for name, tensor, _ in tensors(module)]
-    layers = [(name, WeakIdRef(m), m.training, vars(m).get("activation")) for name, m in parts(module).items()]
-    return Content(calls(module.graph), held, layers)
+    watching = _watching(module.graph) if through else {}
+    called = {str(node.target) for node in module.graph.find_nodes(op="call_module") if node not in watching}
+    layers = [(name, part) for name, part in parts(module).items() if edit.reached(name, called)]
+    return Content(
+        _calls_through(watching, module.graph) if watching else calls(module.graph),
+        [(name, WeakIdRef(tensor), _writes(tensor)) for name, tensor, _ in tensors(module)],
+        [(name, WeakIdRef(part), part.training, vars(part).get("activation")) for name, part in layers],
+    )
+
+
+def _watching(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Calls of layers that hand on the very tensor they are given, and what that is."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.find_nodes(op="call_module"):
+        passes_on = getattr(module_of(node), "passes_on", None)
+        if passes_on is not None and passes_on():
+            source = node.all_input_nodes[0]
+            found[node] = found.get(source, source)
+    return found
+
+
+def _calls_through(watching: dict[fx.Node, fx.Node], graph: fx.Graph) -> list[Any]:
+    """What the code says where the calls in ``watching`` are left out."""
+
+    def behind(value: Any) -> Any:
+        return fx.map_arg(value, lambda node: watching.get(node, node))
+
+    left = [node for node in graph.nodes if node not in watching]
+    return [(node.op, node.name, node.target, behind(node.args), behind(node.kwargs)) for node in left]
 
 
 def _writes(tensor: Tensor) -> int:

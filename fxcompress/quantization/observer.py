@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxcompress.errors import ConfigError
@@ -41,6 +42,11 @@ class ActivationObserver(nn.Module):
         if self.enabled:
             self.calibrator.collect(input.detach())
         return input
+
+    def passes_on(self) -> bool:
+        """Whether it hands on the very tensor it is given and nothing else happens, as tried."""
+        probe = torch.zeros(1)
+        return not self.enabled and self(probe) is probe
 
     def saved_state(self) -> dict[str, Any]:
         """The observer as plain data and tensors."""
