@@ -317,10 +317,11 @@ class PruneChannels(Pass):
             context.note("", f"{lost} of the {units} before the schedule are gone ({lost / units if units else 0.0:.2%})")
         if self.plan is not None or self.target or self.global_pruning:
             return
-        asked = sparsities(channels, self._budget(dense))
+        asked, is_gone = sparsities(channels, self._budget(dense)), np.zeros(len(channels.root), dtype=bool)
+        is_gone[removed] = True
         for group in channels.groups:
             size, wanted = dense.size(group) * len(group.blocks), asked[group.name] * dense.size(group) * len(group.blocks)
-            lost = size - group.size + int(np.isin(group.blocks, removed).sum())
+            lost = size - group.size + int(is_gone[group.blocks].sum())
             if abs(lost - wanted) >= len(group.blocks):
                 context.note(
                     group.name, f"{lost} of {size} units removed where {wanted:.1f} were asked (round_to, min_kept)"

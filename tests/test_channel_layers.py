@@ -348,6 +348,27 @@ def test_half_of_the_channels_go_and_the_rest_compute_what_they_did(name: str, c
     check(CASES[name], criterion)
 
 
+def deformed(self: Any, x: Tensor) -> Tensor:
+    x = self.stem(x).relu()
+    return self.head(self.bn(self.body(x, self.offset(x), self.mask(x).sigmoid())).relu())
+
+
+@pytest.mark.parametrize(
+    ("groups", "places", "left"),
+    [
+        (1, 1, {"stem.weight": (4, 3, 3, 3), "offset.weight": (18, 4, 3, 3), "body.weight": (8, 4, 3, 3)}),
+        (2, 1, {"stem.weight": (4, 3, 3, 3), "mask.weight": (9, 4, 3, 3), "body.weight": (8, 2, 3, 3)}),
+        (1, 2, {"stem.weight": (8, 3, 3, 3), "offset.weight": (36, 8, 3, 3), "body.weight": (8, 8, 3, 3)}),
+    ],
+)
+def test_a_deformable_convolution_loses_channels_and_keeps_where_it_reads(groups: int, places: int, left: Any) -> None:
+    layers = pytest.importorskip("torchvision.ops")
+    parts = {"stem": c3(3, 8), "offset": c3(8, 18 * places), "mask": c3(8, 9 * places)}
+    body = {"body": lambda: layers.DeformConv2d(8, 16, 3, padding=1, groups=groups), "bn": lambda: nn.BatchNorm2d(16)}
+    build = lambda: net(deformed, **parts, **{name: make() for name, make in body.items()}, head=c3(16, 2))  # noqa: E731
+    check(Case(build, {**left, "head.weight": (2, 8, 3, 3)}, frozen={"offset": "says where a kernel reads"}))
+
+
 def test_modules_say_their_new_sizes() -> None:
     _, small, _ = check(CASES["groups: depthwise with multiplier 2"])
     part: Any = small.get_submodule("1")

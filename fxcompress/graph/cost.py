@@ -231,6 +231,7 @@ def _cell(call: ops.Call, shape: Shape) -> int:
 
 _COUNTS: dict[str, Callable[[ops.Call, Shape], int]] = {
     **{f"conv{dims}d": _conv for dims in (1, 2, 3)},
+    "deform_conv2d": _conv,
     **{f"conv_transpose{dims}d": _conv_transpose for dims in (1, 2, 3)},
     "linear": _linear,
     "matmul": _matmul,

@@ -64,12 +64,12 @@ def regions(model: nn.Module) -> dict[str, fx.GraphModule]:
 
 def _find(module: nn.Module, prefix: str, found: dict[str, fx.GraphModule], seen: set[int]) -> None:
     for name, child in module._modules.items():
-        if child is None or id(child) in seen:
+        if child is None or not (child._modules or isinstance(child, fx.GraphModule)) or id(child) in seen:
             continue
         seen.add(id(child))
         if isinstance(child, fx.GraphModule):
             found[prefix + name] = child
-        elif child._modules:
+        else:
             _find(child, f"{prefix}{name}.", found, seen)
 
 

@@ -61,10 +61,13 @@ class Call:
 def lookup(node: fx.Node) -> Op | None:
     """The row of the op table for ``node``, or None where its operator is unknown, as that of a layer with hooks is."""
     if node.op == "call_module":
-        module = _submodule(node)
-        return None if module is None or has_hooks(module) else layer_row(type(module))
+        return _layer(_submodule(node))
     row = call_row(node)
     return row[0] if row else None
+
+
+def _layer(module: nn.Module | None) -> Op | None:
+    return None if module is None or has_hooks(module) else layer_row(type(module))
 
 
 def kind(node: fx.Node) -> str:
@@ -137,8 +140,9 @@ def read(node: fx.Node) -> Call | None:
     whether a module owns them or a ``get_attr`` node fetches them.
     """
     if node.op == "call_module":
-        op = lookup(node)
-        return _read_module(node, op) if op else None
+        module = _submodule(node)
+        op = _layer(module)
+        return _read_module(node, module, op) if module is not None and op else None
     row = call_row(node)
     if row is None:
         return None
@@ -171,8 +175,7 @@ ALIASES = {"axis": "dim", "keepdims": "keepdim"}
 """Argument names that torch takes as numpy spells them."""
 
 
-def _read_module(node: fx.Node, op: Op) -> Call:
-    module = _submodule(node)
+def _read_module(node: fx.Node, module: nn.Module, op: Op) -> Call:
     attributes, names = vars(module), op.argument_names
     inputs = [name for name in names if name not in op.tensors and not _has_attribute(attributes, name)]
     bound = call_arguments(tuple(inputs), node.args, node.kwargs)

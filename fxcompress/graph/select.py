@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field
 from torch import nn
 
 from fxcompress.errors import ConfigError, did_you_mean
+from fxcompress.graph.tree import parts
 
 __all__ = ["Layer", "Selection", "classes_of", "listed", "matches", "resolved", "resolved_step"]
 
@@ -56,8 +57,9 @@ class Selection:
         Raises ConfigError for a pattern that matches nothing in ``model``, with the closest names.
         """
         chosen = Selection(resolved(self.include, model), resolved(self.exclude, model))
-        names = [name for name, _ in model.named_modules() if name]
-        for pattern in (*(chosen.include or ()), *chosen.exclude):
+        patterns = (*(chosen.include or ()), *chosen.exclude)
+        names = [name for name in parts(model) if name] if patterns else []
+        for pattern in patterns:
             if not isinstance(pattern, Typed) and not any(matches(pattern, name) for name in names):
                 how = "has a name that fits" if pattern.startswith(EXPRESSION) else "is called"
                 raise ConfigError(f"no layer {how} {pattern!r}.{did_you_mean(pattern, names)}")
@@ -122,7 +124,7 @@ def _typed(pattern: str, classes: Mapping[str, tuple[str, ...]]) -> str:
 def classes_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Layer → the names of its class and of the classes that is derived from, as they were when the model was traced."""
     found: dict[str, tuple[str, ...]] = dict(getattr(model, "meta", {}).get("classes", {}))
-    for name, part in model.named_modules():
+    for name, part in parts(model).items():
         if name and name not in found:
             found[name] = tuple(c.__name__ for c in type(part).__mro__ if issubclass(c, nn.Module) and c is not nn.Module)
     return found

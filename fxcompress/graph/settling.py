@@ -13,6 +13,7 @@ from torch.nn.utils import prune as torch_prune
 from fxcompress.graph import edit, inplace, ops
 from fxcompress.graph.hooks import computes_a_weight
 from fxcompress.graph.shapes import describe
+from fxcompress.graph.tree import parts
 
 __all__ = ["computed", "constants", "fold_computed", "settle"]
 
@@ -23,7 +24,7 @@ def settle(model: nn.Module, keep: type[nn.Module] | tuple[()] = (), *, pruned: 
     Parametrizations all of whose parts are of the class ``keep`` stay; so do masks of ``torch.nn.utils.prune`` unless
     ``pruned``.
     """
-    for name, module in list(model.named_modules()):
+    for name, module in parts(model).items():
         for leaf in _parametrized(module, keep):
             parametrize.remove_parametrizations(_own_class(module), leaf, leave_parametrized=True)
             yield name, f"the parametrization of its {leaf} is now part of the {leaf}"

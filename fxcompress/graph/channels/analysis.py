@@ -201,8 +201,8 @@ class _Grouping:
         places = list(bound)
         owners = by_unit[np.concatenate([bound[place].ravel() for place in places])] if places else key
         number = np.repeat(np.arange(len(places)), [bound[place].size for place in places])
-        pairs = np.unique(owners[owners >= 0] * len(places) + number[owners >= 0])
-        for pair in pairs.tolist():
+        pairs = owners[owners >= 0] * len(places) + number[owners >= 0]
+        for pair in np.unique(pairs[np.diff(pairs, prepend=-1) != 0]).tolist():  # most stand in runs of the same
             owner, place = divmod(pair, len(places))
             slices[owner][places[place]] = bound[places[place]]
         order = np.argsort(key, kind="stable")

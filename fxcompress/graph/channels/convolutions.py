@@ -25,6 +25,17 @@ def transposed_convolution(walk: Walk, call: ops.Call) -> Value:
     return _convolved(walk, call, transposed=True)
 
 
+@rule("deform_conv2d")
+def deformable_convolution(walk: Walk, call: ops.Call) -> Value:
+    """A convolution that reads where its offsets say; what it reads keeps its channels where they are in several groups."""
+    value, offset, weight = (walk.operand(call[name]) for name in ("input", "offset", "weight"))
+    for name in ("offset", "mask"):
+        walk.freeze(walk.value(call[name]), f"says where a kernel reads at {place(call.node)}")
+    if offset.shape[1] != 2 * weight.shape[-1] * weight.shape[-2]:
+        walk.freeze(value, f"groups of its channels are read in places of their own at {place(call.node)}")
+    return _convolved(walk, call, transposed=False)
+
+
 def _convolved(walk: Walk, call: ops.Call, transposed: bool) -> Value:
     """A kernel's weight is [outputs, inputs, …], or [inputs, outputs, …] where it is transposed."""
     value, weight = walk.operand(call["input"]), walk.operand(call["weight"])

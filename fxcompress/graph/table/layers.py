@@ -113,6 +113,15 @@ LAYERS: tuple[Op, ...] = (
     *(_conv(dims) for dims in (1, 2, 3)),
     *(_conv_transpose(dims) for dims in (1, 2, 3)),
     Op(
+        "deform_conv2d",
+        "contraction",
+        "",
+        "input offset mask weight bias stride padding dilation groups",
+        modules=("torchvision.ops.deform_conv.DeformConv2d",),
+        tensors=("weight", "bias"),
+        defaults=_CONV_DEFAULTS,
+    ),
+    Op(
         "linear",
         "contraction",
         "linear",
