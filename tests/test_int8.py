@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks.digits import accuracy, digits, trained
 from fxcompress import PassManager, PTQQuantizer, StaticQuantizer, backends, coverage
-from fxcompress.backends.kernels import mean_of_levels
+from fxcompress.backends.kernels import mean_of_levels, pooled_levels
 from fxcompress.errors import BackendError, ConfigError, VerificationError
 from fxcompress.graph import qdq
 from fxcompress.graph.results import output_snr
@@ -47,6 +47,11 @@ class Wrap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.operator(self.first(x), self.second(x))
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
 
 
 OPERATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -135,18 +140,49 @@ def test_a_layer_computes_integer_arithmetic_written_out(name: str, relu: bool) 
     assert (grid_steps(lowered(x), expected, scale_y) <= 1.001).mean() >= 0.999
 
 
+def exact_levels(mean: Any, zero: int, own_zero: int) -> Any:
+    """Where a mean of levels on a grid of scale 0.0261 lies on one of scale 0.0113, not rounded."""
+    return np.clip((mean - zero) * (0.0261 / 0.0113) + own_zero, 0, 255)
+
+
 @pytest.mark.parametrize("zero", [0, 127])
 @pytest.mark.parametrize("keepdim", [False, True])
-@pytest.mark.parametrize(("shape", "dims"), [((16, 64, 4, 4), [2, 3]), ((1, 64, 8, 1), (-1, -2)), ((16, 8, 64), 1)])
-def test_means_fall_on_the_level_of_exact_arithmetic_with_halves_to_even(
+@pytest.mark.parametrize(
+    ("shape", "dims"), [((16, 64, 4, 4), [2, 3]), ((1, 64, 8, 1), (-1, -2)), ((16, 8, 64), 1), ((2, 8, 3, 3), 1)]
+)
+def test_means_fall_on_the_nearest_level_of_their_own_grid(
     shape: tuple[int, ...], dims: Any, keepdim: bool, zero: int
 ) -> None:
     torch.manual_seed(0)
     levels = torch.randint(0, 256, shape, dtype=torch.uint8)
-    found = mean_of_levels(torch._make_per_tensor_quantized_tensor(levels, 0.0261, zero), dims, keepdim)
+    quantized = torch._make_per_tensor_quantized_tensor(levels, 0.0261, zero)
+    found = mean_of_levels(quantized, dims, keepdim, 0.0113, 91)
     axis = dims if isinstance(dims, int) else tuple(dims)
-    exact = np.round(levels.double().numpy().mean(axis=axis, keepdims=keepdim) - zero) + zero
-    np.testing.assert_array_equal(found.int_repr().numpy(), exact)
+    exact = exact_levels(levels.double().numpy().mean(axis=axis, keepdims=keepdim), zero, 91)
+    np.testing.assert_allclose(found.int_repr().numpy(), exact, atol=0.501)
+
+
+@pytest.mark.parametrize("zero", [0, 127])
+@pytest.mark.parametrize("size", [1, 2, (3, 1)])
+def test_regions_are_pooled_to_the_nearest_level_of_a_grid_of_their_own(size: Any, zero: int) -> None:
+    torch.manual_seed(0)
+    levels = torch.randint(0, 256, (1, 16, 6, 6), dtype=torch.uint8)
+    quantized = torch._make_per_tensor_quantized_tensor(levels, 0.0261, zero)
+    exact = exact_levels(F.adaptive_avg_pool2d(levels.double(), size).numpy(), zero, 91)
+    np.testing.assert_allclose(pooled_levels(quantized, size, 0.0113, 91).int_repr().numpy(), exact, atol=0.501)
+
+
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(1), Mean()])
+@pytest.mark.parametrize("backend", ["fbgemm", "qnnpack", "onnxruntime", "openvino"])
+def test_a_mean_that_uses_little_of_its_inputs_range_keeps_its_bits(backend: str, pool: nn.Module) -> None:
+    if backends.find(backend).unavailable():
+        pytest.skip(str(backends.find(backend).unavailable()))
+    torch.manual_seed(0)
+    x = torch.randn(16, 8, 20, 20) ** 5
+    model = nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU(), pool, nn.Conv2d(16, 32, 1))
+    lowered = PTQQuantizer(backend=backend, calibration_method="minmax", progress=False).quantize(model, [x])
+    assert coverage(lowered).mac_share == 1.0
+    assert output_snr(model(x), lowered(x)) > 33
 
 
 @pytest.mark.parametrize("per_channel", [True, False])

@@ -158,11 +158,11 @@ RULES: dict[str, Rule] = {
     "tanh": Rule(fixed=(1 / 128, 128)),
     "max_pool2d": Rule(output="input", refuse=_max_pool),
     "avg_pool2d": _POOL,
-    "adaptive_avg_pool2d": _POOL,
+    "adaptive_avg_pool2d": Rule(refuse=_image),
     "avg_pool3d": _KEEPS,
     "adaptive_avg_pool3d": _KEEPS,
     "interpolate": Rule(output="input", refuse=_resampled),
-    "mean": Rule(output="input", refuse=_mean),
+    "mean": Rule(refuse=_mean),
     "getitem": Rule(output="input", refuse=_plain_index),
     **dict.fromkeys(_PARTS, Rule(output="input", refuse=_taken_apart)),
     **dict.fromkeys(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxcompress.backends.kernels import QuantizedBatchNorm, mean_of_levels
+from fxcompress.backends.kernels import QuantizedBatchNorm, mean_of_levels, pooled_levels
 from fxcompress.graph import edit, ops, qdq
 from fxcompress.graph.shapes import shape_of
 
@@ -55,7 +55,11 @@ def _cat(to: Writer, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
 
 
 def _mean(to: Writer, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
-    return to.call(mean_of_levels, to.operand(call["input"]), call["dim"], bool(call["keepdim"]))
+    return to.call(mean_of_levels, to.operand(call["input"]), call["dim"], bool(call["keepdim"]), scale, zero_point)
+
+
+def _pooled(to: Writer, call: ops.Call, scale: Any, zero_point: Any) -> fx.Node:
+    return to.call(pooled_levels, to.operand(call["input"]), call["output_size"], scale, zero_point)
 
 
 def _unary(function: Any, *options: str) -> Kernel:
@@ -107,6 +111,7 @@ KERNELS: dict[str, Kernel] = {
     "mul": _mul,
     "cat": _cat,
     "mean": _mean,
+    "adaptive_avg_pool2d": _pooled,
     "batch_norm": _batch_norm,
     "hardswish": _unary(_q.hardswish.default),
     "leaky_relu": _leaky_relu,

@@ -7,7 +7,7 @@ form is made from them when the layer is built, copied or unpickled.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "engine_of",
     "in_one_layout",
     "mean_of_levels",
+    "pooled_levels",
     "quantize_input",
     "quantized_weight",
     "with_room_for",
@@ -256,22 +257,14 @@ def in_one_layout(input: Tensor) -> Tensor:
     return input if input.stride() == strides else input.as_strided(input.shape, strides)
 
 
-def mean_of_levels(input: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Tensor:
-    """The mean of a quint8 tensor over some dimensions, on the tensor's own grid.
+def mean_of_levels(input: Tensor, dim: int | list[int], keepdim: bool, scale: float, zero_point: int) -> Tensor:
+    """The mean of a quint8 tensor over some dimensions, on a grid of its own: torch's kernels keep the input's."""
+    return quantize_input(input.dequantize().mean(dim, keepdim), scale, zero_point)
 
-    Over space, or over the tokens of a sequence, it is pooled: that kernel sums levels, and halves go to even as they did in
-    training. torch's kernel for means sums floats, whose noise decides which way a half goes.
-    """
-    dims = {d % input.dim() for d in ([dim] if isinstance(dim, int) else dim)}
-    if (input.dim(), dims) == (4, {2, 3}):
-        image = input
-    elif (input.dim(), dims) == (3, {1}):
-        image = input.transpose(1, 2).unsqueeze(3)
-    else:
-        return torch.mean(input, sorted(dims), keepdim)
-    sizes = [1 if d in dims else size for d, size in enumerate(input.shape) if keepdim or d not in dims]
-    image = in_one_layout(image.contiguous(memory_format=torch.channels_last))
-    return nn.functional.adaptive_avg_pool2d(image, 1).reshape(sizes)
+
+def pooled_levels(input: Tensor, size: Any, scale: float, zero_point: int) -> Tensor:
+    """A quint8 image pooled to means of its regions, ``size`` of them, on a grid of its own."""
+    return quantize_input(nn.functional.adaptive_avg_pool2d(input.dequantize(), size), scale, zero_point)
 
 
 class QuantizedBatchNorm(nn.Module):
