@@ -185,6 +185,27 @@ def test_a_mean_that_uses_little_of_its_inputs_range_keeps_its_bits(backend: str
     assert output_snr(model(x), lowered(x)) > 33
 
 
+def test_a_lowered_graph_can_be_printed_with_its_types() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+    printed = quantized(model, torch.randn(2, 3, 8, 8)).print_readable(print_output=False)
+    assert '"quint8[2, 8, 6, 6]"' in printed and '"f32[2, 4]"' in printed
+
+
+def test_an_operator_that_takes_what_is_stored_says_so() -> None:
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.table = nn.Conv2d(3, 8, 1), nn.Parameter(torch.randn(1, 8, 9, 9))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) + F.interpolate(self.table, (6, 6))
+
+    manager = PassManager(PLAN, reproducer=False, progress=False)
+    manager.run(Sliced().eval(), torch.randn(2, 3, 6, 6), [torch.randn(2, 3, 6, 6)])
+    said = [remark.reason for row in manager.ledger.rows for remark in row.remarks]
+    assert "what it takes is stored, not computed" in said
+
+
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_a_channel_that_is_all_but_silenced_keeps_its_bias_on_qnnpack(per_channel: bool) -> None:
     """Its weights' scale is so small that the bias in units of that scale is beyond int32."""

@@ -123,7 +123,9 @@ def _obstacle(node: fx.Node, call: ops.Call | None, placed: Placement, backend: 
         return f"{backend.name} has no integer kernel for {call.kind}"
     sources = operands(call, rule)
     if not sources:
-        return (rule.refuse(call) if call.inputs else None) or "it takes no tensor"
+        stored = any(isinstance(value, ops.Attr) for value in call.arguments.values())
+        nothing = "what it takes is stored, not computed" if stored else "it takes no tensor"
+        return (rule.refuse(call) if call.inputs else None) or nothing
     wrong = [s for s in sources if dtype_of(s) not in (None, torch.float32)]
     if wrong:
         return f"its input {wrong[0].name!r} is {dtype_of(wrong[0])}"
