@@ -77,7 +77,8 @@ class Option:
 def options_of(made: Callable[..., Any]) -> dict[str, Option]:
     """The options of a class or function that can be written as plain data; parameters that cannot are left out.
 
-    A class that hands keywords on (``**options``) has the options of its base as well.
+    A parameter without a type takes anything. A class that hands keywords on (``**options``) has the options of its base as
+    well.
     """
     is_plain_class = isinstance(made, type) and (not dataclasses.is_dataclass(made) or _has_own_constructor(made))
     typed = getattr(made, "__init__") if is_plain_class else made  # noqa: B009 - mypy mistrusts the plain form
@@ -86,8 +87,8 @@ def options_of(made: Callable[..., Any]) -> dict[str, Option]:
     for name, parameter in inspect.signature(made).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD and isinstance(made, type):
             found = {**options_of(made.__mro__[1]), **found}
-        elif parameter.kind is not parameter.VAR_POSITIONAL and name in hints:
-            checker = _checker(hints[name])
+        elif parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            checker = _checker(hints[name]) if name in hints else pydantic.TypeAdapter(Any)
             if checker is not None:
                 found[name] = Option(name, checker, parameter.default)
     return found
@@ -144,6 +145,8 @@ def validated(made: Callable[..., Any], values: Mapping[str, Any], path: Where) 
     """``values`` checked against the options of ``made``; ConfigError at the key that is unknown, missing or mistyped."""
     known = options_of(made)
     for key, value in values.items():
+        if key not in known and _takes_any_keyword(made):
+            continue
         if key not in known:
             raise unknown(key, known, path)
         if wrong := known[key].complaint(value):
@@ -152,6 +155,11 @@ def validated(made: Callable[..., Any], values: Mapping[str, Any], path: Where) 
         if option.required and name not in values:
             raise fault(path, f"{name!r} is missing.")
     return dict(values)
+
+
+def _takes_any_keyword(made: Callable[..., Any]) -> bool:
+    """Whether a function has ``**keywords``; a class hands them to its base, whose options are known."""
+    return not isinstance(made, type) and any(p.kind is p.VAR_KEYWORD for p in inspect.signature(made).parameters.values())
 
 
 def check_given(made: Callable[..., Any], given: Mapping[str, Any]) -> None:

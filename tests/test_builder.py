@@ -221,6 +221,19 @@ def test_weights_that_do_not_fit_are_named_key_by_key(tmp_path: Path) -> None:
         build_model("resnet81")
 
 
+def test_builders_of_ones_own_need_no_types_and_may_take_keywords() -> None:
+    @MODELS.register()
+    def plain_builder(width, depth=1, **more):  # type: ignore[no-untyped-def]
+        return nn.Sequential(*(nn.Linear(width, width, **more) for _ in range(depth)))
+
+    model = build_model({"type": "plain_builder", "width": 4, "depth": 2, "bias": False})
+    assert len(model) == 2 and model[0].in_features == 4 and model[0].bias is None  # type: ignore[arg-type, index, union-attr]
+    with pytest.raises(ConfigError, match="'width' is missing"):
+        build_model({"type": "plain_builder"})
+    with pytest.raises(ConfigError, match="wide"):
+        build_model({"type": "plain_builder", "width": 4, "wide": 1})
+
+
 def test_data_sets_are_named_by_registry() -> None:
     loader = build_data({"type": "random", "samples": 6, "shape": [1, 4, 4], "classes": 3, "batch_size": 4})
     sizes = [images.shape for images, _ in loader]
