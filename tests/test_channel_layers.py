@@ -29,7 +29,27 @@ def grouped_residual(self: Any, x: Tensor) -> Tensor:
     return self.head(x + self.b(torch.relu(self.a(x))))
 
 
+def mixed_kernels(self: Any, x: Tensor) -> Tensor:
+    x = self.stem(x).relu()
+    batch, channels, height, width = x.shape
+    kernels = torch.einsum("be,eoikl->boikl", self.route(x.mean((2, 3))).sigmoid(), self.kernels).reshape(
+        batch * 12, 8, 3, 3
+    )
+    x = F.conv2d(x.reshape(1, batch * channels, height, width), kernels, padding=1, groups=batch)
+    return self.head(x.reshape(batch, 12, height, width))
+
+
 GROUPED = {
+    "a group for each sample, its kernel mixed from learned ones": Case(
+        lambda: net(
+            mixed_kernels,
+            stem=c3(3, 8),
+            route=linear(8, 4),
+            kernels=nn.Parameter(torch.randn(4, 12, 8, 3, 3)),
+            head=c3(12, 2),
+        ),
+        {"stem.weight": (4, 3, 3, 3), "route.weight": (2, 4), "kernels": (2, 6, 4, 3, 3), "head.weight": (2, 6, 3, 3)},
+    ),
     "2 groups": Case(
         row(lambda: c3(8, 12, groups=2), nn.ReLU, lambda: c3(12, 2)),
         {**HALF, "1.weight": (6, 2, 3, 3), "3.weight": (2, 6, 3, 3)},

@@ -9,6 +9,7 @@ from fxcompress.graph.channels.atoms import Ints
 from fxcompress.graph.channels.calls import place
 from fxcompress.graph.channels.contractions import bind, contract, lying, produce
 from fxcompress.graph.channels.labels import Label, Value
+from fxcompress.graph.channels.making import counts_channels
 from fxcompress.graph.channels.walk import Count, Walk, rule
 
 CONVOLUTIONS = tuple(f"conv{d}d" for d in (1, 2, 3))
@@ -49,7 +50,7 @@ def _convolved(walk: Walk, call: ops.Call, transposed: bool) -> Value:
     groups = walk.plain(call["groups"])
     if not isinstance(groups, int) or (groups > 1 and 0 not in weight.labels):
         return walk.give_up(call.node, "its groups are not known")
-    if not isinstance(call["groups"], int) and groups not in (value.shape[channel], result.shape[channel]):
+    if groups not in (value.shape[channel], result.shape[channel]) and counts_channels(walk, call["groups"]):
         return walk.give_up(call.node, "its groups are computed")
     if groups != 1:
         return _grouped(walk, call, value, weight, channel, result, transposed)

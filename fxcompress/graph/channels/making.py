@@ -60,6 +60,18 @@ def asked(walk: Walk, node: Any) -> Value | tuple[Label, int] | None:
     return (label, value.dim(dim)) if label is not None else None
 
 
+def counts_channels(walk: Walk, node: Any) -> bool:
+    """Whether a number is computed from how many channels something has; yes where that cannot be told."""
+    if not isinstance(node, fx.Node):
+        return False
+    call = ops.read(node) if node.op.startswith("call") else None
+    if call is None or isinstance(walk.env.get(node), Value):
+        return True
+    if (call.kind == "getitem" and isinstance(call["index"], int)) or call["dim"] is not None:
+        return isinstance(asked(walk, node), tuple)
+    return any(counts_channels(walk, source) for source in node.all_input_nodes)
+
+
 @rule("expand_as")
 def expand_as(walk: Walk, call: ops.Call) -> Value:
     """Expanded dimensions have the size of the other tensor's, and go with them."""
