@@ -68,7 +68,11 @@ def read_text(path: str | os.PathLike[str], most: int = 1 << 26) -> str:
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"it has more than {most >> 20} MiB")
-    return data.decode("utf-8")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): save it as UTF-8") from error
 
 
 def target_file(path: str | os.PathLike[str], what: str, endings: Sequence[str] = (), *, made: bool = False) -> Path:

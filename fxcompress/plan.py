@@ -49,10 +49,13 @@ class Plan:
             return plan
         if isinstance(plan, Pass):
             return cls((plan,))
-        if isinstance(plan, os.PathLike):
-            return cls.parse(read_yaml(_read(Path(plan))))
+        if isinstance(plan, os.PathLike) or (isinstance(plan, str) and _is_path(plan)):
+            return _load(Path(plan))
         if isinstance(plan, str):
-            return cls.parse(read_yaml(_read(Path(plan)) if _is_path(plan) else plan))
+            data = read_yaml(plan)
+            if isinstance(data, str):
+                raise PlanError(f"there is no file {shown(data)}, and as YAML it is a word, not a list of steps.")
+            return cls.parse(data)
         if isinstance(plan, Mapping):
             return cls.parse(_steps_of(plan))
         if isinstance(plan, Sequence):
@@ -81,11 +84,15 @@ def _is_path(text: str) -> bool:
     return "\n" not in text and (text.endswith((".yaml", ".yml", ".json")) or os.path.isfile(text))
 
 
-def _read(path: Path) -> str:
+def _load(path: Path) -> Plan:
     try:
-        return read_text(path)
+        text = read_text(path)
     except (OSError, ValueError) as error:
         raise PlanError(f"the plan {shown(str(path))} cannot be read: {brief(error)}.") from error
+    try:
+        return Plan.parse(read_yaml(text) or [])
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
 
 
 def _steps_of(plan: Mapping[str, Any]) -> list[Any]:

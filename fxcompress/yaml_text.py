@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from fxcompress.errors import PlanError, shown
+from fxcompress.errors import PlanError
 
 __all__ = ["Lines", "parse", "read_yaml"]
 
@@ -34,9 +34,7 @@ def parse(text: str) -> tuple[Any, Lines]:
         data = None if node is None else loader.construct_document(node)
         lines = dict(_places(loader, node, ()))
     except (yaml.YAMLError, RecursionError) as error:
-        raise PlanError(f"this is not YAML we read: {' '.join(str(error).split())}") from error
-    if isinstance(data, str):
-        raise PlanError(f"there is no file {shown(data)}, and as YAML it is a word, not a list of steps.")
+        raise PlanError(f"this is not YAML we read: {_explained(error, text)}") from error
     return data, lines
 
 
@@ -50,6 +48,34 @@ def _places(loader: _Loader, node: Any, path: tuple[Any, ...]) -> Iterator[tuple
         for number, value in enumerate(node.value):
             yield (*path, number), value.start_mark.line + 1
             yield from _places(loader, value, (*path, number))
+
+
+def _explained(error: Exception, text: str) -> str:
+    """What is wrong with a text, in which line and column, and what to do."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply; nothing that is read here needs more than a few levels"
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return f"the character {chr(error.character)!r} stands for nothing in it, line {line}; take it out"
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None or error.problem_mark is None:
+        return str(error)
+    mark, context = error.problem_mark, ""
+    if error.context is not None and error.context_mark is not None:
+        context = f"{error.context} of line {error.context_mark.line + 1}: "
+    hint = next((f"; {hint}" for problem, hint in _HINTS.items() if problem in error.problem), "")
+    return f"{context}{error.problem}, line {mark.line + 1}, column {mark.column + 1}{hint}"
+
+
+_HINTS = {
+    "character '\\t'": "indent with spaces",
+    "mapping values are not allowed": "indent the keys of one mapping alike, and quote a value that holds ': '",
+    "expected <block end>": "indent the keys of one mapping, and the items of one list, alike",
+    "could not find expected ':'": "a key is followed by ': '",
+    "unhashable key": "a key is a word or a number",
+    "expected ',' or": "close what was opened with [ or {",
+    "another document": "give one document, without '---' in between",
+}
+"""What YAML's parser objects to → what to do."""
 
 
 def _refusal(mark: Any, what: str) -> yaml.YAMLError:

@@ -77,6 +77,44 @@ def test_what_cannot_work_is_refused_by_name(plan: Any, message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "where", "what"),
+    [
+        ("- calibrate:\n\tnum_batches: 1\n", "line 2, column 1", "indent with spaces"),
+        ("calibrate: num_batches: 1\n", "line 1, column 23", "quote a value"),
+        ("- lower\n- calibrate: {}\n  - lower\n", "line 3, column 3", "items of one list"),
+        ("calibrate: {}\nlower\n", "of line 2", "a key is followed by"),
+        ("- {num_batches: 1\n- lower\n", "of line 1", "close what was opened"),
+        ("? [a, b]\n: 1\n", "line 1, column 3", "a key is a word"),
+        ("- lower\n---\n- lower\n", "line 2, column 1", "one document"),
+        ("- lower\n- 'a\x07b'\n", "line 2", "take it out"),
+        ("- lower\n- !!int x\n", "line 2", "cannot be read as int"),
+        ("[" * 5000, "", "nested too deeply"),
+    ],
+)
+def test_text_that_is_not_yaml_is_refused_with_the_place_and_what_to_do(
+    text: str, where: str, what: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    with pytest.raises(PlanError) as caught:
+        Plan.parse(file)
+    message = str(caught.value)
+    assert message.startswith(f"{file}: this is not YAML") and where in message and what in message
+    assert "<unicode string>" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"- lower\n- \xff\n", "line 2 is not UTF-8"), (b"lower\n", "there is no file")]
+)
+def test_a_plan_file_that_holds_something_else_is_refused_by_its_name(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_bytes(content)
+    with pytest.raises(PlanError, match=message) as caught:
+        Plan.parse(str(file))
+    assert str(file) in str(caught.value)
+
+
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)

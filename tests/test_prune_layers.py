@@ -141,6 +141,26 @@ def test_bn_scale_without_batch_normalisation_falls_back_by_name() -> None:
     assert any("l1_norm ranks all parts" in remark.reason for remark in pruner.ledger.remarks("prune-layers"))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a word", "it is a mapping with 'parts'"),
+        ("parts: {layer1.0: {remove: 1}}", "needs remove: true or false"),
+        ("parts: {layer1.0: {remove: true, score: high}}", "score is 'high'; it is a number"),
+        (f"parts: {{layer1.0: {{remove: true, score: {'9' * 400}}}}}", "it is a number"),
+        ("parts: {layer1.0: {remove: true, scores: 1.0}}", "Did you mean 'score'"),
+        ("parts: {}\nunit: blocks", "Did you mean 'units'"),
+        ("parts: {}\nunits: rows", "units is 'rows'; it is auto, blocks or layers"),
+    ],
+)
+def test_a_plan_of_layers_that_cannot_be_meant_is_refused_by_file_and_key(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "layers.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        LayerPlan.load(file)
+    assert "layers.yaml" in str(caught.value) and message in str(caught.value)
+
+
 def test_a_plan_prints_saves_is_vetoed_and_applies_to_a_fresh_copy(tmp_path: Path) -> None:
     pruner = LayerPruner(0.67, example_inputs=X)
     plan = pruner.get_pruning_plan(network())

@@ -88,6 +88,23 @@ def test_a_plan_prints_saves_loads_and_applies_to_a_fresh_copy(tmp_path: Path) -
     assert pruner.prune(network(), plan.veto("0"), example_inputs=X).get_parameter("0.weight").shape[0] == 16
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("groups: []", "is a mapping with 'groups'"),
+        ("groups: {}\noptions: [dimension]", "they are a mapping"),
+        ("groups: {}\noption: {}", "Did you mean 'options'"),
+        ("groups: {a: {size: 4, removed: [1]}}", "groups.a.removed: there is no such key. Did you mean 'remove'"),
+    ],
+)
+def test_a_plan_that_cannot_be_meant_is_refused_by_file_and_key(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        PruningPlan.load(file)
+    assert "plan.yaml" in str(caught.value) and message in str(caught.value)
+
+
 def test_a_plan_that_does_not_fit_names_every_mismatch() -> None:
     plan = StructuredPruner().get_pruning_plan(network(), example_inputs=X)
     with pytest.raises(ConfigError, match=r"(?s)'0' has 12 units.*'3' has 24 units"):

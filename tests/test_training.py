@@ -499,7 +499,7 @@ def test_options_that_do_not_fit_are_refused_by_name() -> None:
     ("data", "error", "message"),
     [
         ([], DataError, "empty"),
-        (iter(BATCHES), DataError, "iterator"),
+        (iter(BATCHES), DataError, "list_iterator, which can be read once"),
         ([X], DataError, "target"),
         ([3], DataError, "no tensor"),
         ([BATCHES[0], (X, Y[:3])], DataError, "batch 1 does not fit the model, the loss or the metric: "),

@@ -16,7 +16,7 @@ from torch import fx, nn
 from fxcompress import artifact
 from fxcompress.builder import build_compression_pipeline
 from fxcompress.config import Config, read_config
-from fxcompress.errors import ConfigError, PlanError, brief
+from fxcompress.errors import ConfigError, PlanError, brief, shown
 from fxcompress.files import target_file
 from fxcompress.graph.inputs import Arguments
 from fxcompress.models import build_data, build_model
@@ -92,7 +92,7 @@ def inline(given: str) -> Any:
     try:
         return read_yaml(given)
     except PlanError as error:
-        raise ConfigError(f"{given!r} is neither a name nor a mapping: {error}") from error
+        raise ConfigError(f"{shown(given)} is neither a name nor a mapping: {error}") from error
 
 
 def example(shape: list[int] | None) -> Arguments | None:

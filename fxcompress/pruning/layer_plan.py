@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from fxcompress.errors import ConfigError, did_you_mean, shown
 from fxcompress.files import read_text, write_text
+from fxcompress.options import only
 from fxcompress.yaml_text import read_yaml
 
 __all__ = ["LayerPlan", "PartPlan"]
@@ -57,11 +58,20 @@ class LayerPlan:
             data = read_yaml(read_text(path))
         except (OSError, ValueError) as error:  # PlanError is one
             raise ConfigError(f"{shown(path)} is not a plan of layers: {error}") from error
+        try:
+            return cls._from_data(data)
+        except ConfigError as error:
+            raise ConfigError(f"{shown(path)} is not a plan of layers: {error}") from error
+
+    @classmethod
+    def _from_data(cls, data: Any) -> LayerPlan:
         if not isinstance(data, Mapping) or not isinstance(data.get("parts"), Mapping):
-            raise ConfigError(f"{shown(path)} is not a plan of layers: it has no 'parts'.")
-        return cls(
-            {str(name): _part(str(name), entry) for name, entry in data["parts"].items()}, str(data.get("units", "auto"))
-        )
+            raise ConfigError("it is a mapping with 'parts': {name: {score: …, remove: …}}.")
+        only(data, ("units", "parts"), ())
+        units = data.get("units", "auto")
+        if units not in _UNITS:
+            raise ConfigError(f"units is {shown(units)}; it is {', '.join(_UNITS[:-1])} or {_UNITS[-1]}.")
+        return cls({str(name): _part(str(name), entry) for name, entry in data["parts"].items()}, units)
 
     def __str__(self) -> str:
         rows = [(name, f"{part.score:.4g}", "goes" if part.remove else "stays") for name, part in self.parts.items()]
@@ -70,5 +80,12 @@ class LayerPlan:
 
 def _part(name: str, entry: Any) -> PartPlan:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("remove"), bool):
-        raise ConfigError(f"part {name!r} of a plan of layers needs remove: true or false.")
-    return PartPlan(float(entry.get("score", 0.0)), entry["remove"])
+        raise ConfigError(f"part {shown(name)} needs remove: true or false.")
+    only(entry, ("score", "remove"), ("parts", name))
+    score = entry.get("score", 0.0)
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or (isinstance(score, int) and abs(score) > 1e300):
+        raise ConfigError(f"part {shown(name)}: score is {shown(score)}; it is a number.")
+    return PartPlan(float(score), entry["remove"])
+
+
+_UNITS = ("auto", "blocks", "layers")

@@ -13,6 +13,7 @@ from tabulate import tabulate
 from fxcompress.errors import ConfigError, did_you_mean, shown
 from fxcompress.files import read_text, write_text
 from fxcompress.graph.channels import ChannelGroup
+from fxcompress.options import only
 from fxcompress.yaml_text import read_yaml
 
 __all__ = ["GroupPlan", "PruningPlan"]
@@ -70,11 +71,12 @@ class PruningPlan:
         """A plan from plain data; ConfigError names what is wrong in it."""
         if not isinstance(data, Mapping) or not isinstance(data.get("groups"), Mapping):
             raise ConfigError("a pruning plan is a mapping with 'groups': {name: {size: …, remove: […]}}.")
-        unknown = set(data) - {"groups", "options"}
-        if unknown:
-            raise ConfigError(f"a pruning plan has no key {sorted(unknown)[0]!r}; it has groups and options.")
+        only(data, ("groups", "options"), ())
+        options = data.get("options") or {}
+        if not isinstance(options, Mapping):
+            raise ConfigError(f"the options of a pruning plan are {shown(options)}; they are a mapping.")
         groups = {str(name): _group(str(name), entry) for name, entry in data["groups"].items()}
-        return cls(groups, dict(data.get("options") or {}))
+        return cls(groups, dict(options))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as YAML; the file appears whole or not at all."""
@@ -87,7 +89,10 @@ class PruningPlan:
             data = read_yaml(read_text(path))
         except (OSError, ValueError) as error:  # PlanError is one
             raise ConfigError(f"{shown(path)} is not a pruning plan: {error}") from error
-        return cls.from_data(data)
+        try:
+            return cls.from_data(data)
+        except ConfigError as error:
+            raise ConfigError(f"{shown(path)}: {error}") from error
 
     def __str__(self) -> str:
         rows = [
@@ -118,6 +123,7 @@ class PruningPlan:
 def _group(name: str, entry: Any) -> GroupPlan:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("size"), int):
         raise ConfigError(f"group {name!r} of a pruning plan needs size and remove.")
+    only(entry, ("size", "remove", "blocks"), ("groups", name))
     remove, size, blocks = entry.get("remove", []), entry["size"], entry.get("blocks", 1)
     if not isinstance(remove, (list, tuple)) or any(isinstance(i, bool) or not isinstance(i, int) for i in remove):
         raise ConfigError(f"group {name!r}: remove is a list of positions.")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import fx, nn
 
-from fxcompress.errors import ConfigError, did_you_mean
+from fxcompress.errors import ConfigError, did_you_mean, shown
 from fxcompress.graph.copying import copied_model
 from fxcompress.graph.select import listed
 from fxcompress.graph.trace import is_traced
@@ -87,7 +87,7 @@ DTYPES = ("int8", "uint8", "fp16")
 def check_dtype(dtype: str, known: Sequence[str] = DTYPES) -> None:
     """Raise ConfigError for a dtype that a quantizer does not have."""
     if dtype not in known:
-        raise ConfigError(f"there is no dtype {dtype!r}.{did_you_mean(str(dtype), known)} Known: {', '.join(known)}.")
+        raise ConfigError(f"there is no dtype {shown(dtype)}.{did_you_mean(str(dtype), known)} Known: {', '.join(known)}.")
 
 
 def check_method(option: str, name: str, options: Mapping[str, Any] | None) -> None:

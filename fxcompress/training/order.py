@@ -103,7 +103,8 @@ class Feed:
         data = fed(data)
         if iter(data) is data:
             raise DataError(
-                "the training data is an iterator, which ends with the first epoch; give a DataLoader or a list."
+                f"the training data is a {type(data).__name__}, which can be read once: training reads its data in every "
+                "epoch, and again where it goes on. Give a DataLoader or a list."
             )
         self.seed = seed
         self._data, self._order = _ordered(data, seed)
