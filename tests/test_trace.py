@@ -106,6 +106,15 @@ def test_an_exported_part_says_which_sizes_its_code_decides_by() -> None:
     assert "decides by sizes" not in whole.meta["rungs"][0].reason
 
 
+def test_sizes_that_one_part_decides_by_are_fixed_for_others_of_its_class_and_said() -> None:
+    model = nn.Sequential(Padding(), nn.Flatten(3), nn.Conv2d(4, 3, 1), Padding()).eval()
+    traced = trace(model, torch.randn(2, 3, 6, 6))
+    first, second = traced.meta["rungs"]
+    assert first.reason.endswith("dimension 3 of x") and "such code decides: dimensions [3]" in second.reason
+    assert_same(model, traced, torch.randn(5, 3, 9, 6))
+    assert_same(model, traced, torch.randn(1, 3, 4, 6))
+
+
 def test_without_example_inputs_the_defeating_module_stays_an_island() -> None:
     model = AroundLooping().eval()
     traced = trace(model)

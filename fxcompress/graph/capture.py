@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,17 +25,25 @@ __all__ = ["capture", "inline"]
 
 
 def capture(
-    module: nn.Module, call: Arguments, *, constants: frozenset[int] = frozenset(), sizes: bool = True
+    module: nn.Module,
+    call: Arguments,
+    *,
+    constants: frozenset[int] = frozenset(),
+    sizes: bool = True,
+    decided: set[int] | None = None,
 ) -> tuple[torch.export.ExportedProgram, str]:
     """The exported program of ``module``, and what was fixed to get it (an empty string where every size is free).
 
     ``constants`` are the ids of argument tensors that are parameters and keep their sizes; without ``sizes`` only the batch
-    is left free, which is much cheaper where code computes with sizes. Raises TraceError with the reason where
+    is left free, which is much cheaper where code computes with sizes. ``decided`` are dimensions that code of this kind is
+    known to decide by: they are fixed, and those found here are added. Raises TraceError with the reason where
     ``torch.export`` refuses too.
     """
     doubled = _doubled_batch(call, constants)
     batch_only = "only the batch size may vary"
-    attempts = [(doubled, _all_dimensions, "")] if sizes else []
+    known = f"fixed to its sizes, by which such code decides: dimensions {sorted(decided)}" if decided else ""
+    attempts: list[tuple[Arguments, Callable[[Any], Any], str]]
+    attempts = [(doubled, partial(_all_dimensions, but=frozenset(decided or ())), known)] if sizes else []
     attempts += [(doubled, _first_dimension, batch_only), (call, _no_dimension, "all sizes are fixed")]
     failure: Exception | None = None
     for attempt, free, fixed in attempts:
@@ -52,12 +61,17 @@ def capture(
             continue
         if program.graph_signature.buffers_to_mutate:
             raise TraceError("it updates buffers while running")
-        return _without_transforms(program), join(fixed, _limits(program, module, attempt, asked))
+        limits, dims = _limits(program, module, attempt, asked)
+        if decided is not None:
+            decided |= dims - {0}
+        return _without_transforms(program), join(fixed, limits)
     raise TraceError(f"torch.export refused it: {_first_line(failure)}") from failure
 
 
-def _limits(program: torch.export.ExportedProgram, module: nn.Module, call: Arguments, free: Callable[[Any], Any]) -> str:
-    """The sizes that ``module`` takes and ``program`` may not, because its code decides by them; empty where there are none.
+def _limits(
+    program: torch.export.ExportedProgram, module: nn.Module, call: Arguments, free: Callable[[Any], Any]
+) -> tuple[str, set[int]]:
+    """The sizes that ``module`` takes and ``program`` may not, because its code decides by them, in words and as dimensions.
 
     ``free`` gives the dimensions of an argument that were to be left free. Sizes that are one symbol vary together, as do
     fixed ones of the same dimension; each is asked with one more.
@@ -80,7 +94,8 @@ def _limits(program: torch.export.ExportedProgram, module: nn.Module, call: Argu
             with frozen_state(module), preserved_attributes(module):
                 limited += places if _runs(module, *args, **kwargs) else []
     described = ", ".join(f"dimension {dim} of {names[place]}" for place, dim in sorted(limited))
-    return f"its code decides by sizes, and what it does for others is not kept: {described}" if described else ""
+    said = f"its code decides by sizes, and what it does for others is not kept: {described}" if described else ""
+    return said, {dim for _, dim in limited}
 
 
 def _one_more(leaves: list[Any], places: list[tuple[int, int]]) -> list[Any]:
@@ -118,8 +133,12 @@ def _transforms(node: fx.Node) -> bool:
     return "_functorch" in str(getattr(node.target, "__module__", ""))
 
 
-def _all_dimensions(leaf: Any) -> Any:
-    return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
+def _all_dimensions(leaf: Any, but: frozenset[int]) -> Any:
+    return (
+        {dim: torch.export.Dim.AUTO for dim in range(leaf.dim()) if dim not in but}
+        if isinstance(leaf, torch.Tensor)
+        else None
+    )
 
 
 def _first_dimension(leaf: Any) -> Any:
