@@ -62,6 +62,7 @@ from fxcompress.pruning import (
     SensitivityAnalyzer,
     StructuredPruner,
 )
+from fxcompress.pruning.criteria import CRITERIA
 from fxcompress.pruning.pruning_scheduler import SCHEDULERS
 from fxcompress.quantization import (
     CALIBRATORS,
@@ -95,6 +96,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CALIBRATORS",
+    "CRITERIA",
     "DATASETS",
     "DISTILLERS",
     "LOSSES",

@@ -24,6 +24,7 @@ PUBLIC = {
     "ATDistiller",
     "BaseDistiller",
     "CALIBRATORS",
+    "CRITERIA",
     "CCDistiller",
     "CRDDistiller",
     "Calibrator",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from fxcompress import CRITERIA, build_pruner
 from fxcompress.errors import ConfigError, FxCompressError, PassError
 from fxcompress.pruning import ChannelPruner, FilterPruner, PruningPlan, StructuredPruner
 
@@ -45,6 +46,27 @@ def test_importance_is_the_norm_of_the_filters() -> None:
     close(inputs["3"], model[3].weight.detach().double().abs().sum((0, 2, 3)))
     scales = StructuredPruner(criterion="bn_scale").compute_importance(model, X)
     close(scales["0"], model[1].weight.detach().double().abs())
+
+
+def test_criteria_of_ones_own_are_registered_and_ranked_by() -> None:
+    @CRITERIA.register()
+    def widest_entry(slices: torch.Tensor, name: str) -> torch.Tensor:
+        return slices.abs().amax(1)
+
+    @CRITERIA.register()
+    def one_for_all(slices: torch.Tensor, name: str) -> torch.Tensor:
+        return slices.abs().sum()
+
+    model = network()
+    found = StructuredPruner(criterion="widest_entry").compute_importance(model, X)
+    close(found["0"], model[0].weight.detach().double().abs().amax((1, 2, 3)))
+    small = build_pruner({"type": "StructuredPruner", "criterion": "widest_entry", "round_to": 1}).prune(
+        model, example_inputs=X
+    )
+    kept = found["0"].argsort(descending=True)[:8].sort().values
+    assert torch.equal(small.get_parameter("0.weight"), model[0].weight[kept])
+    with pytest.raises(FxCompressError, match=r"'one_for_all' gave \(\) for 0.weight; it gives a tensor of 16 scores"):
+        StructuredPruner(criterion="one_for_all").compute_importance(model, X)
 
 
 def test_scores_stand_in_the_positions_of_a_plan_in_blocks_too() -> None:

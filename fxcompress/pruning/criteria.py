@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import ConfigError, did_you_mean
+from fxcompress.registry import Registry
 
 __all__ = [
     "CRITERIA",
@@ -25,19 +26,9 @@ __all__ = [
     "l2_norm",
     "normalise",
     "random",
+    "scored",
     "taylor",
 ]
-
-CRITERIA = {
-    "l1_norm": "weight",
-    "l2_norm": "weight",
-    "fpgm": "weight",
-    "bn_scale": "scale",
-    "taylor": "gradient",
-    "hrank": "features",
-    "random": "nothing",
-}
-"""Criterion → what it looks at."""
 
 
 def l1_norm(slices: Tensor, name: str = "the weight") -> Tensor:
@@ -104,6 +95,21 @@ def _rank(matrices: Tensor) -> Tensor:
     return found.to(torch.float64)
 
 
+CRITERIA = Registry(
+    "criterion",
+    {
+        "l1_norm": l1_norm,
+        "l2_norm": l2_norm,
+        "fpgm": fpgm,
+        "bn_scale": bn_scale,
+        "taylor": taylor,
+        "hrank": hrank,
+        "random": random,
+    },
+)
+"""Criteria by name. One of a user's own is called as ``l1_norm`` is: ``(slices, name)`` → [n]."""
+
+
 REDUCTIONS = ("sum", "mean", "max", "norm")
 """How the scores of several slices become the score of the unit they belong to; ``norm`` is √Σs²."""
 
@@ -142,6 +148,17 @@ def normalise(scores: Tensor, how: str = "mean") -> Tensor:
         hint = did_you_mean(how, NORMALISATIONS)
         raise ConfigError(f"there is no normalisation {how!r}.{hint} Known: {', '.join(NORMALISATIONS)}.")
     return NORMALISATIONS[how](scores) if scores.numel() else scores
+
+
+def scored(criterion: str, slices: Tensor, name: str) -> Tensor:
+    """The scores of ``slices`` by a criterion that looks at them alone; ConfigError unless it gives one number a slice."""
+    found: Tensor = CRITERIA[criterion](slices, name)
+    if not isinstance(found, Tensor) or found.shape != slices.shape[:1]:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ConfigError(
+            f"the criterion {criterion!r} gave {shape} for {name}; it gives a tensor of {slices.shape[0]} scores."
+        )
+    return _finite(found.detach().to(torch.float64), name)
 
 
 def _positive(value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.data import split_batch
-from fxcompress.errors import ConfigError, DataError, did_you_mean
+from fxcompress.errors import ConfigError, DataError
 from fxcompress.graph import ops
 from fxcompress.graph.channels import ChannelGroup, Channels
 from fxcompress.graph.recorder import Recorder
@@ -29,9 +29,7 @@ _NARROW = {"bn_scale": "no BatchNorm scales its channels", "hrank": "no layer ma
 
 def check_criterion(criterion: str) -> str:
     """``criterion``, or ConfigError with the closest names."""
-    if criterion not in criteria.CRITERIA:
-        hint = did_you_mean(criterion, criteria.CRITERIA)
-        raise ConfigError(f"there is no criterion {criterion!r}.{hint} Known: {', '.join(criteria.CRITERIA)}.")
+    criteria.CRITERIA[criterion]
     return criterion
 
 
@@ -129,8 +127,7 @@ class _Scoring:
             gradient = tensor.grad
             rows = _rows(gradient, shape) if gradient is not None else None
             return criteria.taylor(_rows(tensor, shape), rows, name)
-        function: Any = getattr(criteria, criterion)
-        return function(_rows(tensor, shape), name)
+        return criteria.scored(criterion, _rows(tensor, shape), name)
 
 
 def _rows(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
