@@ -126,3 +126,27 @@ def test_groups_that_a_residual_ties_to_the_input_of_the_model_stay_as_they_are(
     model: Any = Residual().double().eval()
     small: Any = PassManager([{"prune-channels": {"sparsity": 0.5}}], progress=False).run(model, x)
     assert small.inner.b.groups == 7 and small(x).shape == model(x).shape
+
+
+def test_groups_of_channels_in_any_order_go_whole_and_are_proved() -> None:
+    class Picked(Bottleneck):
+        order: Tensor
+
+        def __init__(self) -> None:
+            super().__init__(groups=8, width=4)
+            self.register_buffer("order", torch.randperm(32))
+
+        def forward(self, x: Tensor) -> Any:
+            return self.c(F.relu(self.b(F.relu(self.a(x))[:, self.order])))
+
+    torch.manual_seed(0)
+    model: Any = Picked().double().eval()
+    small, manager = pruned(model, sparsity=0.5, whole_groups=["b"], round_to=1)
+    left = kept_groups(model, small, 4)
+    assert small.b.groups == 4 and any("proved" in remark.reason for remark in manager.ledger.remarks("prune-channels"))
+    rows = torch.cat([model.order[4 * group : 4 * group + 4] for group in left]).sort().values
+    assert torch.equal(small.a.weight, model.a.weight[rows])
+    gone = [4 * group + i for group in range(8) if group not in left for i in range(4)]
+    with torch.no_grad():
+        model.c.weight[:, gone] = 0
+    assert torch.allclose(small(CALL), model(CALL), rtol=0, atol=1e-12)

@@ -27,6 +27,7 @@ class Atoms:
         self._frozen: list[tuple[Ints, str]] = []
         self.inexact: list[tuple[Ints, str]] = []
         self._copies: list[tuple[int, Ints]] = []
+        self._ranked: list[Ints] = []
 
     def new(self, *shape: int) -> Ints:
         """Fresh atoms in an array of this shape."""
@@ -81,6 +82,17 @@ class Atoms:
         for start, copied in reversed(self._copies):
             own = (found >= start) & (found < start + len(copied))
             found[own] = copied[found[own] - start]
+        return found
+
+    def rank(self, rows: Ints) -> None:
+        """The atoms of each row are of one unit, and take part in it in this order."""
+        self._ranked.append(rows)
+
+    def ranks(self) -> Ints:
+        """By atom: what its place among those of its unit goes by first, before its number."""
+        found = np.zeros(self.count, dtype=np.int64)
+        for rows in self._ranked:
+            found[rows] = np.arange(rows.shape[1])
         return found
 
     def freeze(self, atoms: Ints, reason: str) -> None:

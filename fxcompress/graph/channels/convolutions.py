@@ -151,6 +151,7 @@ def _whole_groups(
     walk.atoms.merge(leaders, own, where)
     if inputs is not None:
         walk.atoms.merge(leaders, inputs, where)
+        walk.atoms.rank(inputs)
     else:
         walk.atoms.freeze(own, f"takes channels of fixed size at {where}")
     walk.counts.append(Count(call.node, "groups", leaders.reshape(-1)))

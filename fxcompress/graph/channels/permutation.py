@@ -41,11 +41,12 @@ def permuted(channels: Channels, seed: int = 0) -> Iterator[None]:
 def permuter(channels: Channels, seed: int = 0) -> Callable[[torch.Tensor, Value], torch.Tensor]:
     """What permutes the units of every kind, within their block, in a tensor of the graph whose labels are given."""
     root, exchanged = channels.root, _exchange(channels, np.random.default_rng(seed))
+    rank = channels.walk.atoms.ranks()
 
     def permute(tensor: torch.Tensor, value: Value) -> torch.Tensor:
         dims = [dim for dim, label in value.labels.items() if _moves(root[label.array], exchanged)]
         for dim in sorted(dims, key=lambda d: -int(value.labels[d].array.size)):
-            tensor = _permute(tensor, dim, value.labels[dim].array, root, exchanged)
+            tensor = _permute(tensor, dim, value.labels[dim].array, root, exchanged, rank)
         return tensor
 
     return permute
@@ -67,28 +68,29 @@ def _exchange(channels: Channels, generator: np.random.Generator) -> Ints:
     return exchanged
 
 
-def _permute(tensor: torch.Tensor, dim: int, atoms: Ints, root: Ints, exchanged: Ints) -> torch.Tensor:
+def _permute(tensor: torch.Tensor, dim: int, atoms: Ints, root: Ints, exchanged: Ints, rank: Ints) -> torch.Tensor:
     """The k-th slice of each unit takes the values of the k-th slice of the unit that replaces it.
 
-    Slices of one unit are counted in the order of their atoms, which follows where they come from, and then by position.
+    Slices of one unit are counted by the rank of their atoms, by the atoms, which follows where they come from, and then by
+    position.
     """
     if atoms.size == atoms.shape[dim]:
-        found = _positions(atoms.ravel(), root, exchanged)
+        found = _positions(atoms.ravel(), root, exchanged, rank)
         return tensor.index_select(dim, torch.from_numpy(found).to(tensor.device))
     lines = np.moveaxis(atoms, dim, -1)
     flat = lines.reshape(-1, lines.shape[-1])
     rows, which = np.unique(flat, axis=0, return_inverse=True)
-    index = np.stack([_positions(row, root, exchanged) for row in rows])[which.reshape(-1)]
+    index = np.stack([_positions(row, root, exchanged, rank) for row in rows])[which.reshape(-1)]
     order = np.moveaxis(index.reshape(lines.shape), -1, dim)
     return tensor.gather(dim, torch.from_numpy(np.ascontiguousarray(order)).to(tensor.device).expand(tensor.shape))
 
 
-def _positions(atoms: Ints, root: Ints, exchanged: Ints) -> Ints:
+def _positions(atoms: Ints, root: Ints, exchanged: Ints, rank: Ints) -> Ints:
     line = root[atoms]
-    order = np.lexsort((np.arange(len(line)), atoms, line))
+    order = np.lexsort((np.arange(len(line)), atoms, rank[atoms], line))
     ordered = line[order]
-    rank = np.empty_like(line)
-    rank[order] = np.arange(len(line))
-    rank -= np.searchsorted(ordered, line)
-    found: Ints = order[np.searchsorted(ordered, exchanged[line]) + rank]
+    place = np.empty_like(line)
+    place[order] = np.arange(len(line))
+    place -= np.searchsorted(ordered, line)
+    found: Ints = order[np.searchsorted(ordered, exchanged[line]) + place]
     return found
