@@ -59,6 +59,21 @@ def test_any_split_order_and_merge_gives_the_same_state(name: str, values: Tenso
 
 
 @pytest.mark.parametrize("name", CALIBRATORS)
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_seen_in_inference_mode_and_outside_of_it_counts_alike(name: str, first: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    parts = [10.0**power * torch.randn(size, generator=generator) for power, size in enumerate((100, 70_000, 140_000, 5))]
+    mixed, other = build_calibrator(name), fed(name, parts[3])
+    for number, part in enumerate(parts[:3]):
+        with torch.inference_mode((number % 2 == 0) == first):
+            mixed.collect(part.clone())
+    with torch.inference_mode():
+        mixed.merge(other)
+    mixed.collect(parts[0])
+    assert same_state(mixed.state_dict(), fed(name, *parts, parts[0]).state_dict())
+
+
+@pytest.mark.parametrize("name", CALIBRATORS)
 @given(values=data)
 @common
 def test_state_is_saved_and_taken_up(name: str, values: Tensor) -> None:
