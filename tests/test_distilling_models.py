@@ -20,6 +20,7 @@ from fxcompress.distillation import (
     FSPDistiller,
     LogitDistiller,
     RKDDistiller,
+    distiller,
     losses,
     make_distiller,
 )
@@ -274,9 +275,9 @@ def test_outputs_of_many_forms() -> None:
         lambda logits, hidden: Output(logits=logits, hidden=hidden),
     ]
     for form in forms:
-        for distiller in (LogitDistiller(Model(form), Model(form)), FeatureDistiller(Model(form), Model(form), ["body"])):
-            learned(distiller, {"x": x, "mask": None}, Y)
-            learned(distiller, x, Y)
+        for made in (LogitDistiller(Model(form), Model(form)), FeatureDistiller(Model(form), Model(form), ["body"])):
+            learned(made, {"x": x, "mask": None}, Y)
+            learned(made, x, Y)
 
 
 def test_the_ledger_tells_every_terms_value_weight_and_gradient() -> None:
@@ -311,6 +312,41 @@ class Scaled(BaseDistiller):
     def distill_losses(self, step: Step) -> dict[str, Tensor]:
         student, teacher = step.logits()
         return {"gap": F.mse_loss(student, teacher)}
+
+
+@distiller
+class Huber(BaseDistiller):
+    """A distiller of one's own, whose options are annotated names."""
+
+    delta: float = 1.0
+
+    def distill_losses(self, step: Step) -> dict[str, Tensor]:
+        return {"huber": F.huber_loss(*step.logits(), delta=self.delta)}
+
+
+class Late(BaseDistiller):
+    """A distiller of one's own, which sets its option last."""
+
+    def __init__(self, teacher: Any = None, student: Any = None, delta: float = 1.0, **options: Any) -> None:
+        super().__init__(teacher, student, **options)
+        self.delta = delta
+
+    def distill_losses(self, step: Step) -> dict[str, Tensor]:
+        return {"huber": F.huber_loss(*step.logits(), delta=self.delta)}
+
+
+@pytest.mark.parametrize("kind", [Huber, Late])
+def test_options_of_ones_own_are_annotated_or_set_by_the_constructor(kind: Any) -> None:
+    DISTILLERS.register()(kind)
+    try:
+        teacher, student = pair()
+        own = make_distiller({"type": kind.__name__, "delta": 0.25}, teacher=teacher, student=student)
+        output, terms = own(images(), Y)
+        with torch.no_grad():
+            expected = F.huber_loss(output, teacher.eval()(images()), delta=0.25)
+        assert torch.allclose(terms["huber"], expected)
+    finally:
+        del DISTILLERS._entries[kind.__name__]
 
 
 def test_distillers_of_ones_own_are_registered_configured_and_added() -> None:

@@ -12,6 +12,7 @@ from fxcompress.distillation.feature_distiller import (
 )
 from fxcompress.distillation.indexed import IndexedDataset
 from fxcompress.distillation.logit_distiller import DISTDistiller, DKDDistiller, LogitDistiller
+from fxcompress.distillation.parameters import distiller
 from fxcompress.distillation.projectors import PROJECTORS
 from fxcompress.distillation.relation_distiller import (
     CCDistiller,
@@ -43,6 +44,7 @@ __all__ = [
     "RelationDistiller",
     "ReviewKDDistiller",
     "TeacherCache",
+    "distiller",
     "logits_of",
     "losses",
     "make_distiller",

@@ -61,6 +61,17 @@ class BaseDistiller(Assignable):
     ``seed``                   for every random choice
 
     ``forward(images, targets)`` returns the student's output and the weighted losses by name; their sum is the total loss.
+
+    A distiller of one's own gives its losses by name in :meth:`distill_losses`, from ``step.logits()`` or from layers that
+    :meth:`choose` names. Its options are the annotated names of a class under ``@distiller``, or those of its constructor::
+
+        @DISTILLERS.register()
+        @distiller
+        class HuberDistiller(BaseDistiller):
+            delta: float = 1.0
+
+            def distill_losses(self, step: Step) -> dict[str, Tensor]:
+                return {"huber": torch.nn.functional.huber_loss(*step.logits(), delta=self.delta)}
     """
 
     term: ClassVar[str] = "distill"

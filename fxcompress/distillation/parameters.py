@@ -39,7 +39,7 @@ class Assignable(nn.Module):
 def check_options(made: nn.Module) -> None:
     """ConfigError for an option of another type, or out of its range; what is no plain data is not looked at."""
     kind: Any = type(made)
-    given = {name: getattr(made, name) for name in options_of(kind)}
+    given = {name: getattr(made, name) for name in options_of(kind) if hasattr(made, name)}
     check_given(kind, {name: value for name, value in given.items() if not _holds_module(value)})
 
 
