@@ -203,3 +203,26 @@ def test_what_a_runtime_must_reach_falls_with_the_sensitivity_of_the_graph_only(
     for flat, lowest, highest in ((steady, 10.0, 10.0), (wild, -math.inf, 0.0)):
         expected = flat.module(*flat.examples)
         assert lowest <= least_agreement(flat.module, Arguments(flat.examples, {}), expected) <= highest
+
+
+POOLS: dict[str, nn.Module] = {
+    "a divisor": nn.AvgPool2d(2, divisor_override=3),
+    "a divisor, over the edge": nn.AvgPool2d(3, 2, 1, ceil_mode=True, divisor_override=5),
+    "over the edge": nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+    "nothing behind": nn.AvgPool2d((2, 3), (4, 3), (1, 1), ceil_mode=True),
+    "over the edge, nothing counted": nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+    "padding that counts": nn.AvgPool2d(3, 2, 1),
+    "a row": nn.Sequential(nn.Flatten(2), nn.AvgPool1d(5, 3, 2, ceil_mode=True)),
+    "a volume": nn.Sequential(nn.Unflatten(1, (2, 4)), nn.AvgPool3d(2, padding=1, divisor_override=3)),
+}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("name", POOLS)
+def test_averages_are_pooled_as_torch_pools_them(name: str, runtime: str) -> None:
+    pytest.importorskip(runtime)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), POOLS[name]).eval(), torch.randn(4, 3, 12, 13)
+    lowered = PTQQuantizer(backend=runtime, progress=False).quantize(model, [x])
+    for batch in (x, x[:1]):
+        assert output_snr(model(batch), lowered(batch)) > 28

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxcompress.backends.average_pools import is_odd_pool, open_pool
 from fxcompress.backends.embedding_bags import is_bag, open_bag
 from fxcompress.backends.sample_convolutions import counts_samples, open_groups
 from fxcompress.errors import BackendError
@@ -64,6 +65,8 @@ def flatten(module: fx.GraphModule) -> Flat:
             values[node] = open_bag(graph, node, values)
         elif counts_samples(node):
             values[node] = open_groups(graph, node, values)
+        elif is_odd_pool(node):
+            values[node] = open_pool(graph, node, values)
         else:
             values[node] = graph.node_copy(node, lambda old: values[old])
             values[node].meta.pop("nn_module_stack", None)  # torch.export would read it, and wants it in its own form
