@@ -226,3 +226,29 @@ def test_averages_are_pooled_as_torch_pools_them(name: str, runtime: str) -> Non
     lowered = PTQQuantizer(backend=runtime, progress=False).quantize(model, [x])
     for batch in (x, x[:1]):
         assert output_snr(model(batch), lowered(batch)) > 28
+
+
+EXTREMES: dict[str, Any] = {
+    "amax": lambda y: y.amax(1),
+    "amax over two": lambda y: y.unflatten(1, (2, 3)).amax((1, 2)),
+    "amin": lambda y: torch.amin(y, -2),
+    "max": lambda y: y.max(1).values,
+    "min": lambda y: y.min(-2, keepdim=True)[0].squeeze(1),
+}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extremes_between_integers_are_those_of_the_graph(name: str, runtime: str) -> None:
+    class Extreme(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(EXTREMES[name](self.first(x)))  # type: ignore[no-any-return]
+
+    pytest.importorskip(runtime)
+    torch.manual_seed(0)
+    model, x = Extreme().eval(), torch.randn(8, 6, 4)
+    assert output_snr(model(x), PTQQuantizer(backend=runtime, progress=False).quantize(model, [x])(x)) > 28

@@ -24,12 +24,15 @@ OPSET = 20
 _NEEDED = ("onnx", "onnxscript")
 
 
-def to_onnx(flat: Flat, *, dynamic: bool = True) -> Any:
-    """The graph as an ``onnx.ModelProto``. Raises BackendError where torch cannot export an operator."""
+def to_onnx(flat: Flat, *, dynamic: bool = True, ordered: bool = False) -> Any:
+    """The graph as an ``onnx.ModelProto``; ``ordered``: extremes are taken from the order of values.
+
+    Raises BackendError where torch cannot export an operator.
+    """
     reason = missing(*_NEEDED)
     if reason:
         raise BackendError(f"ONNX export needs {' and '.join(_NEEDED)}, and {reason}: pip install 'fxcompress[onnx]'.")
-    from fxcompress.backends.onnx_operators import TRANSLATIONS  # needs the packages
+    from fxcompress.backends.onnx_operators import EXTREMES, TRANSLATIONS  # needs the packages
     from fxcompress.backends.onnx_tidying import tidied
 
     attempts = [_free_batch(flat.examples)] if dynamic else []
@@ -42,7 +45,7 @@ def to_onnx(flat: Flat, *, dynamic: bool = True) -> Any:
                     program,
                     dynamo=True,
                     opset_version=OPSET,
-                    custom_translation_table=TRANSLATIONS,
+                    custom_translation_table=TRANSLATIONS | (EXTREMES if ordered else {}),
                     input_names=list(flat.inputs),
                     optimize=False,
                     verbose=False,

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from onnxscript import opset20 as op
 
 from fxcompress.graph import qdq
 
-__all__ = ["TRANSLATIONS"]
+__all__ = ["EXTREMES", "TRANSLATIONS"]
 
 
 def _number(value: Any, dtype: Any) -> Any:
@@ -60,3 +61,30 @@ TRANSLATIONS: dict[Any, Any] = {
     qdq.dequantize_per_channel: _dequantize_per_channel,
 }
 """Operators of ours → functions that build their ONNX form."""
+
+
+def _first_in_order(largest: int, both: bool) -> Any:
+    """The largest or smallest value, taken from the order of values; ``both``: with its index, over one dimension."""
+
+    def translate(self: Any, dim: Any = (), keepdim: bool = False) -> Any:
+        rank = len(self.shape)
+        dims = [dim] if isinstance(dim, int) else list(dim) or list(range(rank))
+        values: Any = self
+        indices: Any = None
+        for d in dims:
+            values, indices = op.TopK(values, _number([1], np.int64), axis=d % rank, largest=largest)
+        axes = _number([d % rank for d in dims], np.int64)
+        results = [made if keepdim else op.Squeeze(made, axes) for made in (values, indices)[: 1 + both]]
+        return tuple(results) if both else results[0]
+
+    return translate
+
+
+_aten = torch.ops.aten
+EXTREMES: dict[Any, Any] = {
+    _aten.amax.default: _first_in_order(1, False),
+    _aten.amin.default: _first_in_order(0, False),
+    _aten.max.dim: _first_in_order(1, True),
+    _aten.min.dim: _first_in_order(0, True),
+}
+"""Largest and smallest values without ReduceMax and ReduceMin, which OpenVINO computes wrongly between integers."""

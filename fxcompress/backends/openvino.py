@@ -53,7 +53,7 @@ BACKEND = Backend(
     per_channel=True,
     affine_weights=False,
     rules=RULES,
-    lower=lower_to(openvino),
+    lower=lower_to(openvino, ordered=True),
     unavailable=lambda: missing("openvino", "onnx", "onnxscript"),
     saturates=lambda: not has_vnni(),
     whole=True,
