@@ -229,6 +229,10 @@ class PruneChannels(Pass):
     def choose(self, channels: Channels, context: Context, cost: float | None = None) -> dict[str, list[int]]:
         """The units that go, by group; ``cost`` is what the dense model was measured to cost."""
         found, budget = self.importance(channels, context), self._budget(self._dense(channels.walk.module))
+        if not self.target and self.global_pruning and self.part < 1.0:
+            last = choose(channels, found, replace(self, part=1.0)._budget(budget.dense))
+            floors = {g.name: (g.size - len(last[g.name])) // len(g.blocks) for g in channels.groups}
+            budget = replace(budget, floors=floors)  # nothing that the last step would rather keep
         if not self.target:
             return choose(channels, found, budget)
         (what, share), measure = next(iter(self.target.items())), self._measure(channels, context)

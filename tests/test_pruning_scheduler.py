@@ -256,7 +256,7 @@ def test_channels_that_go_by_and_by_end_on_multiples_where_a_single_cut_would(
     for before, middle, after in zip(widths, made(half), made(model), strict=True):
         assert before >= middle >= after >= 1
         assert after == before or after % 8 == 0 or before <= 8
-    assert made(model) == made(once) if not asked.get("global_pruning") else sum(made(model)) == sum(made(once))
+    assert made(model) == made(once) or (asked.get("global_pruning") and abs(sum(made(model)) - sum(made(once))) < 8)
 
 
 @pytest.mark.parametrize("what", ["macs", "parameters"])

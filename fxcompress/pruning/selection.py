@@ -36,6 +36,7 @@ class Budget:
     ``normalisation``  how scores of groups are made comparable
     ``uniform``        groups of one shape keep the same number
     ``dense``          the model that shares are counted of, where earlier steps took some of it
+    ``floors``         group → units that every block of it keeps, for later steps to take
     """
 
     sparsity: float = 0.5
@@ -47,6 +48,7 @@ class Budget:
     normalisation: str = "mean"
     uniform: bool = False
     dense: Dense = field(default_factory=Dense)
+    floors: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
@@ -65,7 +67,8 @@ class Budget:
         """The numbers of units that a group may keep."""
         blocks, now = group.blocks.shape
         size, slices = self.dense.size(group), slices_of(channels, group)
-        return rounding(size, blocks, slices, self.round_to, self.min_kept, self.max_ratio, now)
+        least = max(self.min_kept, self.floors.get(group.name, 1))
+        return rounding(size, blocks, slices, self.round_to, least, self.max_ratio, now)
 
 
 def sparsities(channels: Channels, budget: Budget) -> dict[str, float]:
