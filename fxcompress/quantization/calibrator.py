@@ -80,8 +80,7 @@ class Calibrator:
             self._widen(low, high)
         self.count += values.numel()
         self._ranges = _Ranges()
-        with torch.inference_mode(False):  # what is counted in is written to in other modes, too
-            self._add(values, *bounds)
+        self._add(values, *bounds)
 
     def merge(self, other: Calibrator) -> None:
         """Join what ``other``, of the same class and options, has seen."""
@@ -93,8 +92,7 @@ class Calibrator:
             self._widen(other.minimum, other.maximum)
             self.count += other.count
             self._ranges = _Ranges()
-            with torch.inference_mode(False):
-                self._join(other)
+            self._join(other)
 
     def compute_range(self, dtype: str | Grid = "int8") -> tuple[Tensor, Tensor]:
         """The range to quantize on with this grid (or the default grid of a dtype), as float64 tensors.

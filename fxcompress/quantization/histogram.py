@@ -31,9 +31,11 @@ class Histogram:
     """Counts (int64) per bin; memory is fixed by ``num_bins`` (a power of two, the fineness at the top of the range).
 
     ``signed``: keep the two sides of zero apart; otherwise magnitudes are counted, which is cheaper. Small tensors wait,
-    up to 131,072 values, and are counted together: what counting costs at least is paid once for all of them.
+    up to 131,072 values, and are counted together: what counting costs at least is paid once for all of them. What is
+    counted in is written to inside of inference mode and outside of it.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, num_bins: int, *, signed: bool = True) -> None:
         self.signed = signed
         self.per_octave = max(2, num_bins // 4)
@@ -50,6 +52,7 @@ class Histogram:
         self._settle()
         return self._counts
 
+    @torch.inference_mode(False)
     def add(self, values: Tensor, minimum: float, maximum: float) -> None:
         """Count the one-dimensional float32 ``values``, whose extremes are known."""
         self._rise(_octave(max(abs(minimum), abs(maximum))))
@@ -97,6 +100,7 @@ class Histogram:
                 self._counts = _lowered(self._counts, (octave - self.top) * self.per_octave)
             self.top = octave
 
+    @torch.inference_mode(False)
     def merge(self, other: Histogram) -> None:
         """Add what ``other`` counted."""
         self._rise(other.top)
@@ -135,6 +139,7 @@ class Histogram:
     def state_dict(self) -> dict[str, Any]:
         return {"top": self.top, "counts": self.counts.clone()}
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Any]) -> None:
         top, counts = (state.get(key) if isinstance(state, Mapping) else None for key in ("top", "counts"))
         if not isinstance(top, int) or not isinstance(counts, Tensor) or counts.dtype != self._counts.dtype:
