@@ -256,7 +256,11 @@ def test_channels_that_go_by_and_by_end_on_multiples_where_a_single_cut_would(
     for before, middle, after in zip(widths, made(half), made(model), strict=True):
         assert before >= middle >= after >= 1
         assert after == before or after % 8 == 0 or before <= 8
-    assert made(model) == made(once) or (asked.get("global_pruning") and abs(sum(made(model)) - sum(made(once))) < 8)
+    if "global_pruning" in asked:  # two ways to round may be as near
+        asked_for = (1 - share) * sum(widths)
+        assert abs(sum(made(model)) - asked_for) < abs(sum(made(once)) - asked_for) + 8
+    else:
+        assert made(model) == made(once)
 
 
 @pytest.mark.parametrize("what", ["macs", "parameters"])
