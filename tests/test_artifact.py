@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,57 @@ def test_a_tampered_description_is_refused_and_runs_nothing(saved: Path, change:
     edit(saved, change)
     with pytest.raises(FxCompressError):
         load(saved)
+
+
+class TakesMapping(nn.Module):
+    """A model that iterates over a mapping it is given, so that its graph has the mapping's structure."""
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return torch.cat([value.mul(value.shape[0]) for value in inputs.values()])
+
+
+CODE = "exec('raise SystemExit')"
+
+
+def respell(document: Any, change: Any) -> None:
+    """Change the structure of what a saved graph takes."""
+    tree = document["module"]["pytree"]
+    version, structure = json.loads(tree["in"])
+    change(structure["children_spec"][1])
+    tree["in"] = json.dumps([version, structure])
+
+
+def an_enum(entry: Any) -> None:
+    entry.update(type="builtins.list", context='{"\\u005f_enum__": true, "fqn": "this:s", "name": "a"}', children_spec=[])
+
+
+def a_factory(entry: Any) -> None:
+    context = {"default_factory_module": "this", "default_factory_name": "s", "dict_context": ["a", "b"]}
+    entry.update(type="collections.defaultdict", context=context)
+
+
+WRITTEN: dict[str, Any] = {
+    "an argument": lambda d: d["module"]["nodes"][0].update(target=f"x={CODE}"),
+    "an argument of a call": lambda d: d["module"]["nodes"][-2].update(kwargs={"dict": [[f"x={CODE}, dim", 0]]}),
+    "an argument with a mapping": lambda d: d["module"]["pytree"].update(names=["self", f"inputs={CODE}"]),
+    "a key of a mapping": lambda d: respell(d, lambda e: e.update(context=json.dumps([f"a': {CODE}, 'b", "b"]))),
+    "a layer": lambda d: d["module"]["nodes"][-2].update(op="get_attr", target=f'x"), {CODE}, ("'),
+    "a private attribute": lambda d: d["module"]["nodes"][2].update(args={"tuple": [{"node": "inputs_1"}, "__class__"]}),
+    "an enum": lambda d: respell(d, an_enum),
+    "a factory": lambda d: respell(d, a_factory),
+    "an operator that writes files": lambda d: d["module"]["nodes"][-2].update(target="aten.save.default"),
+}
+
+
+@pytest.mark.parametrize("what", WRITTEN)
+def test_no_word_of_a_saved_model_becomes_code(what: str, tmp_path: Path) -> None:
+    save(trace(TakesMapping(), {"inputs": {"a": X, "b": X}}), tmp_path / "model")
+    assert torch.equal(load(tmp_path / "model")({"a": X, "b": X}), torch.cat([2 * X, 2 * X]))
+    edit(tmp_path / "model", WRITTEN[what])
+    sys.modules.pop("this", None)
+    with pytest.raises(ArtifactError, match=r"no name|no part of a model|none of a tensor|not read|not an operator"):
+        load(tmp_path / "model")
+    assert "this" not in sys.modules
 
 
 def paths(data: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

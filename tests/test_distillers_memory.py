@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,9 @@ def test_a_cached_teacher_answers_every_sample_once(place: str, tmp_path: Path) 
         assert sum(CALLS) == 6
         with pytest.raises(ConfigError, match="another teacher's answers"):
             LogitDistiller(Net(8), student, cache_teacher=where)
+        os.truncate(tmp_path / "cache" / "0", 40)
+        with pytest.raises(ConfigError, match="cut short"):
+            LogitDistiller(teacher, student, cache_teacher=where)
         (tmp_path / "cache" / "cache.json").write_text("{")
         with pytest.raises(ConfigError, match="is damaged"):
             LogitDistiller(teacher, student, cache_teacher=where)

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import ConfigError, DataError
 from fxcompress.files import make_folder, write_text
 from fxcompress.graph.digest import digest, state_of
+from fxcompress.graph.treespec import read_spec, written_spec
 
 __all__ = ["TeacherCache", "frozen"]
 
@@ -97,7 +98,7 @@ class TeacherCache:
             make_folder(self.folder)
             header = {
                 "teacher": self._teacher,
-                "spec": pytree.treespec_dumps(spec),
+                "spec": written_spec(spec),
                 "rows": [[list(leaf.shape[1:]), str(leaf.dtype).removeprefix("torch.")] for leaf in leaves],
             }
             write_text(self.folder / "cache.json", json.dumps(header))
@@ -106,14 +107,21 @@ class TeacherCache:
         assert self.folder is not None
         try:
             header = json.loads((self.folder / "cache.json").read_text(encoding="utf-8"))
-            self.spec = pytree.treespec_loads(header["spec"])
+            self.spec = read_spec(header["spec"])
             self.rows = [torch.empty(0, *shape, dtype=getattr(torch, dtype)) for shape, dtype in header["rows"]]
             samples = (self.folder / "known").stat().st_size
+            self._check_sizes(self.folder, samples)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"the teacher's cache {str(self.folder)!r} is damaged: {error}. Remove it.") from error
         if header["teacher"] != self._teacher:
             raise ConfigError(f"the cache {str(self.folder)!r} holds another teacher's answers; use another folder.")
         self._resize(samples)
+
+    def _check_sizes(self, folder: Path, samples: int) -> None:
+        """ValueError where a file is too short for what is known: what it lost would be read as zeros."""
+        for name, rows in [*((f"{number}", rows) for number, rows in enumerate(self.rows)), ("seen", self._seen)]:
+            if (folder / name).stat().st_size < samples * math.prod(rows.shape[1:]) * rows.element_size():
+                raise ValueError(f"{name!r} is cut short")
 
     def _grow(self, samples: int) -> None:
         if samples > len(self.known):

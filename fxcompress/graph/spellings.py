@@ -68,7 +68,7 @@ def target_name(target: Any) -> str | None:
     """The word a call target is saved under, or None where it is not in the allow-list."""
     if isinstance(target, torch._ops.OpOverload):
         space, _, name = target._schema.name.partition("::")
-        return f"{space}.{name}.{target._overloadname}" if _is_allowed(space, name) else None
+        return f"{space}.{name}.{target._overloadname}" if _is_allowed(target) else None
     return _names().get(target)
 
 
@@ -78,13 +78,18 @@ def target_by_name(name: str) -> Any:
         return _table().spelled[name]
     space, _, rest = name.partition(".")
     operator_name, _, overload = rest.partition(".")
-    if not _is_allowed(space, operator_name):
+    if space not in _SPACES:
         return None
-    return getattr(getattr(getattr(torch.ops, space), operator_name, None), overload, None)
+    target = getattr(getattr(getattr(torch.ops, space), operator_name, None), overload, None)
+    return target if isinstance(target, torch._ops.OpOverload) and _is_allowed(target) else None
 
 
-def _is_allowed(space: str, name: str) -> bool:
-    return space == "fxcompress" or (space == "aten" and "file" not in name)
+_SPACES = ("aten", "fxcompress")
+
+
+def _is_allowed(target: torch._ops.OpOverload) -> bool:
+    """Whether an operator is one of ours or of torch, and neither reads nor writes a file."""
+    return target.namespace in _SPACES and all(argument.name != "filename" for argument in target._schema.arguments)
 
 
 @functools.cache

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import collections
 import functools
+import keyword
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.fx.passes.shape_prop import TensorMetadata
-from torch.utils import _pytree as pytree
 
 from fxcompress.errors import ArtifactError
 from fxcompress.graph import ops, spellings
+from fxcompress.graph.treespec import read_spec, written_spec
 from fxcompress.serial.records import build_record, is_record, record_data
 from fxcompress.serial.values import decode, encode
 
@@ -28,7 +29,7 @@ def graph_data(module: fx.GraphModule) -> dict[str, Any]:
     tree = None
     if isinstance(codegen, _PyTreeCodeGen):
         info = codegen.pytree_info
-        specs = [pytree.treespec_dumps(spec) if spec else None for spec in (info.in_spec, info.out_spec)]
+        specs = [written_spec(spec) if spec else None for spec in (info.in_spec, info.out_spec)]
         tree = {"names": list(info.orig_args), "in": specs[0], "out": specs[1]}
     return {
         "name": type(module).__name__,
@@ -70,13 +71,22 @@ def build_graph(data: dict[str, Any]) -> fx.Graph:
     """The graph that :func:`graph_data` described, without the module that owns it."""
     graph = fx.Graph()
     if data["pytree"]:
-        tree = data["pytree"]
-        specs = [pytree.treespec_loads(tree[side]) if tree[side] else None for side in ("in", "out")]
-        graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(tree["names"], *specs)))  # type: ignore[arg-type]
+        graph.set_codegen(_PyTreeCodeGen(_calling(data["pytree"])))
     nodes: dict[str, fx.Node] = {}
     for entry in data["nodes"]:
         nodes[entry["name"]] = _build_node(graph, entry, nodes)
     return graph
+
+
+def _calling(tree: dict[str, Any]) -> _PyTreeInfo:
+    """How a graph with containers among its arguments is called."""
+    taken, returned = (read_spec(tree[side]) if tree[side] else None for side in ("in", "out"))
+    keys = [key for spec in (taken.children() if taken is not None else ()) if spec.type is dict for key in spec.context]
+    for name in tree["names"]:
+        _check_word(name)
+    for key in keys:
+        _check_quoted(key)
+    return _PyTreeInfo(tree["names"], taken, returned)  # type: ignore[arg-type]
 
 
 def _build_node(graph: fx.Graph, entry: dict[str, Any], nodes: dict[str, fx.Node]) -> fx.Node:
@@ -88,6 +98,10 @@ def _build_node(graph: fx.Graph, entry: dict[str, Any], nodes: dict[str, fx.Node
     elif entry["op"] == "call_function":
         target = spellings.target_by_name(target)
     args, kwargs = decode(entry["args"], nodes), decode(entry["kwargs"], nodes)
+    for key in kwargs:
+        _check_word(key)
+    if target is getattr and (not isinstance(args[1], str) or args[1].startswith("_")):
+        raise ArtifactError(f"the saved graph reads the attribute {args[1]!r}, which is none of a tensor.")
     node = graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
     meta = dict(entry["meta"])
     node.meta["tensor_meta"] = _build_meta(meta.pop("tensor_meta"))
@@ -101,12 +115,28 @@ def _build_node(graph: fx.Graph, entry: dict[str, Any], nodes: dict[str, fx.Node
 def _check_target(op: str, target: Any) -> None:
     if isinstance(target, dict):
         return
+    if op == "placeholder":
+        _check_word(target.removeprefix("*").removeprefix("*"))
+    if op in ("call_module", "get_attr"):
+        _check_quoted(target)
     if op == "call_function" and spellings.target_by_name(target) is None:
         raise ArtifactError(f"the saved graph calls {target!r}, which is not an operator of the op table.")
     if op == "call_method" and (target.startswith("_") and not spellings.is_known_method(target)):
         raise ArtifactError(f"the saved graph calls the method {target!r}, which is not a tensor operator.")
     if op == "call_method" and not hasattr(torch.Tensor, target):
         raise ArtifactError(f"the saved graph calls the method {target!r}, which tensors do not have.")
+
+
+def _check_word(name: Any) -> None:
+    """Refuse a name that does not stand in code as a name: fx writes these into the code of ``forward`` as they are."""
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise ArtifactError(f"the saved graph has an argument {name!r}, which is no name.")
+
+
+def _check_quoted(name: Any) -> None:
+    """Refuse text that does not stay between quotes: fx puts these around what is no name."""
+    if not str(name).isprintable() or not set("'\"\\").isdisjoint(str(name)):
+        raise ArtifactError(f"the saved graph names {name!r}, which is no part of a model.")
 
 
 @functools.cache
