@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxcompress import PassManager
+from fxcompress import METRICS, PassManager, Recipe
 from fxcompress.errors import ConfigError, DataError
 from fxcompress.graph.cost import cost
 from fxcompress.pruning import MagnitudePruner, SensitivityAnalyzer
@@ -110,6 +110,22 @@ def test_scores_are_the_mean_loss_and_follow_the_direction_of_the_metric() -> No
     loss = analyzed(num_steps=3, metric="cross_entropy_loss")
     for name, score in loss.get_sensitivity_scores().items():
         assert score == pytest.approx(np.mean([value - loss.baseline for value in loss.curves[name].values()]))
+
+
+def test_a_registered_metric_says_which_way_it_is_better() -> None:
+    @METRICS.register("perplexity", lower_is_better=True)
+    def perplexity(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, target).exp()
+
+    @METRICS.register("negative_error", lower_is_better=False)
+    def negative_error(output: Tensor, target: Tensor) -> Tensor:
+        return -(output.argmax(1) != target).double().mean()
+
+    for name, sign in (("perplexity", 1.0), ("negative_error", -1.0)):
+        found = analyzed(num_steps=2, metric=name)
+        for part, score in found.get_sensitivity_scores().items():
+            assert score == pytest.approx(np.mean([sign * (v - found.baseline) for v in found.curves[part].values()]))
+        assert Recipe(metric=name).better(1.0, 2.0) is (sign > 0)
 
 
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.95, 1.0])

@@ -47,7 +47,7 @@ class SensitivityAnalyzer:
     ``num_steps``       how many, evenly spaced (for ``semi_structured``: those that N of every M allow)
     ``metric``          a name (``accuracy``, ``top5``, ``cross_entropy_loss``, …), or ``function(model, batch)`` → a number
     ``pruning_type``    ``structured`` (parts are channel groups), ``unstructured`` or ``semi_structured`` (layers)
-    ``maximize``        whether more of the metric is better; None: unless its name ends in ``loss``
+    ``maximize``        whether more of the metric is better; None: as METRICS says; more of a function
     ``cache``           a file that keeps every measurement, so that an interrupted analysis goes on where it stopped
     ``pruner_options``  options of the :class:`StructuredPruner` or :class:`MagnitudePruner` that prunes
 
@@ -77,8 +77,9 @@ class SensitivityAnalyzer:
             METRICS[metric]  # an unknown name is an error here
         self.sparsity_range, self.num_steps = list(sparsity_range), num_steps
         self.metric, self.pruning_type = metric, pruning_type
-        named = metric if isinstance(metric, str) else ""
-        self.sign = 1.0 if (not named.endswith("loss") if maximize is None else maximize) else -1.0
+        if maximize is None:
+            maximize = callable(metric) or not METRICS.lower_is_better(metric)
+        self.sign = 1.0 if maximize else -1.0
         self.example_inputs, self.options = example_inputs, dict(pruner_options or {})
         self.cache, self._progress = None if cache is None else Path(cache), progress
         self.baseline = math.nan

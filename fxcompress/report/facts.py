@@ -28,6 +28,7 @@ from fxcompress.quantization.compare import compare_activations, compare_weights
 from fxcompress.quantization.quantizer import in_eval_mode
 from fxcompress.report.changes import Line, alone, compare, operators
 from fxcompress.timing import Timing
+from fxcompress.training import METRICS
 
 __all__ = ["Case", "Layer", "Measure", "gather"]
 
@@ -149,7 +150,7 @@ def _timed(timings: tuple[Timing, Timing] | None) -> list[Measure]:
 
 def _judged(metrics: Mapping[str, Sequence[float]]) -> list[Measure]:
     return [
-        Measure(name.capitalize().replace("_", " "), before, after, "", name.endswith("loss"))
+        Measure(name.capitalize().replace("_", " "), before, after, "", METRICS.lower_is_better(name))
         for name, (before, after) in metrics.items()
     ]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from fxcompress.training.order import batch_size
 from fxcompress.training.terms import split_target
 
 __all__ = ["METRICS", "evaluate"]
+
+T = TypeVar("T")
 
 
 def _logits(output: Any) -> Tensor:
@@ -37,8 +39,35 @@ def _top5(output: Any, target: Tensor) -> Tensor:
     return (best == target.unsqueeze(1)).any(1).double().mean()
 
 
-METRICS = Registry(
-    "metric",
+class Metrics(Registry):
+    """Metrics by name, and which way each is better.
+
+    Less is better of a metric that was registered with ``lower_is_better``, and of one whose name ends in ``loss`` or
+    ``error`` where nothing was said; more is better of any other.
+    """
+
+    def __init__(self, entries: Mapping[str, Any]) -> None:
+        super().__init__("metric", entries)
+        self._lower: dict[str, bool] = {}
+
+    def register(self, name: str | None = None, *, lower_is_better: bool | None = None) -> Callable[[T], T]:
+        """A decorator that adds a function under ``name``, or its own, with the way it is better."""
+        add = super().register(name)
+
+        def directed(metric: T) -> T:
+            add(metric)
+            if lower_is_better is not None:
+                self._lower[name or metric.__name__] = lower_is_better  # type: ignore[attr-defined]
+            return metric
+
+        return directed
+
+    def lower_is_better(self, name: str) -> bool:
+        """Whether less of the metric ``name`` is better, be it registered or not."""
+        return self._lower.get(self._key(name) or name, name.endswith(("loss", "error")))
+
+
+METRICS = Metrics(
     {
         "accuracy": _accuracy,
         "top5": _top5,

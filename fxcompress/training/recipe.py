@@ -19,6 +19,7 @@ from fxcompress.errors import ConfigError
 from fxcompress.options import Count, Positive, Seed
 from fxcompress.plan import option_types
 from fxcompress.registry import Registry
+from fxcompress.training.metrics import METRICS
 
 __all__ = ["LOSSES", "LR_SCHEDULES", "OPTIMIZERS", "Horizon", "Recipe", "build_optimizer", "build_schedule"]
 
@@ -37,8 +38,8 @@ class Recipe:
     ``clip_norm``          the largest gradient norm a step may have
     ``ema``                decay of an exponential moving average of the parameters, which is then what is evaluated and kept
     ``patience``           stop after this many epochs without a better ``metric``, and keep the best weights
-    ``metric``, ``mode``   what patience watches, and whether ``min`` or ``max`` is better (None: min for a name that ends
-                           in ``loss`` or ``error``)
+    ``metric``, ``mode``   what patience watches, and whether ``min`` or ``max`` is better (None: what METRICS says of
+                           it: min where its name ends in ``loss`` or ``error``)
     ``checkpoint_every``   steps between checkpoints; None: at the end of every epoch
     ``gradient_norms``     measure every loss term's gradient norm on the first batch of every epoch
     ``find_unused_parameters``  for several processes: some parameters get no gradient in some steps
@@ -81,7 +82,7 @@ class Recipe:
         """Whether ``value`` of the metric is an improvement on ``best``."""
         if best is None:
             return True
-        lower = self.mode == "min" or (self.mode is None and self.metric.endswith(("loss", "error")))
+        lower = METRICS.lower_is_better(self.metric) if self.mode is None else self.mode == "min"
         return value < best if lower else value > best
 
     def as_data(self) -> dict[str, Any]:
