@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -9,31 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxcompress.backends import tensorrt
-from fxcompress.backends.agreement import least_agreement
+from fxcompress.backends.agreement import engine_agreement
 from fxcompress.backends.base import missing
-from fxcompress.backends.engine import Session
-from fxcompress.backends.flat import Flat, flatten
+from fxcompress.backends.engine import Engine, Runtime, Session, install
+from fxcompress.backends.flat import Flat, examples, flatten
 from fxcompress.backends.half import in_half
 from fxcompress.backends.onnx_graph import to_onnx
 from fxcompress.backends.onnxruntime import onnxruntime
 from fxcompress.errors import BackendError, ConfigError, VerificationError
 from fxcompress.files import make_folder, path_of, whole
+from fxcompress.graph import edit
 from fxcompress.graph.inputs import Arguments, arguments, tensors_in
 from fxcompress.graph.island import TOP
 from fxcompress.graph.meta_run import propagate
-from fxcompress.graph.qdq import dequantize, quantize
-from fxcompress.graph.results import output_snr
+from fxcompress.graph.module import shared_copy
 from fxcompress.graph.trace import trace
 
 __all__ = ["export_onnx", "export_tensorrt"]
 
 log = logging.getLogger("fxcompress")
-
-_FLOAT_WORST, _HALF_WORST = 60.0, 30.0
-"""dB: what float32 kernels, and float16 ones, of two libraries agree to."""
 
 
 def export_onnx(
@@ -64,11 +62,12 @@ def export_onnx(
         raise BackendError(f"export_onnx needs more than is here: {reason}. pip install 'fxcompress[onnx]'.")
     target = _file(path)
     graph = _portable(model, example_inputs)
-    flat = _with_examples(flatten(graph), example_inputs)
+    flat, call = _with_examples(flatten(graph), example_inputs), _call(graph, example_inputs)
+    as_written = functools.partial(onnxruntime, optimize=False)
 
     def make(half: bool) -> bytes:
         data: bytes = to_onnx(in_half(flat) if half else flat, dynamic=dynamic_batch).SerializeToString()
-        _check(flat, onnxruntime(data, torch.get_num_threads(), optimize=False), half)
+        _check(graph, call, as_written, data, half)
         return data
 
     data = _typed(make, half, _backend(graph))
@@ -98,13 +97,18 @@ def export_tensorrt(
     if reason:
         raise BackendError(f"a TensorRT engine cannot be built here: {reason}. Its ONNX can be exported anywhere.")
     target = _file(path)
-    flat = _with_examples(flatten(_portable(graph, example_inputs)), example_inputs)
+    graph = _portable(graph, example_inputs)
+    flat, call = _with_examples(flatten(graph), example_inputs), _call(graph, example_inputs)
 
     def make(half: bool) -> bytes:
         data: bytes = to_onnx(in_half(flat) if half else flat, dynamic=False).SerializeToString()
         plan = tensorrt.engine(data, [tuple(example.shape) for example in flat.examples])
-        run = tensorrt.session(plan)
-        _check(flat, lambda tensors: [found.cpu() for found in run([tensor.cuda() for tensor in tensors])], half)
+
+        def on_gpu(model: bytes, threads: int) -> Session:
+            run = tensorrt.session(plan) if model == data else tensorrt.tensorrt(model, threads)
+            return lambda tensors: [found.cpu() for found in run([tensor.cuda() for tensor in tensors])]
+
+        _check(graph, call, on_gpu, data, half)
         return plan
 
     return _written(_typed(make, half, quantized_for), target)
@@ -156,6 +160,10 @@ def _portable(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     return graph.cpu().eval()
 
 
+def _call(graph: fx.GraphModule, example_inputs: Any) -> Arguments:
+    return examples(graph) if example_inputs is None else arguments(example_inputs).to("cpu")
+
+
 def _with_examples(flat: Flat, example_inputs: Any) -> Flat:
     """The caller's tensors in place of made-up ones, where they were given one by one in order."""
     given = tensors_in(tuple(arguments(example_inputs))) if example_inputs is not None else []
@@ -165,19 +173,19 @@ def _with_examples(flat: Flat, example_inputs: Any) -> Flat:
     return Flat(flat.module, flat.inputs, flat.outputs, taken)
 
 
-def _check(flat: Flat, session: Session, half: bool) -> None:
+def _check(graph: fx.GraphModule, call: Arguments, runtime: Runtime, data: bytes, half: bool) -> None:
     """Run what is to be written against the graph."""
+    lowered = shared_copy(graph)
+    flat = flatten(lowered)
+    install(lowered, flat, Engine(runtime, data, len(flat.outputs)))
+    edit.finish(lowered)
     with torch.no_grad():
-        expected: tuple[Tensor, ...] = flat.module(*flat.examples)
-    found = session([example.contiguous() for example in flat.examples])
-    rounds = any(node.target in (quantize, dequantize) for node in flat.module.graph.nodes)
-    moved = least_agreement(flat.module, Arguments(flat.examples, {}), expected) if rounds else None
-    least = moved if moved is not None else _HALF_WORST if half else _FLOAT_WORST
-    agreement = output_snr(expected, tuple(found))
-    if not agreement >= least:
+        expected, found = call.fresh()(graph), call.fresh()(lowered)
+        made = engine_agreement(graph, lowered, call, expected, found)
+    if made.wrong:
         raise VerificationError(
-            f"the exported model computes something else than the graph: results agree to {agreement:.1f} dB, "
-            f"at least {least:.0f} dB were expected. Nothing was written.{_hint(expected) if half else ''}"
+            f"the exported model computes something else than the graph: {made.reason()}. "
+            f"Nothing was written.{_hint(expected) if half else ''}"
         )
 
 
@@ -193,7 +201,8 @@ def _warn_unless_it_loads(data: bytes) -> None:
         )
 
 
-def _hint(expected: tuple[Tensor, ...]) -> str:
-    largest = max((float(value.abs().max()) for value in expected if value.is_floating_point() and value.numel()), default=0)
+def _hint(expected: Any) -> str:
+    floats = [value for value in tensors_in(expected) if value.is_floating_point() and value.numel()]
+    largest = max((float(value.abs().max()) for value in floats), default=0)
     held = "float16 holds magnitudes from 6e-8 to 65504"
     return f" {held}, and the largest of the results is {largest:.1e}: half=False exports the model in float32."

@@ -185,6 +185,15 @@ def test_a_mean_that_uses_little_of_its_inputs_range_keeps_its_bits(backend: str
     assert output_snr(model(x), lowered(x)) > 33
 
 
+@pytest.mark.parametrize("backend", ["fbgemm", "qnnpack", "onnxruntime", "openvino"])
+def test_sums_of_a_pooling_leave_the_range_of_its_input_and_do_not_saturate(backend: str) -> None:
+    if backends.find(backend).unavailable():
+        pytest.skip(str(backends.find(backend).unavailable()))
+    torch.manual_seed(0)
+    x, model = torch.randn(4, 3, 12, 13), nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AvgPool2d(2, divisor_override=1))
+    assert output_snr(model(x), PTQQuantizer(backend=backend, progress=False).quantize(model, [x])(x)) > 38
+
+
 def test_a_lowered_graph_can_be_printed_with_its_types() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
     printed = quantized(model, torch.randn(2, 3, 8, 8)).print_readable(print_output=False)

@@ -1,7 +1,8 @@
 """Whether what a backend computes is what the graph says: every kernel on the graph's own values, and the results.
 
 The graph and its lowered form run on one or two samples. A kernel sees what the graph has there, so that no difference grows
-on its way through the network: its levels must be the graph's or next to them. An engine is one kernel, whose results count.
+on its way through the network: its levels must be the graph's or next to them. An engine shows its values but takes none: it
+is the graph that runs on these then, where the results leave a doubt.
 """
 
 from __future__ import annotations
@@ -15,20 +16,22 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxcompress.backends.engine_levels import engine_levels, snr_of_steps
 from fxcompress.errors import BackendError
 from fxcompress.graph import qdq
 from fxcompress.graph.inputs import Arguments, frozen_state, tensors_in
 from fxcompress.graph.recorder import Look, Recorder, Values
 from fxcompress.graph.results import largest_difference, output_snr
 
-__all__ = ["GRID", "OPERATOR", "REFERENCE", "Agreement", "Reference", "first_samples", "least_agreement", "wanted"]
+__all__ = ["GRID", "OPERATOR", "REFERENCE", "Agreement", "Reference", "engine_agreement", "first_samples", "wanted"]
 
 REFERENCE, OPERATOR, GRID = "reference", "operator", "grid"
 """Under these names a lowered node's metadata says which node of the graph has the same value, whose kernel it is, and the
 scale and zero point of its levels."""
 
 _SAMPLES = 2
-_SURE, _LEAST = 20.0, 10.0
+_CLEAR, _MARGIN = 60.0, 6.0
+"""dB from which results leave no doubt, and by which steps of levels may weigh more than those drawn at random."""
 _MOST_WRONG = 0.01
 _FLOAT_KERNEL = 20.0
 
@@ -38,9 +41,9 @@ class Agreement:
     """How far a lowered graph is from the graph.
 
     ``snr``      of the results, in dB; ``largest`` difference between them, and the ``magnitude`` they reach
-    ``kernels``  how many kernels were held against the graph one by one
-    ``apart``    the largest share of a kernel's levels that are more than one step off, and where
-    ``wrong``    operators of the graph whose kernels compute something else, with what was seen
+    ``kernels``  how many kernels, or tensors that an engine rounds (``what``), were held against the graph one by one
+    ``apart``    the largest share of one's levels that are more than one step off, and where
+    ``wrong``    operators of the graph for which something else is computed, with what was seen
     """
 
     snr: float
@@ -49,6 +52,12 @@ class Agreement:
     kernels: int = 0
     apart: tuple[float, str] = (0.0, "")
     wrong: dict[str, str] = field(default_factory=dict)
+    what: str = "kernels"
+
+    def reason(self) -> str:
+        """The first of what is wrong, and how much more is."""
+        more = f" (and {len(self.wrong) - 1} more like it)" if len(self.wrong) > 1 else ""
+        return f"{next(iter(self.wrong.values()))}{more}"
 
     def __str__(self) -> str:
         results = "the results are the graph's, bit for bit"
@@ -60,7 +69,7 @@ class Agreement:
             return results
         share, where = self.apart
         steps = f"up to {share:.2%} at {where!r}" if share else "none"
-        return f"{results}; of the levels of its {self.kernels} kernels, {steps} are more than one step off"
+        return f"{results}; of the levels of its {self.kernels} {self.what}, {steps} are more than one step off"
 
 
 class Reference:
@@ -79,26 +88,26 @@ class Reference:
     def compare(self, lowered: fx.GraphModule, *, runtime: str = "") -> Agreement:
         """Run a lowered form, and its kernels one by one where they are not one ``runtime``.
 
-        Raises BackendError where the results of ``runtime`` agree to less than rounding explains.
+        Raises BackendError where ``runtime`` computes something else than the graph.
         """
         with frozen_state(lowered), torch.no_grad():
             call, look, found = self._run(lowered)
-            expected = look.result
-            made = Agreement(output_snr(expected, found), largest_difference(expected, found), _magnitude(expected))
-            if not runtime:
+            if runtime:
+                made = engine_agreement(self.graph, lowered, call, look.result, found)
+            else:
+                made = _agreement(look.result, found)
                 _Kernels(lowered, look.values, made).record(call)
-            elif not made.snr > _SURE and not made.snr > least_agreement(self.graph, call, expected):
-                raise BackendError(
-                    f"{runtime} computes something else than the graph: its results agree to {made.snr:.1f} dB only."
-                )
+        if runtime and made.wrong:
+            raise BackendError(f"{runtime} computes something else than the graph: {made.reason()}.")
         return made
 
     def _run(self, lowered: fx.GraphModule) -> tuple[Arguments, Look, Any]:
         """A call that both take, what the graph gives for it, and the result of the lowered form."""
-        for number, call in enumerate(self.calls[:-1]):
+        few, whole = self.calls[0], self.calls[-1]
+        if few is not whole:
             with suppress(Exception):  # a model may be bound to the number of samples
-                return call, self._look(number), call.fresh()(lowered)
-        return self.calls[-1], self._look(len(self.calls) - 1), self.calls[-1].fresh()(lowered)
+                return few, self._look(0), few.fresh()(lowered)
+        return whole, self._look(len(self.calls) - 1), whole.fresh()(lowered)
 
     def _look(self, number: int) -> Look:
         if number not in self.looks:
@@ -127,26 +136,31 @@ def first_samples(call: Arguments) -> Arguments | None:
     return Arguments(*pytree.tree_map_only(Tensor, lambda tensor: tensor[:_SAMPLES], tuple(call)))
 
 
-def _magnitude(results: Any) -> float:
-    finite = [t.detach().to(torch.float64).nan_to_num(0.0, 0.0, 0.0).abs().max() for t in tensors_in(results) if t.numel()]
-    return max((float(value) for value in finite), default=0.0)
+def engine_agreement(
+    graph: fx.GraphModule, lowered: fx.GraphModule, call: Arguments, expected: Any, found: Any
+) -> Agreement:
+    """Hold the results of a call of an engine against the graph's, and its levels on the way there where they leave a doubt.
 
-
-def least_agreement(graph: fx.GraphModule, call: Arguments, expected: Any) -> float:
-    """dB that another runtime's results must reach for rounding to explain the difference: 10, or less for a graph that is
-    so sensitive that inputs moved by a thousandth change its results more (10 dB below what such inputs reach then).
+    Where the engine fuses operators that it does not fuse with its levels as outputs, its results have to be as near as
+    those of a graph whose levels are one step off here and there.
     """
-    generator = torch.Generator().manual_seed(1)
-    moved = Arguments(*pytree.tree_map_only(Tensor, lambda tensor: _moved(tensor, generator), tuple(call)))
-    with torch.no_grad():
-        return min(_LEAST, output_snr(expected, moved(graph)) - 10.0)
+    made = _agreement(expected, found)
+    if made.snr >= _CLEAR:
+        return made
+    levels = engine_levels(graph, lowered, call)
+    if levels is not None:
+        made.kernels, made.apart, made.wrong, made.what = levels.tensors, levels.apart, levels.wrong, "rounded tensors"
+    if levels is None or (not made.wrong and output_snr(levels.result, found) < math.inf):
+        least = snr_of_steps(graph, call, expected) - _MARGIN
+        if not made.snr >= least:
+            made.wrong["output"] = f"results agree to {made.snr:.1f} dB, and levels one step off explain {least:.1f} dB"
+    return made
 
 
-def _moved(example: Tensor, generator: torch.Generator) -> Tensor:
-    if not example.is_floating_point():
-        return example
-    noise = torch.randn(example.shape, generator=generator).to(example)
-    return example + 1e-3 * example.abs().mean() * noise
+def _agreement(expected: Any, found: Any) -> Agreement:
+    finite = [t.detach().to(torch.float64).nan_to_num(0.0, 0.0, 0.0).abs().max() for t in tensors_in(expected) if t.numel()]
+    magnitude = max((float(value) for value in finite), default=0.0)
+    return Agreement(output_snr(expected, found), largest_difference(expected, found), magnitude)
 
 
 class _Kernels(Recorder):

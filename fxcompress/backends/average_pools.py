@@ -1,11 +1,12 @@
 """Average pooling in the forms that ONNX or a runtime lacks: the means of what windows hold, times the share that it counts.
 
 ONNX has no divisor of its own, and counts padding in another way than torch where a last window hangs over the edge.
-OpenVINO pads integers whose zero point is not 0 with the level 0.
+OpenVINO pads integers whose zero point is not 0 with the level 0, where the pooling pads or follows a padding.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,13 +42,26 @@ def open_pool(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any]) -> fx.
     shape = shape_of(call.inputs[0]) if call is not None else None
     if call is None or shape is None:
         raise BackendError(f"{node.name!r} pools averages in a form that ONNX lacks, and its sizes are not known.")
-    pool, dims = _POOLS[call.kind], int(call.kind[-2])
-    window = [call["kernel_size"], call["stride"] or call["kernel_size"], call["padding"] or 0, bool(call["ceil_mode"])]
-    divisor = [call["divisor_override"]] if call["divisor_override"] else []
-    counted = pool(torch.ones(1, 1, *shape[-dims:]), *window, call["count_include_pad"] is not False, *divisor)
-    means = graph.call_function(pool, (values[call["input"]], *window, False))
-    for dim in range(-dims, 0) if call["ceil_mode"] else ():  # ONNX infers a window more, which torch does not start
-        means = graph.call_function(torch.narrow, (means, dim, 0, counted.shape[dim]))
-    alike = bool((counted == counted.flatten()[0]).all())
-    share = float(counted.flatten()[0]) if alike else graph.call_function(torch.tensor, (counted.tolist(),))
-    return graph.call_function(torch.mul, (means, share))
+    pool, dims, value = _POOLS[call.kind], int(call.kind[-2]), values[call["input"]]
+    size, stride, padding = (_each(given or 0, dims) for given in (call["kernel_size"], call["stride"], call["padding"]))
+    stride = stride if any(stride) else size
+    over, divisor, held = bool(call["ceil_mode"]), call["divisor_override"], torch.ones(1, 1, *shape[-dims:])
+    made = pool(held, size, stride, padding, over).shape
+    if divisor:
+        edges = [edge for edge in reversed(padding) for _ in range(2)]
+        value = graph.call_function(F.pad, (value, edges)) if any(edges) else value
+        value = graph.call_function(torch.mul, (value, math.prod(size) / divisor))  # behind the padding: see above
+        held, padding = F.pad(held, edges, value=1.0), [0] * dims
+    whole = [math.prod(size)] if divisor else []
+    counted = pool(held, size, stride, padding, over, call["count_include_pad"] is not False, *whole)
+    means = graph.call_function(pool, (value, size, stride, padding, over, False))
+    for dim in range(-dims, 0) if over else ():  # ONNX infers a window more, which torch does not start
+        means, counted = (graph.call_function(torch.narrow, (means, dim, 0, made[dim])), counted.narrow(dim, 0, made[dim]))
+    if bool((counted == 1).all()):
+        return means
+    return graph.call_function(torch.mul, (means, graph.call_function(torch.tensor, (counted.tolist(),))))
+
+
+def _each(given: Any, dims: int) -> list[int]:
+    """One number per dimension."""
+    return list(given) * (dims // len(given)) if isinstance(given, (tuple, list)) else [given] * dims

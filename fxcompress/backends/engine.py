@@ -19,7 +19,7 @@ from fxcompress.graph.cost import macs
 from fxcompress.graph.guards import CHECKS, guard_fixed
 from fxcompress.graph.shapes import tensor_meta
 
-__all__ = ["Engine", "Runtime", "Session", "lower_to"]
+__all__ = ["Engine", "Runtime", "Session", "install", "lower_to"]
 
 Session = Callable[[list[Tensor]], list[Tensor]]
 Runtime = Callable[[bytes, int], Session]
@@ -45,11 +45,15 @@ class Engine(nn.Module):
         self._threads = 0
 
     def forward(self, *inputs: Tensor) -> Any:
+        results = self.run(inputs)
+        return tuple(results) if self.outputs > 1 else results[0]
+
+    def run(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """What the session gives."""
         threads = torch.get_num_threads()
         if self._session is None or threads != self._threads:
             self._session, self._threads = self.runtime(self.model.cpu().numpy().tobytes(), threads), threads
-        results = self._session([tensor.detach().contiguous() for tensor in inputs])
-        return tuple(results) if self.outputs > 1 else results[0]
+        return self._session([tensor.detach().contiguous() for tensor in inputs])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_session": None}
@@ -70,7 +74,7 @@ def lower_to(
         exported = in_half(flat) if half else flat
         engine = Engine(runtime, to_onnx(exported, ordered=ordered).SerializeToString(), len(flat.outputs)).to(device)
         _first_call(engine, [example.to(device) for example in flat.examples])
-        _install(module, flat, engine)
+        install(module, flat, engine)
 
     return lower
 
@@ -103,7 +107,7 @@ def _reason(error: Exception) -> str:
     return (telling or lines or [type(error).__name__])[0][:300]
 
 
-def _install(module: fx.GraphModule, flat: Flat, engine: Engine) -> None:
+def install(module: fx.GraphModule, flat: Flat, engine: Engine) -> None:
     """Leave of the graph its inputs, one call of the engine, and its outputs."""
     graph = fx.Graph()
     values: dict[fx.Node, Any] = {}

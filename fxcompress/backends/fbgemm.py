@@ -130,9 +130,13 @@ def _mean(call: Call) -> str | None:
     return None if call["dim"] is not None else "it reduces everything to a number"
 
 
+def _divided(call: Call) -> str | None:
+    return "it divides by a number of its own" if call["divisor_override"] else None
+
+
 _KEEPS = Rule(output="input", refuse=_float_input)
 _CONV = Rule(weighted=True, refuse=_conv)
-_POOL = Rule(output="input", refuse=_image)
+_POOL = Rule(output="input", refuse=lambda call: _image(call) or _divided(call))
 _PAIR = Rule(operands=("input", "other"), refuse=_two_tensors)
 
 RULES: dict[str, Rule] = {
@@ -159,7 +163,7 @@ RULES: dict[str, Rule] = {
     "max_pool2d": Rule(output="input", refuse=_max_pool),
     "avg_pool2d": _POOL,
     "adaptive_avg_pool2d": Rule(refuse=_image),
-    "avg_pool3d": _KEEPS,
+    "avg_pool3d": Rule(output="input", refuse=lambda call: _float_input(call) or _divided(call)),
     "adaptive_avg_pool3d": _KEEPS,
     "interpolate": Rule(output="input", refuse=_resampled),
     "mean": Rule(refuse=_mean),
