@@ -19,7 +19,7 @@ def in_half(flat: Flat) -> Flat:
     """The graph with float16 between its operators: scales, biases, activations; inputs and outputs keep their type.
 
     Softmax, normalisation, exponentials and sums compute in float32 between two casts; nothing is cast between a dequantize
-    and its reader.
+    and its reader. What joins integers to integers is float32 on the way, as ONNX Runtime's kernel for it wants its scales.
     """
     module = copy.deepcopy(flat.module).half()
     graph = module.graph
@@ -32,6 +32,8 @@ def in_half(flat: Flat) -> Flat:
             node.args = (tuple(_cast(node, value, torch.float32) if _is_float(value) else value for value in node.args[0]),)
         elif ops.kind(node) in _FRAGILE and _is_float(node):
             _compute_in_single(module, node)
+    for node in [node for node in graph.nodes if _joins_integers(node)]:
+        _join_in_single(node)
     graph.lint()
     module.recompile()
     return Flat(module, flat.inputs, flat.outputs, flat.examples)
@@ -67,3 +69,18 @@ def _compute_in_single(module: fx.GraphModule, node: fx.Node) -> None:
     if node.op == "call_module":
         module.get_submodule(str(node.target)).float()
     _cast_after(node, torch.float16)
+
+
+def _joins_integers(node: fx.Node) -> bool:
+    """Whether ``node`` concatenates dequantized values, and is quantized by all that read it."""
+    sources = node.all_input_nodes if node.op.startswith("call") and ops.kind(node) == "cat" else []
+    ends = bool(node.users) and all(user.target is qdq.quantize for user in node.users)
+    return bool(sources) and ends and all(source.target is qdq.dequantize for source in sources)
+
+
+def _join_in_single(node: fx.Node) -> None:
+    for source in node.all_input_nodes:
+        with node.graph.inserting_before(node):
+            node.replace_input_with(source, node.graph.call_function(qdq.dequantize, source.args[:3]))
+        if not source.users:
+            node.graph.erase_node(source)

@@ -44,7 +44,6 @@ def _hear_deprecation_once() -> None:
 
 
 _hear_deprecation_once()
-getattr(torch.fx.graph, "dtype_abbrs", {}).setdefault(torch.quint8, "quint8")  # print_readable() knows no such type
 
 
 def x86_engine() -> str:

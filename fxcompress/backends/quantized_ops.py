@@ -136,10 +136,10 @@ class _Lowering(Writer):
             made = self._kernel(grid.source, grid.scale, grid.zero_point)
         else:
             made = self.graph.call_function(quantize_input, (self._float(grid.source), grid.scale, grid.zero_point))
-        made.meta["tensor_meta"] = _as_quint8(node)
+        made.meta["tensor_meta"] = _as_levels(node)
         if (grid.low, grid.high) != (0, 255):
             made = self.graph.call_function(torch.clamp, (made, *grid.bounds))
-            made.meta["tensor_meta"] = _as_quint8(node)
+            made.meta["tensor_meta"] = _as_levels(node)
         return made
 
     def _kernel(self, node: fx.Node, scale: Any, zero_point: Any) -> fx.Node:
@@ -163,7 +163,7 @@ class _Lowering(Writer):
             return self.operand(arg) if arg in self.integers or arg.target is _DEQUANTIZE else self._float(arg)
 
         made = self.graph.node_copy(node, value)
-        made.meta["tensor_meta"] = _as_quint8(node)
+        made.meta["tensor_meta"] = _as_levels(node)
         _reshape_any_layout(made)
         found = ops.lookup(node)
         if found is not None and found.family == "pooling":
@@ -252,13 +252,13 @@ def _is_tuple(node: fx.Node) -> bool:
     return tensor_meta(node) is None and isinstance(node.meta.get("tensor_meta"), (tuple, list))
 
 
-def _as_quint8(node: fx.Node) -> Any:
+def _as_levels(node: fx.Node) -> Any:
     meta = node.meta.get("tensor_meta")
     if isinstance(meta, TensorMetadata):
-        return meta._replace(dtype=torch.quint8, requires_grad=False, is_quantized=True)
+        return meta._replace(dtype=torch.uint8, requires_grad=False, is_quantized=True)
     if isinstance(meta, (tuple, list)):
         return tuple(
-            m._replace(dtype=torch.quint8, requires_grad=False, is_quantized=True) if isinstance(m, TensorMetadata) else None
+            m._replace(dtype=torch.uint8, requires_grad=False, is_quantized=True) if isinstance(m, TensorMetadata) else None
             for m in meta
         )
     return None

@@ -19,10 +19,17 @@ from fxcompress.graph.tree import submodule
 __all__ = ["describe", "dtype_of", "example_of", "is_meta", "module_of", "shape_of", "tensor_meta"]
 
 
+_LEVELS = {torch.quint8: torch.uint8, torch.qint8: torch.int8}
+
+
 def describe(value: Any) -> Any:
-    """The metadata of a value: of each tensor in its structure, None for anything else."""
+    """The metadata of a value: of each tensor in its structure, None for anything else.
+
+    A quantized tensor has the dtype of its levels, which fx's printer knows, and says ``is_quantized``.
+    """
     if isinstance(value, torch.Tensor):
-        return TensorMetadata(torch.Size(value.shape), value.dtype, value.requires_grad, (), None, value.is_quantized, {})
+        dtype = _LEVELS.get(value.dtype, value.dtype)
+        return TensorMetadata(torch.Size(value.shape), dtype, value.requires_grad, (), None, value.is_quantized, {})
     if isinstance(value, (tuple, list)):
         return tuple(describe(item) for item in value)
     if isinstance(value, dict):
