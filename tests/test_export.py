@@ -205,13 +205,13 @@ def test_an_export_says_where_onnx_runtime_takes_a_file_only_as_written(
     tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fxcompress.export as subject
+    from fxcompress.backends.onnxruntime import onnxruntime
 
     def choosy(model: bytes, threads: int, *, optimize: bool = True) -> Any:
         if optimize:
             raise RuntimeError("Type 'tensor(float16)' is invalid")
         return onnxruntime(model, threads, optimize=False)
 
-    onnxruntime = subject.onnxruntime
     monkeypatch.setattr(subject, "onnxruntime", choosy)
     path = export_onnx(nn.Linear(3, 3), tmp_path / "model.onnx", torch.randn(1, 3))
     assert "graph_optimization_level=ORT_DISABLE_ALL" in caplog.text and "tensor(float16)" in caplog.text
