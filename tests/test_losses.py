@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from decimal import Context, Decimal, localcontext
 from typing import Any
 
 import pytest
@@ -73,6 +74,40 @@ def test_kd_has_the_papers_gradient() -> None:
     losses.kd_loss(s, T, 4.0).backward()
     expected = 4.0 * (torch.softmax(S / 4, 1) - torch.softmax(T / 4, 1)) / 5
     assert torch.allclose(s.grad, expected, rtol=1e-9)  # type: ignore[arg-type]
+
+
+def _exact_kd(s: list[float], t: list[float], temperature: float) -> tuple[Decimal, list[Decimal]]:
+    """T² · KL of one row and its gradient, in 50 digits."""
+
+    def logs(row: list[float]) -> list[Decimal]:
+        scaled = [(Decimal(x) - Decimal(max(row))) / Decimal(temperature) for x in row]
+        whole = sum((x.exp() for x in scaled), Decimal(0)).ln()
+        return [x - whole for x in scaled]
+
+    with localcontext(Context(prec=50, Emin=-(10**9), Emax=10**9)):
+        log_s, log_t = logs(s), logs(t)
+        terms = [b.exp() * (b - a) for a, b in zip(log_s, log_t, strict=True) if b.exp() > 0]
+        slopes = [Decimal(temperature) * (a.exp() - b.exp()) for a, b in zip(log_s, log_t, strict=True)]
+        return Decimal(temperature) ** 2 * sum(terms, Decimal(0)), slopes
+
+
+@pytest.mark.parametrize("temperature", [1e-2, 1.0, 4.0, 1e3, 1e5, 1e8])
+@pytest.mark.parametrize("scores", ["apart", "near", "huge", "masked"])
+def test_kd_keeps_its_digits_at_every_temperature(scores: str, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    s, other = torch.randn(4, 10, generator=generator), torch.randn(4, 10, generator=generator)
+    s, t = {"apart": (5 * s, 5 * other), "near": (5 * s, 5 * s + other / 1000)}.get(scores, (1e20 * s, 1e20 * other))
+    if scores == "masked":
+        s, t = s / 1e20, t / 1e20
+        s[:, 3] = t[:, 3] = t[:, 5] = -torch.inf  # what neither model, or the teacher, gives a chance
+    rows = [_exact_kd(a, b, temperature) for a, b in zip(s.tolist(), t.tolist(), strict=True)]
+    for dtype, rtol in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
+        student = s.to(dtype).requires_grad_()
+        loss = losses.kd_loss(student, t.to(dtype), temperature)
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert loss.item() == pytest.approx(float(sum(row[0] for row in rows) / 4), rel=rtol, abs=1e-30)
+        slopes = torch.tensor([[float(x / 4) for x in row[1]] for row in rows], dtype=torch.float64)
+        assert (gradient.double() - slopes).norm() <= rtol * slopes.norm()
 
 
 def _dkd(s: list[float], t: list[float], y: int, temperature: float) -> tuple[float, float]:
