@@ -120,9 +120,9 @@ def gather(value: T) -> list[T]:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     mine = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-    sizes = _all_gather(torch.tensor([mine.numel()]))
+    sizes = _all_gather(torch.tensor([mine.numel()], device="cpu"))
     longest = max(int(size) for size in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded = torch.zeros(longest, dtype=torch.uint8, device="cpu")
     padded[: mine.numel()] = mine
     parts = _all_gather(padded)
     blobs = [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]

@@ -104,8 +104,8 @@ def _called(function: Any, options: dict[str, Any], path: Where, checked: bool =
 def random_data(samples: Count = 64, shape: tuple[Count, ...] = (3, 224, 224), classes: Count = 1000, seed: Seed = 0) -> Any:
     """Normal noise with random labels, from a seed."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(samples, *shape, generator=generator)
-    return TensorDataset(images, torch.randint(0, classes, (samples,), generator=generator))
+    images = torch.randn(samples, *shape, generator=generator, device="cpu")
+    return TensorDataset(images, torch.randint(0, classes, (samples,), generator=generator, device="cpu"))
 
 
 def digits(train: bool = True) -> Any:
@@ -115,8 +115,11 @@ def digits(train: bool = True) -> Any:
     except ImportError as error:
         raise ConfigError("the data set 'digits' comes from scikit-learn, which is not installed.") from error
     data = load_digits()
-    images, labels = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
-    chosen = (torch.arange(len(labels)) % 5 == 0) != train
+    images, labels = (
+        torch.tensor(data.images, dtype=torch.float32, device="cpu")[:, None] / 16,
+        torch.tensor(data.target, device="cpu"),
+    )
+    chosen = (torch.arange(len(labels), device="cpu") % 5 == 0) != train
     return TensorDataset(images[chosen], labels[chosen])
 
 

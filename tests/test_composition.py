@@ -178,3 +178,29 @@ def test_dicts_with_a_label_serve_every_stage_as_pairs_do(stage: dict[str, Any])
     pairs = build_compression_pipeline(stage, model).run(data=BATCHES)
     dicts = build_compression_pipeline(stage, model).run(data=[{"images": x, "mask": mask, "label": y} for x, y in BATCHES])
     assert torch.allclose(dicts(images=X, mask=torch.ones(24, 1, 8, 8)), pairs(X), atol=0.02)
+
+
+@pytest.mark.parametrize("default", ["device", "dtype"])
+def test_defaults_of_the_caller_change_nothing(default: str) -> None:
+    config = """
+compression:
+  pipeline:
+  - {type: StructuredPruner, sparsity: 0.5, round_to: 2, finetune_epochs: 1}
+  - {type: RandomPruner, sparsity: 0.2}
+  - {type: FeatureDistiller, teacher_layers: ["2"], student_layers: ["2"], logit_distill: {}, epochs: 1}
+  - {type: PTQQuantizer, num_calibration_batches: 2}
+"""
+
+    def compressed() -> Tensor:
+        return build_compression_pipeline(config).run(small(), BATCHES, progress=False)(X)
+
+    expected, model = compressed(), small()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if default == "dtype" else before)
+    torch.set_default_device("meta" if default == "device" else None)
+    try:
+        found = build_compression_pipeline(config).run(model, BATCHES, progress=False)(X)
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)

@@ -249,6 +249,21 @@ def test_nothing_rests_on_the_deprecated_quantization_package() -> None:
         assert not re.search(r"torch\.(ao|quantization)\b", file.read_text()), file
 
 
+MADE = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "tensor", "zeros"}
+
+
+def test_every_tensor_that_is_made_says_where() -> None:
+    """A default device of the caller's is for tensors of the caller's."""
+    silent = [
+        f"{module}, line {node.lineno}"
+        for module in MODULES
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in MADE | {"as_tensor"}}
+        if not {"device", None} & {given.arg for given in node.keywords}
+    ]
+    assert not silent
+
+
 def test_a_name_of_an_operator_is_in_one_row_of_the_table() -> None:
     names = Counter(name for op in TABLE for name in op.names.split())
     assert [name for name, rows in names.items() if rows > 1] == []

@@ -45,7 +45,11 @@ def open_pool(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any]) -> fx.
     pool, dims, value = _POOLS[call.kind], int(call.kind[-2]), values[call["input"]]
     size, stride, padding = (_each(given or 0, dims) for given in (call["kernel_size"], call["stride"], call["padding"]))
     stride = stride if any(stride) else size
-    over, divisor, held = bool(call["ceil_mode"]), call["divisor_override"], torch.ones(1, 1, *shape[-dims:])
+    over, divisor, held = (
+        bool(call["ceil_mode"]),
+        call["divisor_override"],
+        torch.ones(1, 1, *shape[-dims:], dtype=torch.float32, device="cpu"),
+    )
     made = pool(held, size, stride, padding, over).shape
     if divisor:
         edges = [edge for edge in reversed(padding) for _ in range(2)]

@@ -48,7 +48,11 @@ class DynamicRecurrent(nn.Module):
         for name in (f"ih{suffix}", f"hh{suffix}"):
             weight, scale = getattr(layer, f"weight_{name}"), getattr(layer, f"weight_{name}_scale")
             weight = quantized_weight(weight, scale, getattr(layer, f"weight_{name}_zero_point"), 0)
-            bias = getattr(layer, f"bias_{name}") if layer.bias else torch.zeros(layer.gates * layer.hidden_size)
+            bias = (
+                getattr(layer, f"bias_{name}")
+                if layer.bias
+                else torch.zeros(layer.gates * layer.hidden_size, dtype=torch.float32, device="cpu")
+            )
             packed.append(_q.linear_prepack(weight, bias))
             biases.append(bias)
         return _q.make_quantized_cell_params_dynamic(*packed, *biases, layer.quant_max < 255)

@@ -89,7 +89,7 @@ def snr_of_steps(graph: fx.GraphModule, call: Arguments, expected: Any) -> float
     generator = torch.Generator().manual_seed(0)
 
     def shifted(node: fx.Node, levels: Tensor) -> Tensor:
-        off = torch.randint(0, 8, levels.shape, generator=generator).to(levels.device)
+        off = torch.randint(0, 8, levels.shape, generator=generator, device="cpu").to(levels.device)
         low, high = (int(str(bound)) for bound in node.args[-3:-1])
         moved = levels.to(torch.int16) + (off == 0).to(torch.int16) - (off == 1).to(torch.int16)
         return moved.clamp_(low, high).to(levels.dtype)
@@ -144,7 +144,10 @@ class _Replay(Recorder):
     def _moved(self, value: Tensor) -> Tensor:
         if not value.is_floating_point():
             return value
-        return value * (1 + self.rounding * torch.randn(value.shape, generator=self.generator).to(value))
+        return value * (
+            1
+            + self.rounding * torch.randn(value.shape, generator=self.generator, dtype=torch.float32, device="cpu").to(value)
+        )
 
 
 def _replayed(graph: fx.GraphModule, call: Arguments, levels: list[Tensor], rounding: float = 0.0) -> _Replay:

@@ -99,8 +99,8 @@ def _example(node: fx.Node) -> Tensor | None:
         return None
     generator = torch.Generator().manual_seed(0)
     if meta.dtype.is_floating_point:
-        return torch.randn(meta.shape, generator=generator).to(meta.dtype)
-    return torch.zeros(meta.shape, dtype=meta.dtype)
+        return torch.randn(meta.shape, generator=generator, dtype=torch.float32, device="cpu").to(meta.dtype)
+    return torch.zeros(meta.shape, dtype=meta.dtype, device="cpu")
 
 
 _OTHERS = (torch.float16, torch.bfloat16, torch.float64)

@@ -40,7 +40,7 @@ def _hear_deprecation_once() -> None:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
+        torch.quantize_per_tensor(torch.zeros(1, dtype=torch.float32, device="cpu"), 1.0, 0, torch.quint8)
 
 
 _hear_deprecation_once()
@@ -150,7 +150,7 @@ class QuantizedLayer(nn.Module):
 
 def quantized_weight(weight: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int) -> Tensor:
     """int8 levels as the quantized tensor that prepacking takes."""
-    zeros = torch.zeros(scale.numel(), dtype=torch.int64) if zero_point is None else zero_point.to(torch.int64)
+    zeros = torch.zeros(scale.numel(), dtype=torch.int64, device="cpu") if zero_point is None else zero_point.to(torch.int64)
     if scale.numel() == 1:
         return torch._make_per_tensor_quantized_tensor(weight, float(scale), int(zeros))
     return torch._make_per_channel_quantized_tensor(weight, scale.to(torch.float64), zeros, axis)
@@ -253,7 +253,7 @@ def in_one_layout(input: Tensor) -> Tensor:
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
     if layout is None or not input.is_contiguous(memory_format=layout):
         return input
-    strides = torch.empty(input.shape, device="meta", memory_format=layout).stride()
+    strides = torch.empty(input.shape, dtype=torch.float32, device="meta", memory_format=layout).stride()
     return input if input.stride() == strides else input.as_strided(input.shape, strides)
 
 

@@ -210,8 +210,8 @@ class _Lowering(Writer):
         """Levels, scale, zero point (None: 0) and output-channel axis behind a dequantize."""
         weight = edit.get_tensor(self.module, str(qdq.source(node).target))
         if node.target is qdq.dequantize:
-            zero = torch.tensor([node.args[2]], dtype=torch.int8)
-            return weight, torch.tensor([node.args[1]], dtype=torch.float32), zero if zero.any() else None, 0
+            zero = torch.tensor([node.args[2]], dtype=torch.int8, device="cpu")
+            return weight, torch.tensor([node.args[1]], dtype=torch.float32, device="cpu"), zero if zero.any() else None, 0
         scale, zero_point = (
             edit.get_tensor(self.module, str(arg.target)) if isinstance(arg, fx.Node) else None
             for arg in (node.args[1], node.args[3] if len(node.args) > 3 else None)

@@ -67,11 +67,11 @@ def example_inputs(name: str, *, batch: int = 1, size: tuple[int, ...] | None = 
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device="cpu")
 
     kind = kind_of(name)
     if kind == "detection":
-        return ([torch.rand(3, *(size or (200, 300)), generator=generator) for _ in range(batch)],)
+        return ([torch.rand(3, *(size or (200, 300)), generator=generator, device="cpu") for _ in range(batch)],)
     if kind == "optical_flow":
         return noise(batch, 3, *(size or (128, 128))), noise(batch, 3, *(size or (128, 128)))
     if kind == "video":

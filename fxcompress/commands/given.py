@@ -100,7 +100,7 @@ def example(shape: list[int] | None) -> Arguments | None:
     if shape is None:
         return None
     try:
-        return Arguments((torch.randn(*shape, generator=torch.Generator().manual_seed(0)),), {})
+        return Arguments((torch.randn(*shape, generator=torch.Generator().manual_seed(0), device="cpu"),), {})
     except (RuntimeError, MemoryError, OverflowError) as error:
         raise ConfigError(f"--shape {' '.join(map(str, shape))} does not fit into memory: {brief(error)}.") from error
 

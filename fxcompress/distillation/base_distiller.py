@@ -25,6 +25,7 @@ from fxcompress.graph import taps
 from fxcompress.graph.feature_view import Features, features
 from fxcompress.graph.inputs import Arguments, arguments
 from fxcompress.graph.module import signature
+from fxcompress.graph.tree import device_of
 from fxcompress.options import Seed, Weight, check_whole, validated
 from fxcompress.registry import Registry
 from fxcompress.weighted import Weighted
@@ -168,6 +169,7 @@ class BaseDistiller(Assignable):
             for part in parts:
                 with deterministic(self.seed, common_dtype(student)):
                     part.rows = part.build(*self._views)
+            self._place(device_of(student))
             log.info("%s", self.layout())
         if self.cache_teacher is not None:
             self._cache = TeacherCache(self.cache_teacher, teacher)
@@ -182,6 +184,14 @@ class BaseDistiller(Assignable):
             load_weights(teacher, self.teacher_pretrained)
             return frozen(teacher) if self.freeze_teacher else teacher
         return frozen(teacher) if self.freeze_teacher else copy.deepcopy(teacher)
+
+    def _place(self, device: torch.device) -> None:
+        """Bring what was built to the student's device."""
+        for name, made in self._modules.items():
+            if made is not None and name not in ("teacher", "student"):
+                made.to(device)
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = None if buffer is None else buffer.to(device)
 
     def _parts(self) -> Iterator[BaseDistiller]:
         yield self
@@ -281,7 +291,11 @@ class BaseDistiller(Assignable):
         """The distillation loss of the last forward, before ``distill_weight``."""
         if self._last is None:
             raise ConfigError("there is no distillation loss yet: call the distiller on a batch first.")
-        return torch.stack([factor * value for factor, value in self._losses]).sum() if self._losses else torch.zeros(())
+        return (
+            torch.stack([factor * value for factor, value in self._losses]).sum()
+            if self._losses
+            else torch.zeros((), dtype=torch.float32, device="cpu")
+        )
 
     def get_teacher_features(self) -> dict[str, Tensor]:
         """The teacher's tapped values of the last forward by address."""

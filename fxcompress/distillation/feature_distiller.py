@@ -173,7 +173,7 @@ class OFDDistiller(ProjectedDistiller):
         rows = super().build(teacher, student)
         for number, (layer, _) in enumerate(self.pairs):
             margin = batch_norm_margin(teacher.model, layer.address)
-            unknown = torch.full((layer.channels,), torch.nan)
+            unknown = torch.full((layer.channels,), torch.nan, device="cpu")
             self.register_buffer(f"margin_{number}", unknown if margin is None else margin)
         return rows
 

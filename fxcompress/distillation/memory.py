@@ -19,7 +19,7 @@ __all__ = ["InBatch", "MemoryBank", "MemoryQueue"]
 def _random(rows: int, width: int, generator: torch.Generator) -> Tensor:
     if rows * width > 2**40:
         raise ConfigError(f"samples is {rows!r}: a bank of them would hold {rows * width * 8 / 1e12:,.0f} TB.")
-    return F.normalize(torch.empty(rows, width).uniform_(-1, 1, generator=generator))
+    return F.normalize(torch.empty(rows, width, device="cpu").uniform_(-1, 1, generator=generator))
 
 
 def _from_everyone(value: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class _Memory(nn.Module):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed = seed
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long, device="cpu"))
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.steps))
@@ -71,13 +71,14 @@ class MemoryBank(_Memory):
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("student", _random(samples, width, generator))
         self.register_buffer("teacher", _random(samples, width, generator))
-        self.register_buffer("labels", torch.full((samples,), -1, dtype=torch.int32))
-        self.register_buffer("scales", torch.full((2,), torch.nan))  # log Z of both directions, from the first batch
+        self.register_buffer("labels", torch.full((samples,), -1, dtype=torch.int32, device="cpu"))
+        unknown = torch.full((2,), torch.nan, device="cpu")  # log Z of both directions, from the first batch
+        self.register_buffer("scales", unknown)
 
     def forward(self, student: Tensor, teacher: Tensor, index: Tensor | None, labels: Tensor | None) -> Tensor:
         """The loss of a batch of embeddings of length one, which then enter the bank."""
         index = self._checked(index, len(student))
-        drawn = torch.randint(self.samples, (self.negatives,), generator=self._generator()).to(index.device)
+        drawn = torch.randint(self.samples, (self.negatives,), generator=self._generator(), device="cpu").to(index.device)
         counted = drawn != index[:, None]
         if labels is not None:
             counted &= ~_same_class(self.labels[drawn], labels)
@@ -141,7 +142,7 @@ class MemoryQueue(_Memory):
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("student", _random(size, width, generator))
         self.register_buffer("teacher", _random(size, width, generator))
-        self.register_buffer("labels", torch.full((size,), -1, dtype=torch.int32))
+        self.register_buffer("labels", torch.full((size,), -1, dtype=torch.int32, device="cpu"))
 
     def forward(self, student: Tensor, teacher: Tensor, index: Tensor | None, labels: Tensor | None) -> Tensor:
         counted = None if labels is None else ~_same_class(self.labels.clone(), labels)

@@ -47,11 +47,11 @@ def in_dtype(call: Arguments, dtype: torch.dtype | None) -> Arguments:
 
 @contextmanager
 def deterministic(seed: int, dtype: torch.dtype | None) -> Iterator[None]:
-    """Make layers as ``seed`` says, in float64 where the student is."""
+    """Make layers as ``seed`` says, in float64 where the student is, whatever the defaults are."""
     before = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        torch.set_default_dtype(torch.float64 if dtype is torch.float64 else before)
+        torch.set_default_dtype(torch.float64 if dtype is torch.float64 else torch.float32)
         try:
             yield
         finally:

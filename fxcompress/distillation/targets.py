@@ -46,7 +46,7 @@ def check_samples(call: Arguments) -> None:
 
 def sample_numbers(index: Any) -> Tensor:
     """The samples' numbers in the dataset as a tensor; DataError where they are none."""
-    numbers = torch.as_tensor(index)
+    numbers = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
     if numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype is torch.bool:
         raise DataError(
             f"index holds the samples' numbers in the dataset, (B,) of int64, not {list(numbers.shape)} of {numbers.dtype}."

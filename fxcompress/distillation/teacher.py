@@ -41,8 +41,8 @@ class TeacherCache:
         self.folder = None if place == "memory" else Path(place)
         self.spec: pytree.TreeSpec | None = None
         self.rows: list[Tensor] = []
-        self.known = torch.zeros(0, dtype=torch.bool)
-        self._seen = torch.zeros(0)
+        self.known = torch.zeros(0, dtype=torch.bool, device="cpu")
+        self._seen = torch.zeros(0, dtype=torch.float32, device="cpu")
         self._teacher = digest(state_of(teacher)) if self.folder else ""
         self._weights: dict[int, Tensor] = {}
         if self.folder and (self.folder / "cache.json").is_file():
@@ -87,13 +87,16 @@ class TeacherCache:
         flat = inputs.detach().flatten(1).float().cpu()
         length = flat.shape[1]
         if length not in self._weights:
-            self._weights[length] = torch.randn(length, generator=torch.Generator().manual_seed(length)) / length**0.5
+            self._weights[length] = (
+                torch.randn(length, generator=torch.Generator().manual_seed(length), dtype=torch.float32, device="cpu")
+                / length**0.5
+            )
         with torch.autocast("cpu", enabled=False):
             return flat @ self._weights[length], flat.square().mean(1).sqrt()
 
     def _describe(self, leaves: list[Tensor], spec: pytree.TreeSpec) -> None:
         self.spec = spec
-        self.rows = [torch.empty(0, *leaf.shape[1:], dtype=leaf.dtype) for leaf in leaves]
+        self.rows = [torch.empty(0, *leaf.shape[1:], dtype=leaf.dtype, device="cpu") for leaf in leaves]
         if self.folder:
             make_folder(self.folder)
             header = {
@@ -108,7 +111,9 @@ class TeacherCache:
         try:
             header = json.loads((self.folder / "cache.json").read_text(encoding="utf-8"))
             self.spec = read_spec(header["spec"])
-            self.rows = [torch.empty(0, *shape, dtype=getattr(torch, dtype)) for shape, dtype in header["rows"]]
+            self.rows = [
+                torch.empty(0, *shape, dtype=getattr(torch, dtype), device="cpu") for shape, dtype in header["rows"]
+            ]
             samples = (self.folder / "known").stat().st_size
             self._check_sizes(self.folder, samples)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -136,7 +141,7 @@ class TeacherCache:
         """``rows`` with room for ``samples``: a new tensor, or the file mapped again at its new size."""
         shape = (samples, *rows.shape[1:])
         if self.folder is None:
-            table = torch.zeros(shape, dtype=rows.dtype)
+            table = torch.zeros(shape, dtype=rows.dtype, device="cpu")
             table[: len(rows)] = rows
             return table
         file, count = self.folder / name, math.prod(shape)

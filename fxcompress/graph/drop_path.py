@@ -60,7 +60,7 @@ def _is_plain(part: nn.Module) -> bool:
 def _share(part: nn.Module) -> float | None:
     """The share of samples that ``part`` drops, where that and their scaling is all it does; None where it is not."""
     for shape in ((_SAMPLES, 3, 2, 2), (_SAMPLES, 3, 2), (_SAMPLES, 3)):
-        values = torch.linspace(1, 2, math.prod(shape)).reshape(shape)
+        values = torch.linspace(1, 2, math.prod(shape), dtype=torch.float32, device="cpu").reshape(shape)
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad(), kept_modes(part):
                 torch.manual_seed(0)

@@ -28,12 +28,14 @@ def guess_example(model: nn.Module) -> Tensor | None:
 
 def _candidates(model: nn.Module) -> Iterator[Tensor]:
     layer = next((module for module in model.modules() if isinstance(module, _FIRST)), None)
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    weight = next(
+        (p for p in model.parameters() if p.is_floating_point()), torch.zeros((), dtype=torch.float32, device="cpu")
+    )
     if isinstance(layer, nn.Embedding):
         yield torch.zeros((2, 8), dtype=torch.int64, device=weight.device)
     generator = torch.Generator().manual_seed(0)
     for shape in _shapes(layer):
-        yield torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+        yield torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(weight.device, weight.dtype)
 
 
 def _shapes(layer: nn.Module | None) -> Iterator[tuple[int, ...]]:

@@ -51,7 +51,7 @@ class Arguments(NamedTuple):
         def nudge(values: torch.Tensor) -> torch.Tensor:
             if not values.is_floating_point():
                 return values.clone()
-            signs = 2 * torch.randint(0, 2, values.shape, generator=generator).to(values) - 1
+            signs = 2 * torch.randint(0, 2, values.shape, generator=generator, device="cpu").to(values) - 1
             return values * (1 + torch.finfo(values.dtype).eps * signs)
 
         return Arguments(*pytree.tree_map_only(torch.Tensor, nudge, tuple(self)))

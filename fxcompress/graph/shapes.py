@@ -43,7 +43,7 @@ def example_of(module: fx.GraphModule) -> Arguments | None:
     metas = [tensor_meta(node) for node in inputs]
     if not metas or any(meta is None for meta in metas) or len(metas) > len(inspect.signature(module.forward).parameters):
         return None
-    return Arguments(tuple(torch.zeros(meta.shape, dtype=meta.dtype) for meta in metas if meta), {})
+    return Arguments(tuple(torch.zeros(meta.shape, dtype=meta.dtype, device="cpu") for meta in metas if meta), {})
 
 
 def tensor_meta(node: fx.Node) -> TensorMetadata | None:

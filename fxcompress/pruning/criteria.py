@@ -63,7 +63,7 @@ def taylor(slices: Tensor, gradients: Tensor | None, name: str = "the weight") -
 
 def random(count: int, generator: torch.Generator) -> Tensor:
     """Uniform scores in [0, 1), reproducible by the generator."""
-    return torch.rand(count, generator=generator, dtype=torch.float64)
+    return torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def fpgm(slices: Tensor, name: str = "the weight") -> Tensor:
@@ -124,13 +124,13 @@ def combine(parts: Sequence[Tensor | tuple[Tensor, Tensor]], reduction: str = "s
         raise ConfigError(
             f"there is no reduction {reduction!r}.{did_you_mean(reduction, REDUCTIONS)} Known: {', '.join(REDUCTIONS)}."
         )
-    pairs = [part if isinstance(part, tuple) else (part, torch.arange(part.numel())) for part in parts]
+    pairs = [part if isinstance(part, tuple) else (part, torch.arange(part.numel(), device="cpu")) for part in parts]
     units = torch.cat([units.cpu() for _, units in pairs])
     scores = torch.cat([scores.detach().to("cpu", torch.float64) for scores, _ in pairs])
     total = int(units.max()) + 1 if count is None else count
     how = {"max": "amax", "mean": "mean"}.get(reduction, "sum")
     source = scores.square() if reduction == "norm" else scores
-    found = torch.zeros(total, dtype=torch.float64).scatter_reduce(0, units, source, how, include_self=False)
+    found = torch.zeros(total, dtype=torch.float64, device="cpu").scatter_reduce(0, units, source, how, include_self=False)
     return found.sqrt() if reduction == "norm" else found
 
 

@@ -95,8 +95,16 @@ def _taylor(model: fx.GraphModule, parts: Parts, context: Context) -> dict[str, 
     scores = {}
     for name, (_, block) in parts.items():
         weights = [w for w in block.weights().values() if id(w) in by_tensor]
-        together = torch.cat([w.detach().flatten() for w in weights]) if weights else torch.zeros(1)
-        slopes = torch.cat([by_tensor[id(w)].flatten() for w in weights]) if weights else torch.zeros(1)
+        together = (
+            torch.cat([w.detach().flatten() for w in weights])
+            if weights
+            else torch.zeros(1, dtype=torch.float32, device="cpu")
+        )
+        slopes = (
+            torch.cat([by_tensor[id(w)].flatten() for w in weights])
+            if weights
+            else torch.zeros(1, dtype=torch.float32, device="cpu")
+        )
         scores[name] = float(criteria.taylor(together[None], slopes[None], name))
     return scores
 

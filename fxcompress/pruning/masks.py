@@ -14,7 +14,9 @@ __all__ = ["CRITERIA", "check_sparsity", "n_of_m", "score", "smallest"]
 CRITERIA: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "l1": lambda magnitude, generator: magnitude,
     "l2": lambda magnitude, generator: magnitude,  # ranks as w² does, and does not underflow
-    "random": lambda magnitude, generator: torch.rand(magnitude.shape, generator=generator).to(magnitude.device),
+    "random": lambda magnitude, generator: torch.rand(
+        magnitude.shape, generator=generator, dtype=torch.float32, device="cpu"
+    ).to(magnitude.device),
 }
 """Criterion → the score of every weight from |w|; the smallest go first."""
 
@@ -72,7 +74,7 @@ def smallest(scores: Sequence[Tensor], sparsity: float, present: Sequence[Tensor
 
 def _threshold(patterns: Sequence[Tensor], dropped: int, shift: int) -> tuple[int, int]:
     """The pattern of the largest dropped score, and how many scores equal to it are dropped."""
-    counts = torch.zeros((1 << 15) + 1, dtype=torch.int64)
+    counts = torch.zeros((1 << 15) + 1, dtype=torch.int64, device="cpu")
     for p in patterns:
         counts += torch.bincount((p >> shift).flatten(), minlength=counts.numel()).cpu()
     bucket = int(torch.searchsorted(counts.cumsum(0), dropped))

@@ -74,7 +74,9 @@ def _steps(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _inputs(recipe: Mapping[str, Any]) -> Arguments | None:
     if recipe.get("inputs") is None:
         return None
-    return Arguments(tuple(torch.zeros(shape, dtype=getattr(torch, kind)) for shape, kind in recipe["inputs"]), {})
+    return Arguments(
+        tuple(torch.zeros(shape, dtype=getattr(torch, kind), device="cpu") for shape, kind in recipe["inputs"]), {}
+    )
 
 
 def _compare(region: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -123,5 +123,5 @@ def _run(plan: Plan, model: fx.GraphModule, call: Arguments | None) -> fx.GraphM
 
 
 def _spaced(low: float, high: float, count: int) -> list[float]:
-    points = torch.linspace(low, high, count, dtype=torch.float64).tolist() if count > 1 else [high]
+    points = torch.linspace(low, high, count, dtype=torch.float64, device="cpu").tolist() if count > 1 else [high]
     return [round(point, 6) for point in points]

@@ -319,7 +319,7 @@ class MSECalibrator(_HistogramBased):
     def _range(self, minimum: Tensor, maximum: Tensor, target: Grid) -> tuple[Tensor, Tensor]:
         bins = self.histogram.bins(float(minimum), float(maximum))
         low, high = mse_range(float(minimum), float(maximum), target, bins)
-        return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
+        return torch.tensor(low, dtype=torch.float64, device="cpu"), torch.tensor(high, dtype=torch.float64, device="cpu")
 
 
 def _is_range(count: Any, minimum: Any = None, maximum: Any = None) -> bool:
@@ -358,7 +358,7 @@ def _upper(edges: Tensor, here: Tensor, there: Tensor, tail: float) -> Tensor:
     beyond = here.flip(0).cumsum(0).flip(0) - here
     allowed = tail * total * (1 + _ROUNDING)
     if float(here.sum()) <= allowed:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     return edges[int((beyond <= allowed).to(torch.int8).argmax())]
 
 

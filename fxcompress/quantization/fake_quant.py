@@ -63,8 +63,8 @@ class FakeQuantize(nn.Module):
             grid.symmetric,
         )
         self.axis, self.enabled = axis, True
-        self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.float32))
-        self.register_buffer("zero_point", torch.as_tensor(zero_point, dtype=torch.int32))
+        self.register_buffer("scale", _tensor(scale, torch.float32))
+        self.register_buffer("zero_point", _tensor(zero_point, torch.int32))
 
     @property
     def grid(self) -> Grid:
@@ -131,6 +131,10 @@ class FakeQuantize(nn.Module):
         return f"{str(self.dtype).removeprefix('torch.')} {self.quant_min}..{self.quant_max}, axis={self.axis}"
 
 
+def _tensor(value: Tensor | float, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device="cpu")
+
+
 def _factor(norm: tuple[Any, ...]) -> Tensor:
     """γ/σ per channel."""
     gamma, variance, eps = norm
@@ -151,7 +155,7 @@ class WeightFakeQuantize(FakeQuantize):
     """
 
     def __init__(self, axis: int, **options: Any) -> None:
-        _, _, grid = weight_grid(torch.ones(1, 1), 0, **options)
+        _, _, grid = weight_grid(torch.ones(1, 1, dtype=torch.float32, device="cpu"), 0, **options)
         super().__init__(grid, 0.0, axis=axis)
         self.options = options
 
@@ -185,9 +189,9 @@ class RangeFakeQuantize(FakeQuantize):
         super().__init__(grid, 0.0)
         self.observer = observer
         self.settings = moving.settings(observer, options or {}, momentum, grid)
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.zeros(()))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("low", torch.zeros((), dtype=torch.float32, device="cpu"))
+        self.register_buffer("high", torch.zeros((), dtype=torch.float32, device="cpu"))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     def look(self, input: Tensor, *norm: Any) -> None:
         moving.observe(input, self.low, self.high, self.seen, self.scale, self.zero_point, self.settings)

@@ -42,8 +42,8 @@ class Histogram:
         self.shift = _MANTISSA - (self.per_octave.bit_length() - 1)
         self.width = OCTAVES * self.per_octave
         self.top = -1
-        self._counts = torch.zeros(1 + signed, self.width, dtype=torch.int64)
-        self._waiting = torch.empty(0)
+        self._counts = torch.zeros(1 + signed, self.width, dtype=torch.int64, device="cpu")
+        self._waiting = torch.empty(0, dtype=torch.float32, device="cpu")
         self._waiting_count, self._waiting_negatives = 0, False
 
     @property
@@ -63,7 +63,7 @@ class Histogram:
         if self._waiting_count + size > _WAITING:
             self._count_waiting()
         if not self._waiting.numel():
-            self._waiting = torch.empty(_WAITING)
+            self._waiting = torch.empty(_WAITING, dtype=torch.float32, device="cpu")
         self._waiting[self._waiting_count : self._waiting_count + size] = values
         self._waiting_count += size
         self._waiting_negatives |= minimum < 0.0
@@ -109,8 +109,8 @@ class Histogram:
     def edges(self) -> Tensor:
         """The right edges of the bins by magnitude (float64); the first bin begins at 0."""
         base = (self.top + 1) * self.per_octave - self.width
-        keys = (torch.arange(1, self.width + 1) + base).clamp(min=0) << self.shift
-        infinite = int(torch.tensor(torch.inf).view(torch.int32))
+        keys = (torch.arange(1, self.width + 1, device="cpu") + base).clamp(min=0) << self.shift
+        infinite = int(torch.tensor(torch.inf, dtype=torch.float32, device="cpu").view(torch.int32))
         return keys.clamp(max=infinite).to(torch.int32).view(torch.float32).to(torch.float64)
 
     def magnitudes(self) -> Tensor:
@@ -124,7 +124,7 @@ class Histogram:
         own where ``signed``; otherwise all are magnitudes.
         """
         right = self.edges()
-        left = torch.cat([torch.zeros(1, dtype=torch.float64), right[:-1]])
+        left = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), right[:-1]])
         right[0] = 0.0
         sides = [(left, right, self.counts[0])]
         if self.signed:
@@ -174,7 +174,7 @@ def _spread_zeros(keys: Tensor) -> None:
 @functools.cache
 def _lanes() -> Tensor:
     """0 to 7 over and over; a row that stays in the nearest cache."""
-    return (torch.arange(1024) % _LANES).to(torch.int32)
+    return (torch.arange(1024, device="cpu") % _LANES).to(torch.int32)
 
 
 def _lowered(counts: Tensor, step: int) -> Tensor:

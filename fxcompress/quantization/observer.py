@@ -45,7 +45,7 @@ class ActivationObserver(nn.Module):
 
     def passes_on(self) -> bool:
         """Whether it hands on the very tensor it is given and nothing else happens, as tried."""
-        probe = torch.zeros(1)
+        probe = torch.zeros(1, dtype=torch.float32, device="cpu")
         return not self.enabled and self(probe) is probe
 
     def saved_state(self) -> dict[str, Any]:

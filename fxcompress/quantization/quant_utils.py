@@ -207,7 +207,7 @@ def _along(tensor: Tensor, scale: float | Tensor, zp: int | Tensor, axis: int) -
 def _numbers(name: str, value: Any, dtype: torch.dtype) -> Tensor:
     """A number, or a tensor or sequence of numbers, as a tensor; ConfigError for anything else."""
     try:
-        return torch.as_tensor(value, dtype=dtype)
+        return value.to(dtype) if isinstance(value, Tensor) else torch.as_tensor(value, dtype=dtype, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{name} is {value!r}; it is a number or a tensor.") from error
 
@@ -280,7 +280,12 @@ def _random(shapes: Any, dtype: torch.dtype) -> Arguments:
         if not isinstance(shape, Sequence) or not shape or not all(isinstance(size, int) and size > 0 for size in shape):
             raise ConfigError(f"input_shape is {shapes!r}; it is a shape of positive integers, or a list of shapes.")
     generator = torch.Generator().manual_seed(0)
-    return Arguments(tuple(torch.randn(tuple(shape), generator=generator).to(dtype) for shape in several), {})
+    return Arguments(
+        tuple(
+            torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu").to(dtype) for shape in several
+        ),
+        {},
+    )
 
 
 def compute_snr(original: Any, quantized: Any) -> float:

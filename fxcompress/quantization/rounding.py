@@ -108,7 +108,7 @@ def _draw(
     count: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    chosen = [samples[i] for i in torch.randint(len(samples), (count,), generator=generator).tolist()]
+    chosen = [samples[i] for i in torch.randint(len(samples), (count,), generator=generator, device="cpu").tolist()]
     return (
         torch.stack([inputs[batch][row] for batch, row in chosen]),
         torch.stack([targets[batch][row] for batch, row in chosen]),

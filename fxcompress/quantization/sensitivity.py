@@ -105,7 +105,7 @@ def _powers(results: Sequence[Any]) -> list[float]:
     pairs = list(zip(*(tensors_in(result) for result in results), strict=True))
     sizes = {first.shape[0] if first.dim() else 0 for first, *_ in pairs}
     samples = sizes.pop() if len(sizes) == 1 and 0 not in sizes else 1
-    total = torch.zeros(samples, dtype=torch.float64)
+    total = torch.zeros(samples, dtype=torch.float64, device="cpu")
     for first, *others in pairs:
         value = first.to(torch.float64)
         value = value - others[0].to(torch.float64) if others else value

@@ -19,8 +19,8 @@ __all__ = ["entropy_threshold", "even_bins", "graded", "mse_range", "squared_err
 def even_bins(left: Tensor, right: Tensor, counts: Tensor, ends: Tensor) -> Tensor:
     """Magnitudes counted in bins between neighbouring ``ends`` (ascending, from 0); a bin that straddles one is divided."""
     spread = right > left
-    total = torch.cat([torch.zeros(1, dtype=torch.float64), counts[spread].cumsum(0)])
-    even = torch.zeros(ends.numel() - 1, dtype=torch.float64)
+    total = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), counts[spread].cumsum(0)])
+    even = torch.zeros(ends.numel() - 1, dtype=torch.float64, device="cpu")
     if bool(spread.any()):
         a, b = left[spread], right[spread]
         place = torch.searchsorted(a, ends, right=True) - 1
@@ -35,8 +35,11 @@ def even_bins(left: Tensor, right: Tensor, counts: Tensor, ends: Tensor) -> Tens
 
 def graded(number: int, octaves: int) -> Tensor:
     """The ends of ``number`` bins of width 1, and of ``number`` more for each octave above them, as integers."""
-    steps = [torch.ones(number, dtype=torch.int64), *(torch.full((number,), 1 << octave) for octave in range(octaves))]
-    return torch.cat([torch.zeros(1, dtype=torch.int64), *steps]).cumsum(0)
+    steps = [
+        torch.ones(number, dtype=torch.int64, device="cpu"),
+        *(torch.full((number,), 1 << octave, device="cpu") for octave in range(octaves)),
+    ]
+    return torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *steps]).cumsum(0)
 
 
 def entropy_threshold(counts: Tensor, levels: int, ends: Tensor | None = None) -> int:
@@ -57,9 +60,9 @@ def entropy_threshold(counts: Tensor, levels: int, ends: Tensor | None = None) -
     number = counts.numel()
     if number <= levels:
         return number
-    ends = torch.arange(number + 1) if ends is None else ends
+    ends = torch.arange(number + 1, device="cpu") if ends is None else ends
     width = ends.diff()
-    kept = torch.arange(levels, number + 1)
+    kept = torch.arange(levels, number + 1, device="cpu")
     kept = kept[(width[kept - 1] == 1) | (counts[kept - 1] > 0)]
     divergence = torch.cat([_divergence(part, counts, levels, ends) for part in kept.split(_CANDIDATES)])
     least = divergence.min()
@@ -73,7 +76,7 @@ _CANDIDATES = 2048
 
 def _divergence(kept: Tensor, counts: Tensor, levels: int, ends: Tensor) -> Tensor:
     """KL(i) for every i in ``kept``."""
-    zero = torch.zeros(1, dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64, device="cpu")
     width = ends.diff().to(torch.float64)
     mass = torch.cat([zero, counts.cumsum(0)])
     occupied = torch.cat([zero, (width * (counts > 0)).cumsum(0)])
@@ -81,7 +84,7 @@ def _divergence(kept: Tensor, counts: Tensor, levels: int, ends: Tensor) -> Tens
     clipped, last, unit = mass[-1] - mass[kept], counts[kept - 1], width[kept - 1]
     raised = last + clipped
     own = logs[kept] - torch.xlogy(last, last / unit) + torch.xlogy(raised, raised / unit)
-    starts = (torch.arange(levels + 1) * ends[kept][:, None] + levels - 1) // levels
+    starts = (torch.arange(levels + 1, device="cpu") * ends[kept][:, None] + levels - 1) // levels
     if int(ends[kept[-1]]) > int(kept[-1]):
         starts = torch.searchsorted(ends, starts)
     in_level = mass[starts].diff(dim=1)
@@ -101,7 +104,7 @@ def squared_error(low: Tensor, high: Tensor, target: Grid, bins: tuple[Tensor, T
     left, right, counts = bins
     scale, zero_point = (t.to(torch.float64)[:, None] for t in compute_scale_zp(low, high, target))
     bottom, top = (target.quant_min - zero_point) * scale, (target.quant_max - zero_point) * scale
-    total = torch.zeros(low.numel(), dtype=torch.float64)
+    total = torch.zeros(low.numel(), dtype=torch.float64, device="cpu")
     spread = right > left
     if bool(spread.any()):
         ends = [end[spread].expand(low.numel(), -1) for end in (left, right)]
@@ -169,12 +172,12 @@ def _search(
             best, least = float(shares[errors.argmin()]), found
         return found
 
-    for octave in (2.0 ** -(torch.arange(_STEPS * _OCTAVES, dtype=torch.float64) / _STEPS)).split(_STEPS):
+    for octave in (2.0 ** -(torch.arange(_STEPS * _OCTAVES, dtype=torch.float64, device="cpu") / _STEPS)).split(_STEPS):
         if look(octave) > 4 * least:
             break
     width = best * (2 ** (1 / _STEPS) - 1)
     for _ in range(2):
-        look(torch.linspace(best - width, min(best + width, 1.0), 17, dtype=torch.float64))
+        look(torch.linspace(best - width, min(best + width, 1.0), 17, dtype=torch.float64, device="cpu"))
         width /= 8
-    low, high = range_of(torch.tensor([best], dtype=torch.float64))
+    low, high = range_of(torch.tensor([best], dtype=torch.float64, device="cpu"))
     return (float(low), float(high)), least

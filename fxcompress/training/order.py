@@ -36,7 +36,7 @@ def seed_everything(*parts: int) -> None:
 def random_state() -> dict[str, Any]:
     """The state of torch's, Python's and NumPy's generators as plain data and tensors."""
     numpy: Any = np.random.get_state(legacy=False)
-    key = torch.tensor(numpy["state"]["key"].astype(np.int64))
+    key = torch.tensor(numpy["state"]["key"].astype(np.int64), device="cpu")
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -190,7 +190,7 @@ def _ordered(data: Iterable[Any], seed: int) -> tuple[Iterable[Any], _Order | No
 def _share(batch: Any) -> Any:
     """This process's samples of a batch; the first ones are repeated where processes outnumber what is left."""
     size = batch_size(batch)
-    indices = torch.arange(rank(), -(-size // world()) * world(), world()) % size
+    indices = torch.arange(rank(), -(-size // world()) * world(), world(), device="cpu") % size
 
     def pick(value: Any) -> Any:
         return value[indices] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value

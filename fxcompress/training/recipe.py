@@ -75,7 +75,7 @@ class Recipe:
                 raise ConfigError(f"{name} is {value!r}: {error.errors()[0]['msg'].lower()}.") from error
         if "lr" in self.optimizer_options:
             raise ConfigError("optimizer_options holds lr, which has a place of its own.")
-        optimizer = build_optimizer(self, [nn.Parameter(torch.zeros(1))])
+        optimizer = build_optimizer(self, [nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))])
         build_schedule(self, optimizer, Horizon(self.epochs, 1))
 
     def better(self, value: float, best: float | None) -> bool:

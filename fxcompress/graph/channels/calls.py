@@ -62,7 +62,7 @@ def _blank(value: Value, node: fx.Node, device: str) -> torch.Tensor:
     """An empty tensor of this shape; integers are zeros, so that they can be indices."""
     dtype = getattr(node.meta.get("tensor_meta"), "dtype", torch.float32)
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-        return torch.empty(value.shape, device=device)
+        return torch.empty(value.shape, dtype=torch.float32, device=device)
     return torch.zeros(value.shape, dtype=dtype, device=device)
 
 

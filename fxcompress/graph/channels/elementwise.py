@@ -67,7 +67,7 @@ def _keeps_zero(walk: Walk, call: ops.Call) -> bool:
 
 def _gives_zero(walk: Walk, call: ops.Call, name: str) -> bool:
     try:
-        result = walk.evaluate(call.node, "cpu", **{name: torch.zeros(())})
+        result = walk.evaluate(call.node, "cpu", **{name: torch.zeros((), dtype=torch.float32, device="cpu")})
     except Exception:  # it wants a real shape; nothing is claimed
         return False
     return isinstance(result, torch.Tensor) and bool((result == 0).all())

@@ -64,13 +64,13 @@ class Index:
     values: tuple[int, ...]
 
     def tensor(self) -> torch.Tensor:
-        return torch.tensor(self.values, dtype=torch.int64)
+        return torch.tensor(self.values, dtype=torch.int64, device="cpu")
 
 
 def commutes(run_old: Callable[[torch.Tensor], Any], run_new: Callable[[torch.Tensor], Any], move: Move) -> bool:
     """Whether the new call on the kept part is the kept part of the old call, for every entry of every result."""
     size = int(np.prod(move.source.shape))
-    numbers = torch.arange(1, size + 1, dtype=torch.float32 if size < 1 << 24 else torch.float64)
+    numbers = torch.arange(1, size + 1, dtype=torch.float32 if size < 1 << 24 else torch.float64, device="cpu")
     numbers = numbers.reshape(move.source.shape)
     old = pytree.tree_leaves(run_old(numbers))
     try:
@@ -163,7 +163,7 @@ def _select(move: Move) -> Iterator[Spelling]:
 
 def _positions(move: Move, dim: int) -> list[int] | None:
     """For a call that only picks indices along ``dim``: the new operand's positions in the order of the new result."""
-    line = torch.arange(move.source.shape[dim], dtype=torch.float32)
+    line = torch.arange(move.source.shape[dim], dtype=torch.float32, device="cpu")
     shape = [1] * len(move.source.shape)
     shape[dim] = -1
     found = move.resolve(line.reshape(shape).expand(move.source.shape).contiguous())

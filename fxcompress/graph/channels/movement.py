@@ -48,7 +48,7 @@ class Sites:
 
 def codes(label: Ints, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor of this shape whose entries number the label's entries from 1."""
-    numbers = torch.arange(1, label.size + 1, dtype=torch.float64 if label.size > 1 << 24 else torch.float32)
+    numbers = torch.arange(1, label.size + 1, dtype=torch.float64 if label.size > 1 << 24 else torch.float32, device="cpu")
     return numbers.reshape(label.shape).expand(shape).contiguous()
 
 
@@ -65,7 +65,11 @@ def reading(run: Run, value: Value, label: Label | None, known: Known) -> Readin
     """What ``run`` does to the numbers of a label, or to the shape alone where there is none."""
     asked = (value.shape, label.array.shape if label is not None else None)
     if asked not in known:
-        given = torch.empty(value.shape, device="meta") if label is None else codes(label.array, value.shape)
+        given = (
+            torch.empty(value.shape, dtype=torch.float32, device="meta")
+            if label is None
+            else codes(label.array, value.shape)
+        )
         leaves, spec = pytree.tree_flatten(run(given))
         found = [read_codes(leaf) for leaf in leaves] if label is not None else []
         known[asked] = Reading([tuple(leaf.shape) for leaf in leaves], found, spec)

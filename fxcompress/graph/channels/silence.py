@@ -91,7 +91,7 @@ def zeroed(tensor: torch.Tensor, masks: dict[int, Mask]) -> torch.Tensor:
 
 def scattered(small: torch.Tensor, like: tuple[int, ...], masks: dict[int, Mask]) -> torch.Tensor:
     """The inverse of :func:`select`: the kept part in its places, zeros elsewhere."""
-    numbers = torch.arange(int(np.prod(like))).reshape(like)
+    numbers = torch.arange(int(np.prod(like)), device="cpu").reshape(like)
     full = small.new_zeros(int(np.prod(like)))
     full[select(numbers, masks).reshape(-1)] = small.reshape(-1)
     return full.reshape(like)
