@@ -213,6 +213,27 @@ def test_averages_are_pooled_as_torch_pools_them(name: str, runtime: str) -> Non
         assert output_snr(model(batch), lowered(batch)) > 28
 
 
+PADDINGS: dict[str, nn.Module] = {
+    "around, by a layer": nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
+    "around, each side by itself": nn.CircularPad2d((1, 2, 0, 3)),
+    "zeros, each side by itself": nn.ZeroPad2d((0, 2, 1, 0)),
+    "zeros before a mean": nn.Sequential(nn.Tanh(), nn.ZeroPad2d((0, 1, 0, 1)), nn.Softshrink(0.1), nn.AvgPool2d(2, 1)),
+    "zeros right before a mean": nn.Sequential(nn.LogSigmoid(), nn.ZeroPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, 1)),
+    "reflected before a mean": nn.Sequential(nn.ReflectionPad2d(1), nn.AvgPool2d(3, 1)),
+}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("name", PADDINGS)
+def test_runtimes_pad_as_torch_pads(name: str, runtime: str) -> None:
+    pytest.importorskip(runtime)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), PADDINGS[name], nn.Conv2d(8, 8, 1)).eval(), torch.randn(4, 3, 12, 13)
+    lowered = PTQQuantizer(backend=runtime, progress=False).quantize(model, [x])
+    for batch in (x, x[:1]):
+        assert output_snr(model(batch), lowered(batch)) > 28
+
+
 EXTREMES: dict[str, Any] = {
     "amax": lambda y: y.amax(1),
     "amax over two": lambda y: y.unflatten(1, (2, 3)).amax((1, 2)),

@@ -29,11 +29,16 @@ def is_odd_pool(node: fx.Node) -> bool:
         return False
     padding = call["padding"] or 0
     counted = call["count_include_pad"] is not False and any(padding if isinstance(padding, (tuple, list)) else [padding])
-    return bool(call["divisor_override"]) or (counted and (bool(call["ceil_mode"]) or _is_shifted(call["input"])))
+    shifted = counted and (bool(call["ceil_mode"]) or _is_shifted(call["input"]))
+    return bool(call["divisor_override"]) or shifted or _is_padded(call["input"])
 
 
 def _is_shifted(value: fx.Node) -> bool:
     return value.target is qdq.dequantize and bool(value.args[2])
+
+
+def _is_padded(value: fx.Node) -> bool:
+    return value.op.startswith("call") and ops.kind(value) == "pad"
 
 
 def open_pool(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any]) -> fx.Node:
@@ -51,19 +56,22 @@ def open_pool(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any]) -> fx.
         torch.ones(1, 1, *shape[-dims:], dtype=torch.float32, device="cpu"),
     )
     made = pool(held, size, stride, padding, over).shape
-    if divisor:
-        edges = [edge for edge in reversed(padding) for _ in range(2)]
-        value = graph.call_function(F.pad, (value, edges)) if any(edges) else value
-        value = graph.call_function(torch.mul, (value, math.prod(size) / divisor))  # behind the padding: see above
+    edges = [edge for edge in reversed(padding) for _ in range(2)] if divisor else []
+    if any(edges):
+        value = graph.call_function(F.pad, (value, edges))
         held, padding = F.pad(held, edges, value=1.0), [0] * dims
+    apart = math.prod(size) / divisor if divisor else 2.0 if _is_padded(call["input"]) else 1.0
+    if apart != 1.0:
+        value = graph.call_function(torch.mul, (value, apart))  # between padding and pooling: see above
     whole = [math.prod(size)] if divisor else []
     counted = pool(held, size, stride, padding, over, call["count_include_pad"] is not False, *whole)
     means = graph.call_function(pool, (value, size, stride, padding, over, False))
     for dim in range(-dims, 0) if over else ():  # ONNX infers a window more, which torch does not start
         means, counted = (graph.call_function(torch.narrow, (means, dim, 0, made[dim])), counted.narrow(dim, 0, made[dim]))
-    if bool((counted == 1).all()):
-        return means
-    return graph.call_function(torch.mul, (means, graph.call_function(torch.tensor, (counted.tolist(),))))
+    share = counted if divisor else counted / apart
+    if bool((share == share.flatten()[0]).all()):
+        return means if share.flatten()[0] == 1 else graph.call_function(torch.mul, (means, float(share.flatten()[0])))
+    return graph.call_function(torch.mul, (means, graph.call_function(torch.tensor, (share.tolist(),))))
 
 
 def _each(given: Any, dims: int) -> list[int]:

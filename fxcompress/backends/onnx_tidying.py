@@ -27,6 +27,8 @@ def tidied(model: Any) -> Any:
             _fold_transpose(node)
         elif node.op_type == "Conv":
             _drop_made_up_bias(node)
+        elif node.op_type == "Pad":
+            _open_circle(node)
     _name_batch(model)
     common.RemoveUnusedNodesPass()(model)
     return ir.to_proto(model)
@@ -73,6 +75,34 @@ def _fold_transpose(node: Any) -> None:
     node.graph.insert_before(node, made)
     made.outputs[0].name = f"{node.outputs[0].name}_value"
     ir.convenience.replace_all_uses_with(node.outputs[0], made.outputs[0])
+
+
+def _open_circle(node: Any) -> None:
+    """Padding that goes round, which OpenVINO's reader lacks: along each dimension, its end, the value and its beginning."""
+    mode = node.attributes.get("mode")
+    pads = node.inputs[1].const_value.numpy().tolist() if node.inputs[1].is_initializer() else [-1]
+    if mode is None or mode.as_string() != "wrap" or min(pads) < 0:
+        return
+    made: list[Any] = []
+    value, rank = node.inputs[0], len(pads) // 2
+    for axis, (before, after) in enumerate(zip(pads[:rank], pads[rank:], strict=True)):
+        end = [_slice(node.graph, value, axis, -before, _END)] if before else []
+        beginning = [_slice(node.graph, value, axis, 0, after)] if after else []
+        if end or beginning:
+            parts = [*(part.outputs[0] for part in end), value, *(part.outputs[0] for part in beginning)]
+            made += [*end, *beginning, ir.Node("", "Concat", parts, [ir.AttrInt64("axis", axis)])]
+            value = made[-1].outputs[0]
+    for number, new in enumerate(made):
+        new.outputs[0].name = f"{node.outputs[0].name}_round_{number}"
+    ir.convenience.replace_nodes_and_values(node.graph, node, [node], made, [node.outputs[0]], [value])
+
+
+_END = 2**31 - 1
+
+
+def _slice(graph: Any, value: Any, axis: int, start: int, end: int) -> Any:
+    numbers = [ir.tensor(np.array([n], np.int64), name=f"number_{n}") for n in (start, end, axis)]
+    return ir.Node("", "Slice", [value, *(_initializer(graph, number) for number in numbers)])
 
 
 def _initializer(graph: Any, tensor: Any) -> Any:
