@@ -94,14 +94,14 @@ pytree.register_pytree_node(
 
 
 class Body(nn.Module):
-    """Control flow on shapes, a learned token, and a result of a class of its own."""
+    """Control flow on the layout of a tensor, a learned token, and a result of a class of its own."""
 
     def __init__(self) -> None:
         super().__init__()
         self.token, self.layer = nn.Parameter(torch.randn(1, 8)), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Output:
-        if x.shape[1] != 8:
+        if not x.is_contiguous() or x.shape[1] != 8:
             raise ValueError("eight numbers are wanted")
         hidden = self.layer(x + self.token)
         return Output(hidden=hidden, pooled=hidden.tanh())

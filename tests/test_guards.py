@@ -34,12 +34,12 @@ class Optional(nn.Module):
         return self.head(hidden * scale) + (mode == "shifted")
 
 
-class Counting(Optional):
-    """The same behind a loop that symbolic tracing cannot follow."""
+class Contiguous(Optional):
+    """The same behind a question that symbolic tracing cannot answer."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None, flag: bool = False, scale: float = 2.0, **more: Any) -> Tensor:
-        for _ in range(x.shape[-1] - 8):
-            x = x + 1
+        if not x.is_contiguous():
+            x = x.contiguous()
         return super().forward(x, mask, flag, scale, **more)
 
 
@@ -59,7 +59,7 @@ COMPRESSED: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("cls", [Optional, Counting])
+@pytest.mark.parametrize("cls", [Optional, Contiguous])
 @pytest.mark.parametrize("form", COMPRESSED)
 def test_a_compressed_model_refuses_an_argument_that_it_was_not_traced_with(cls: type[nn.Module], form: str) -> None:
     if form in ("session", "openvino"):
@@ -74,7 +74,7 @@ def test_a_compressed_model_refuses_an_argument_that_it_was_not_traced_with(cls:
             made(X, **{name: value})
 
 
-@pytest.mark.parametrize("cls", [Optional, Counting])
+@pytest.mark.parametrize("cls", [Optional, Contiguous])
 def test_a_loaded_model_refuses_it_as_well(cls: type[nn.Module], tmp_path: Path) -> None:
     fxcompress.save(trace(cls().eval(), X), tmp_path / "model")
     loaded = fxcompress.load(tmp_path / "model")
@@ -83,7 +83,7 @@ def test_a_loaded_model_refuses_it_as_well(cls: type[nn.Module], tmp_path: Path)
         loaded(X, mask=OTHERWISE["mask"])
 
 
-@pytest.mark.parametrize("cls", [Optional, Counting])
+@pytest.mark.parametrize("cls", [Optional, Contiguous])
 def test_what_the_examples_give_is_taken(cls: type[nn.Module]) -> None:
     model = cls().eval()
     traced = trace(model, {"x": X, "mask": torch.ones(3, 8), "flag": True})
@@ -106,14 +106,14 @@ class Deciding(nn.Module):
         return self.layer(x)
 
 
-class Looping(Deciding):
+class Asking(Deciding):
     def forward(self, x: Tensor) -> Tensor:
-        for _ in range(x.shape[-1] - 8):
-            x = x + 1
+        if not x.is_contiguous():
+            x = x.contiguous()
         return super().forward(x)
 
 
-@pytest.mark.parametrize("cls", [Deciding, Looping])
+@pytest.mark.parametrize("cls", [Deciding, Asking])
 def test_a_branch_taken_by_type_or_dimensions_is_guarded(cls: type[nn.Module]) -> None:
     model, images = cls().eval(), torch.arange(48).reshape(2, 3, 8)
     for example in (X, images):
@@ -161,7 +161,7 @@ class Twice(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.part = Counting()
+        self.part = Contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.part(x) + 2 * self.part(x, flag=True) + 3 * self.part(x, x) + 5 * self.part(x[None], scale=4.0)[0]

@@ -22,14 +22,14 @@ def rungs(module: Any) -> set[tuple[str, str]]:
 
 
 class Looping(nn.Module):
-    """Defeats symbolic tracing: iterates over a list it is given, and branches on a size."""
+    """Defeats symbolic tracing: asks how a tensor lies in memory; iterates over a list it is given, and asks for a size."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 3, 1)
 
     def forward(self, images: list[Tensor]) -> list[Tensor]:
-        return [self.conv(image) if image.shape[-1] > 4 else image for image in images]
+        return [self.conv(image) if image.is_contiguous() and image.shape[-1] > 4 else image for image in images]
 
 
 class AroundLooping(nn.Module):
@@ -91,7 +91,7 @@ class Padding(nn.Module):
         self.conv = nn.Conv2d(3, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[3] % 2:
+        if x.is_contiguous() and x.shape[3] % 2:
             x = nn.functional.pad(x, (0, 1))
         return self.conv(x).unflatten(3, (-1, 2))
 

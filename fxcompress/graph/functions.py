@@ -15,6 +15,7 @@ from fxcompress.graph import ops
 from fxcompress.graph.capture import capture, inline
 from fxcompress.graph.containers import plain
 from fxcompress.graph.inputs import Arguments
+from fxcompress.graph.known import at_batch_sizes, leading_size
 from fxcompress.graph.meta_run import MetaRun
 from fxcompress.graph.recorder import Recorder
 from fxcompress.graph.rungs import Rung, join
@@ -55,20 +56,14 @@ def _name(node: fx.Node) -> str:
 
 def _known_sizes(module: fx.GraphModule, call: Arguments, nodes: list[fx.Node]) -> list[dict[fx.Node, Any]] | None:
     """What the arguments of ``nodes`` are on meta tensors, for the example batch and for one larger; None: not known."""
-    tensors = [leaf for leaf in pytree.tree_leaves(tuple(call)) if isinstance(leaf, torch.Tensor)]
-    sizes = {leaf.shape[0] if leaf.dim() else 0 for leaf in tensors}
-    if len(sizes) != 1 or 0 in sizes:
-        return None
-    larger = sizes.pop() + 1
-    bigger = Arguments(*pytree.tree_map_only(torch.Tensor, lambda t: t.new_empty((larger, *t.shape[1:])), tuple(call)))
     found = []
-    for example in (call, bigger):
+    for example in (call, *at_batch_sizes(call, leading_size(call) + 1)):
         run = MetaRun(module)
         run.follow(example)
         if any(source in run.unknown for node in nodes for source in node.all_input_nodes):
             return None
         found.append(run.values)
-    return found
+    return found if len(found) > 1 else None
 
 
 def _trace_sized(module: fx.GraphModule, nodes: list[fx.Node], known: list[dict[fx.Node, Any]]) -> set[fx.Node]:

@@ -15,7 +15,19 @@ from torch.fx._symbolic_trace import _assert_is_none
 
 from fxcompress.errors import DataError, shown
 
-__all__ = ["CHECKS", "decided", "fixed", "guard", "guard_decision", "guard_fixed", "replace_checks"]
+__all__ = [
+    "CHECKS",
+    "decided",
+    "fixed",
+    "given",
+    "guard",
+    "guard_decision",
+    "guard_fixed",
+    "guard_given",
+    "guard_size",
+    "replace_checks",
+    "sized",
+]
 
 _PLAIN = (bool, int, float, str, tuple, list)
 
@@ -32,6 +44,12 @@ def fixed(value: Any, argument: str, expected: Any) -> None:
     raise DataError(f"argument {argument!r} is {now}, and was {expected!r} while the model was traced. {_AGAIN}.")
 
 
+def given(value: Any, argument: str) -> None:
+    """Raise DataError where an argument is left out that the examples gave."""
+    if value is None:
+        raise DataError(f"argument {argument!r} is missing, and was given while the model was traced. {_AGAIN}.")
+
+
 def decided(value: Any, argument: str, fact: str, test: str, other: Any, outcome: bool) -> None:
     """Raise DataError where a fact about an argument (dtype, ndim, kind) compares otherwise than while tracing."""
     if not isinstance(value, Tensor) or bool(getattr(operator, test)(_fact(value, fact), other)) is outcome:
@@ -40,6 +58,15 @@ def decided(value: Any, argument: str, fact: str, test: str, other: Any, outcome
         f"argument {argument!r} has {_NAMES[fact]} {_fact(value, fact)}, and the code goes another way with it than it went "
         f"while the model was traced. {_AGAIN}."
     )
+
+
+def sized(value: Any, question: str, expected: Any) -> None:
+    """Raise DataError where what the code asks of its arguments' sizes has another answer than while tracing."""
+    if value != expected:
+        raise DataError(
+            f"the code decides by sizes, and {question} is {shown(value)}, and was {expected!r} while the model was traced. "
+            f"{_AGAIN}."
+        )
 
 
 _NAMES = {"dtype": "the type", "ndim": "the number of dimensions", "kind": "a kind of numbers,"}
@@ -56,7 +83,7 @@ def _kind(dtype: torch.dtype) -> str:
     return "floating" if dtype.is_floating_point else "complex" if dtype.is_complex else "integer"
 
 
-CHECKS = (fixed, decided)
+CHECKS = (fixed, given, decided, sized)
 """The functions that these nodes call."""
 
 
@@ -65,9 +92,40 @@ def guard_fixed(node: fx.Node, argument: str, value: Any) -> None:
     _insert(node, fixed, (node, argument, value))
 
 
+def guard_given(node: fx.Node) -> None:
+    """Let the graph check at every call that an argument is there."""
+    _insert(node, given, (node, str(node.target)))
+
+
 def guard_decision(node: fx.Node, fact: str, test: str, other: Any, outcome: bool) -> None:
     """Let the graph check at every call that a fact about an argument compares as it did."""
     _insert(node, decided, (node, str(node.target), fact, test, other, outcome))
+
+
+def guard_size(node: fx.Node, expected: Any) -> None:
+    """Let the graph check at every call that a question about its arguments' sizes has the same answer."""
+    _insert(node, sized, (node, _spelled(node), expected))
+
+
+def _spelled(value: Any) -> str:
+    """A question about sizes as code would write it."""
+    if not isinstance(value, fx.Node):
+        return repr(value)
+    args = [_spelled(arg) for arg in value.args]
+    if value.op == "placeholder":
+        return str(value.target)
+    if value.op == "call_method":
+        return f"{args[0]}.{value.target}({', '.join(args[1:])})"
+    if value.target is getattr:
+        return f"{args[0]}.{value.args[1]}"
+    if value.target is operator.getitem:
+        return f"{args[0]}[{args[1]}]"
+    name = getattr(value.target, "__name__", str(value.target))
+    return f"{args[0]} {_SIGNS[name]} {args[1]}" if name in _SIGNS else f"{name}({', '.join(args)})"
+
+
+_SIGNS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "mod": "%", "floordiv": "//"}
+_SIGNS |= {"add": "+", "sub": "-", "mul": "*", "truediv": "/"}
 
 
 def guard(node: fx.Node, argument: str, value: Any) -> None:

@@ -111,7 +111,12 @@ def is_in_place(node: fx.Node) -> bool:
     call = ops.read(node)
     if node.target in _OPERATORS or (call is not None and call["inplace"] is True):
         return True
-    return _name(node.target).endswith("_") and not _name(node.target).endswith("__")
+    return not _is_operator(node.target) and _name(node.target).endswith("_") and not _name(node.target).endswith("__")
+
+
+def _is_operator(target: Any) -> bool:
+    """Whether a target is of ``operator``, where names end like those of ``and_`` because Python has the plain word."""
+    return getattr(target, "__module__", "") == "_operator"
 
 
 def _name(target: Any) -> str:

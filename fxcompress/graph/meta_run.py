@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.graph import ops
@@ -19,7 +19,7 @@ from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.recorder import Interpreter, Recorder, placeholder_values
 from fxcompress.graph.shapes import describe, module_of
 
-__all__ = ["MetaRun", "propagate"]
+__all__ = ["MetaRun", "on_meta", "propagate"]
 
 
 def propagate(module: fx.GraphModule, call: Arguments) -> None:
@@ -45,27 +45,36 @@ class MetaRun(Interpreter):
     Layers whose result has a shape by definition are not run at all.
     """
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, graph: fx.Graph | None = None) -> None:
+        super().__init__(module, graph)
         self.unknown: set[fx.Node] = set()
         self.values: dict[fx.Node, Any] = {}
 
     def follow(self, call: Arguments) -> None:
         """Run the whole graph for ``call``; ``values`` are what is known of each node, ``unknown`` the others."""
         assert isinstance(self.module, fx.GraphModule)
-        metas = pytree.tree_map_only(torch.Tensor, _on_meta, placeholder_values(self.module, call))
+        metas = pytree.tree_map_only(torch.Tensor, on_meta, placeholder_values(self.module, call))
         with torch.no_grad(), contextlib.suppress(StopIteration):
             self.run(*metas, enable_io_processing=False)
 
     def fetch_attr(self, target: str) -> Any:
         value = super().fetch_attr(target)
-        return _on_meta(value) if isinstance(value, torch.Tensor) else value
+        return on_meta(value) if isinstance(value, torch.Tensor) else value
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
         state = itertools.chain(module.named_parameters(), module.named_buffers())
-        metas = {name: _on_meta(value) for name, value in state}
+        metas = {name: on_meta(value) for name, value in state}
         return torch.func.functional_call(module, metas, args, kwargs, strict=False) if metas else module(*args, **kwargs)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if getattr(target, "__module__", "") not in ("_operator", "builtins"):  # these compare devices
+            args, kwargs = pytree.tree_map_only(torch.device, lambda _: _META, (args, kwargs))
+        return _all_on_meta(super().call_function(target, args, kwargs))
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = pytree.tree_map_only(torch.device, lambda _: _META, (args, kwargs))
+        return _all_on_meta(super().call_method(target, args, kwargs))
 
     def run_node(self, n: fx.Node) -> Any:
         if any(source in self.unknown for source in n.all_input_nodes) or ops.kind(n) == "island":
@@ -177,5 +186,15 @@ _OPERANDS: dict[str, Callable[[ops.Call, Callable[[str], Any]], Any]] = {
 """Kind of operator → its result from its operands, found by name; None where it has to be run."""
 
 
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+_META = torch.device("meta")
+
+
+def on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor like this one, without storage."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _all_on_meta(value: Any) -> Any:
+    if isinstance(value, torch.Size):
+        return value
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor if tensor.is_meta else on_meta(tensor), value)

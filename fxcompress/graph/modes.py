@@ -19,7 +19,7 @@ from fxcompress.graph.attention import attend
 from fxcompress.graph.rungs import Rung
 from fxcompress.graph.tree import kept_modes, submodule
 
-__all__ = ["flipped", "noted_mode", "only", "switching_layers"]
+__all__ = ["flipped", "noted_mode", "only", "switching_layers", "unnoted"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -57,6 +57,18 @@ def noted_mode() -> Iterator[_Watched]:
         yield watched
     finally:
         del nn.Module.training
+
+
+@contextmanager
+def unnoted() -> Iterator[None]:
+    """Leave out of the note what asks for the mode in here."""
+    watched = vars(nn.Module).get("training")
+    asked = getattr(watched, "asked", False)
+    try:
+        yield
+    finally:
+        if isinstance(watched, _Watched):
+            watched.asked = asked
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import DataError
@@ -20,8 +20,8 @@ __all__ = ["Interpreter", "Look", "Recorder", "Values", "placeholder_values"]
 class Interpreter(fx.Interpreter):
     """Runs nodes one by one, with the ordinary containers that generated code would pass."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, graph: fx.Graph | None = None) -> None:
+        super().__init__(module, garbage_collect_values=graph is None, graph=graph)
         self.extra_traceback = False  # it prints the whole graph, and fails on quantized dtypes
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:

@@ -63,7 +63,8 @@ def named_arguments(model: nn.Module, call: Arguments | None) -> Iterator[list[s
         yield []
         return
     given = bind(model, call).arguments if call is not None else {}
-    more = {parameter.name: _spelled(parameter, given.get(parameter.name)) for parameter in starred}
+    optional = any(p.default is not p.empty for p in inspect.signature(model.forward).parameters.values())
+    more = {parameter.name: _spelled(parameter, given.get(parameter.name), optional) for parameter in starred}
     own = [p.replace(annotation=p.empty) for p in inspect.signature(model.forward).parameters.values()]
     kept = [made for p in own for made in more.get(p.name, [p])]
     by_position = any(p.kind is p.VAR_POSITIONAL and more[p.name] for p in starred)
@@ -77,11 +78,13 @@ def named_arguments(model: nn.Module, call: Arguments | None) -> Iterator[list[s
         yield [left_out(p, more[p.name]) for p in starred]
 
 
-def _spelled(star: inspect.Parameter, given: Any) -> list[inspect.Parameter]:
-    """Parameters for what a call gives for ``*args`` or ``**kwargs``."""
+def _spelled(star: inspect.Parameter, given: Any, optional: bool) -> list[inspect.Parameter]:
+    """Parameters for what a call gives for ``*args`` or ``**kwargs``; those behind ``optional`` ones must have a default."""
+    default = None if optional else star.empty
     if star.kind is star.VAR_KEYWORD:
-        return [inspect.Parameter(name, star.KEYWORD_ONLY) for name in given or ()]
-    return [inspect.Parameter(f"{star.name}_{n}", star.POSITIONAL_OR_KEYWORD) for n, _ in enumerate(given or ())]
+        return [inspect.Parameter(name, star.KEYWORD_ONLY, default=default) for name in given or ()]
+    names = [f"{star.name}_{n}" for n, _ in enumerate(given or ())]
+    return [inspect.Parameter(name, star.POSITIONAL_OR_KEYWORD, default=default) for name in names]
 
 
 def _passed(parameter: inspect.Parameter, by_position: bool) -> str:

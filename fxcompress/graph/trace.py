@@ -21,21 +21,23 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import TraceError
-from fxcompress.graph import edit, inplace, spellings
+from fxcompress.graph import spellings
 from fxcompress.graph.capture import capture, inline
 from fxcompress.graph.collector import collector_paused
-from fxcompress.graph.containers import open_mappings
 from fxcompress.graph.copying import copied_model
 from fxcompress.graph.drop_path import make_drop_paths
+from fxcompress.graph.finishing import finished
 from fxcompress.graph.functions import inline_call, open_functions
-from fxcompress.graph.guards import guard_fixed
+from fxcompress.graph.guards import guard_fixed, guard_given
 from fxcompress.graph.hooks import ONCE, drop_hooks, has_hooks
-from fxcompress.graph.inputs import Arguments, arguments, bind, record_calls, tensors_in
+from fxcompress.graph.inputs import Arguments, arguments, bind, frozen_state, record_calls, tensors_in
 from fxcompress.graph.island import around_island, regions
+from fxcompress.graph.known import leading_size
 from fxcompress.graph.meta_run import propagate
 from fxcompress.graph.modes import flipped, noted_mode, only, switching_layers
 from fxcompress.graph.module import TracedModule
 from fxcompress.graph.recorder import Recorder, placeholder_values
+from fxcompress.graph.results import output_snr, same_structure
 from fxcompress.graph.rungs import Rung, join
 from fxcompress.graph.select import classes_of
 from fxcompress.graph.shapes import describe
@@ -50,7 +52,7 @@ from fxcompress.graph.signatures import (
     stars,
 )
 from fxcompress.graph.symbolic import LadderTracer, first_line, symbolic
-from fxcompress.graph.tree import parts, submodule, tensors, unwrapped
+from fxcompress.graph.tree import parts, tensors, unwrapped
 
 __all__ = ["Rung", "is_traced", "region_inputs", "trace"]
 
@@ -133,26 +135,32 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
         return None, "it takes a packed sequence, whose shape depends on its data"
     with named_arguments(model, call) as notes:
         module, reason = _capture_named(model, call)
+        given = bind(model, call).arguments if call is not None else {}
     if module is not None:
         module.meta["rungs"] += tuple(Rung("", "note", note) for note in notes)
+        for node in module.graph.find_nodes(op="placeholder"):
+            if node.args == (None,) and given.get(str(node.target)) is not None:
+                guard_given(node)
     return module, reason
 
 
-def _capture_named(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphModule | None, str]:
+def _capture_named(model: nn.Module, call: Arguments | None, *, single: bool = False) -> tuple[fx.GraphModule | None, str]:
     hooked = [name for name, part in parts(model).items() if has_hooks(part)]
     concrete = bound = concrete_arguments(model, call)
     examples = bind(model, call).arguments if call is not None else {}
-    tracer = LadderTracer(examples)
+    tracer = LadderTracer(examples, single=single)
     with noted_mode() as mode:
         graph, failure = symbolic(tracer, model, bound)
         if graph is None and call is not None and (nested := nested_arguments(model, call)):
-            tracer, bound = LadderTracer(examples), {**concrete, **nested}
+            tracer, bound = LadderTracer(examples, single=single), {**concrete, **nested}
             graph, failure = symbolic(tracer, model, bound)
     rungs = [Rung("", "note", FIXED.format(name, value)) for name, value in concrete.items()]
     module: fx.GraphModule
     if graph is not None:
         name_placeholders(graph, model)
         module = TracedModule(tracer.root, graph, type(model).__name__)
+        if tracer.decisions.singular and not (call is not None and _serves_one(module, model, call)):
+            return _capture_named(model, call, single=True)
         rungs += [Rung(name, "note", note) for name, note in tracer.notes]
         rungs += _other_mode(module, model, LadderTracer(examples), bound) if mode.asked else []
         rungs += _resolve(module, model, tracer.defeated, call)
@@ -160,7 +168,7 @@ def _capture_named(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
         for node in module.graph.nodes if tracer.opened else ():
             if node.op == "call_module" and (layer := module.get_submodule(node.target)) in tracer.opened:
                 drop_hooks(layer)
-        return _finish(module, model, [*rungs, *_hook_notes(hooked, rungs)]), ""
+        return finished(module, model, [*rungs, *_hook_notes(hooked, rungs)]), ""
     if spellings.module_kind(model) in _LAYERS and not hooked:
         return _around_layer(model, concrete), ""
     if call is None:
@@ -171,7 +179,7 @@ def _capture_named(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
     except TraceError as error:
         return None, join(failure, str(error))
     rungs += [Rung("", "exported", join(failure, fixed)), *_hook_notes(hooked, rungs)]
-    return _finish(module, model, rungs), ""
+    return finished(module, model, rungs), ""
 
 
 def _around_layer(model: nn.Module, concrete: dict[str, Any]) -> fx.GraphModule:
@@ -187,10 +195,31 @@ def _around_layer(model: nn.Module, concrete: dict[str, Any]) -> fx.GraphModule:
     graph.output(tuple(graph.call_function(operator.getitem, (called, number)) for number in (0, 1)))
     notes = [Rung("", "note", FIXED.format(argument, value)) for argument, value in concrete.items()]
     notes.append(Rung("", "note", f"it is one layer, which the graph calls {name!r}: its tensors are {name}.…"))
-    module = _finish(TracedModule(root, graph, type(model).__name__), root.train(model.training), notes)
+    module = finished(TracedModule(root, graph, type(model).__name__), root.train(model.training), notes)
     module.meta["classes"] = classes_of(module)
     return module
 
+
+def _serves_one(module: fx.GraphModule, model: nn.Module, call: Arguments) -> bool:
+    """Whether a graph that holds what code does for several samples computes what the model does for one."""
+    size = leading_size(call)
+
+    def first(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[:1] if tensor.dim() and tensor.shape[0] == size else tensor
+
+    one = Arguments(*pytree.tree_map_only(torch.Tensor, first, tuple(call)))
+    results = []
+    for whose in (model, module):
+        try:
+            with frozen_state(whose):
+                results.append(one.fresh()(whose))
+        except Exception:  # what the model itself refuses the graph may refuse
+            return not results
+    return same_structure(*results) and output_snr(*results) > _SAME
+
+
+_SAME = 80.0
+"""dB to which results agree but for the order of sums."""
 
 FIXED = "argument {!r} is fixed to {!r}"
 
@@ -209,50 +238,6 @@ def _hook_notes(hooked: list[str], rungs: list[Rung]) -> list[Rung]:
     """A note for every module whose hooks are operators now: those outside islands."""
     islands = {rung.module for rung in rungs if rung.rung == "island"}
     return [Rung(name, "note", ONCE) for name in hooked if not any(f"{name}.".startswith(f"{i}.") for i in islands)]
-
-
-def _finish(module: fx.GraphModule, model: nn.Module, rungs: list[Rung]) -> fx.GraphModule:
-    """Make the captured graph a program: out-of-place, without dead code, with the model's training flags."""
-    for name, part in module.named_modules(remove_duplicate=False):
-        held = submodule(model, name)
-        part.training = held.training if held is not None else model.training
-    for name in dict.fromkeys(inplace.make_functional(module)):
-        rungs.append(
-            Rung("", "note", f"its code overwrites the input {name!r}; the graph computes the same and leaves it as it is")
-        )
-    open_mappings(module.graph)
-    inplace.drop_dead(module)
-    edit.finish(module)
-    _forget_code(module)
-    _number_paddings(module)
-    module.graph.lint()
-    module.meta.update(rungs=tuple(rungs), stage="float")
-    return module
-
-
-def _number_paddings(module: nn.Module) -> None:
-    """Give convolutions that pad with "same", alike on both sides, the numbers: what knows no word takes them then."""
-    for part in module.modules():
-        if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and part.padding == "same":
-            reach = [size * (kernel - 1) for size, kernel in zip(part.dilation, part.kernel_size, strict=True)]
-            if all(pixels % 2 == 0 for pixels in reach):
-                part.padding = tuple(pixels // 2 for pixels in reach)
-
-
-def _forget_code(module: fx.GraphModule) -> None:
-    """Leave of modules whose code is operators of the graph now (exported ones) what they hold, under their names."""
-    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
-    plain: dict[int, nn.Module] = {}
-    for name, part in list(module.named_modules(remove_duplicate=False)):
-        is_own = not type(part).__module__.startswith("torch.") and not isinstance(part, fx.GraphModule)
-        if not name or not is_own or edit.reached(name, called):
-            continue
-        if id(part) not in plain:
-            made = plain[id(part)] = nn.Module().train(part.training)
-            for kept in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-                setattr(made, kept, getattr(part, kept))
-        owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._modules[leaf] = plain[id(part)]
 
 
 def _from_export(model: nn.Module, call: Arguments, program: torch.export.ExportedProgram) -> fx.GraphModule:

@@ -90,6 +90,7 @@ def _pools(dims: int) -> list[Op]:
             modules=(getattr(nn, f"MaxPool{dims}d"),),
             functions=(
                 (getattr(F, f"_max_pool{dims}d"), _MAX_POOL),
+                (getattr(F, f"max_pool{dims}d_with_indices"), _MAX_POOL),
                 *((getattr(aten, f"max_pool{dims}d_with_indices"), _MAX_POOL),) * (dims > 1),
             ),
             defaults={"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False},

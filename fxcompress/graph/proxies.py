@@ -1,0 +1,82 @@
+"""Stand-ins for the values of a model that is traced, which answer what code asks of them: lengths, sizes, branches."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+__all__ = ["Answering"]
+
+
+class Answering(fx.Proxy):
+    """A proxy whose tracer knows lengths and numbers, and that may be written into."""
+
+    def __getattr__(self, k: str) -> Any:
+        if k.startswith("__array_"):  # numpy would call what is there
+            raise AttributeError(k)
+        return _Attribute(self, k)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return np.asarray(self.tracer.number(self), dtype)  # type: ignore[attr-defined]
+
+    def __len__(self) -> int:
+        return self.tracer.length(self)  # type: ignore[attr-defined]
+
+    def __index__(self) -> int:
+        return int(self.tracer.number(self))  # type: ignore[attr-defined]
+
+    __int__ = __index__
+
+    def __float__(self) -> float:
+        return float(self.tracer.number(self))  # type: ignore[attr-defined]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Write into a view, or where a mask says so: that is how channels are followed best."""
+        if isinstance(value, Answering) and _is_written_part(value.node, self.node, self.tracer.create_arg(index)):
+            return
+        if self.tracer.is_mask(self, index) and isinstance(value, (int, float)):  # type: ignore[attr-defined]
+            self.masked_fill_(index, value)
+        elif not _is_plain(index) or (isinstance(value, fx.Proxy) and not self.tracer.is_tensor(value)):  # type: ignore[attr-defined]
+            self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+        elif isinstance(value, (int, float)):
+            operator.getitem(self, index).fill_(value)
+        else:
+            operator.getitem(self, index).copy_(value)
+
+
+class _Attribute(Answering, fx.proxy.Attribute):
+    """An attribute of one, or the method of that name."""
+
+
+def _is_written_part(value: fx.Node, whole: fx.Node, index: Any) -> bool:
+    """Whether ``value`` was made by writing into a part of ``whole``, where Python writes it again: ``x[i] += y``."""
+    part = value.args[0] if value.target in _IN_PLACE else None
+    return isinstance(part, fx.Node) and part.target is operator.getitem and part.args == (whole, index)
+
+
+def _is_plain(index: Any) -> bool:
+    """Whether what an index gives is a view: it is made of numbers, sizes that make slices, and new dimensions."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in parts)
+
+
+_IN_PLACE: dict[Any, Any] = {
+    getattr(operator, f"i{name}"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv")
+}
+"""Operators that write into what they are given, which other names may see, and those that do not."""
+
+
+def _writing(target: Any) -> Callable[[Answering, Any], Any]:
+    def write(self: Answering, other: Any) -> Any:
+        chosen = target if self.tracer.is_tensor(self) else _IN_PLACE[target]  # type: ignore[attr-defined]
+        return self.tracer.create_proxy("call_function", chosen, (self, other), {})
+
+    return write
+
+
+for _target in _IN_PLACE:
+    setattr(Answering, f"__{_target.__name__}__", _writing(_target))
