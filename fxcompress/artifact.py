@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress import serial
 from fxcompress.errors import ArtifactError, BackendError, ConfigError, brief, shown
-from fxcompress.files import make_folder, path_of, writing
+from fxcompress.files import make_folder, path_of, read_json, writing
 from fxcompress.graph import edit
 from fxcompress.graph.island import regions
 from fxcompress.graph.trace import Rung, is_traced
@@ -206,9 +206,9 @@ def _check_files(folder: Path) -> None:
 
 def _read_json(folder: Path, name: str) -> Any:
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{str(folder / name)!r} is damaged: {error}.") from error
+        return read_json(folder / name)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{str(folder / name)!r} is damaged: {brief(error)}.") from error
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -25,7 +25,10 @@ class Config:
 
     def __init__(self, data: Any, source: str = "", lines: Lines | None = None) -> None:
         if not isinstance(data, Mapping):
-            raise ConfigError(f"{source or 'a configuration'} is a {type(data).__name__}; it is a mapping.")
+            what = "empty" if data is None else f"a {type(data).__name__}"
+            raise ConfigError(
+                f"{source or 'a configuration'} is {what}; it is a mapping, as in 'compression: {{type: PTQQuantizer}}'."
+            )
         self.data, self.source, self.lines = dict(data), source, dict(lines or {})
 
     def placed(self, error: ConfigError) -> ConfigError:

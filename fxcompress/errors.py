@@ -97,8 +97,9 @@ def shown(value: Any, most: int = 200) -> str:
 
 
 def brief(error: BaseException, most: int = 300) -> str:
-    """The first line of what an error says, or its kind."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    """The first line of what an error says, or its kind; of an error of the system what is wrong, without the place."""
+    said = error.strerror if isinstance(error, OSError) else None
+    text = (said or str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return text if len(text) <= most else f"{text[:most]} …"
 
 

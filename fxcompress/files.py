@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,17 @@ from typing import Any
 
 from fxcompress.errors import ConfigError, shown
 
-__all__ = ["make_folder", "path_of", "read_text", "target_file", "target_folder", "whole", "write_text", "writing"]
+__all__ = [
+    "make_folder",
+    "path_of",
+    "read_json",
+    "read_text",
+    "target_file",
+    "target_folder",
+    "whole",
+    "write_text",
+    "writing",
+]
 
 
 def path_of(path: Any, what: str) -> Path:
@@ -73,6 +84,14 @@ def read_text(path: str | os.PathLike[str], most: int = 1 << 26) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): save it as UTF-8") from error
+
+
+def read_json(path: str | os.PathLike[str], most: int = 1 << 30) -> Any:
+    """The data of a JSON file in UTF-8; OSError or ValueError (whose message says it) where it is none."""
+    try:
+        return json.loads(read_text(path, most))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def target_file(path: str | os.PathLike[str], what: str, endings: Sequence[str] = (), *, made: bool = False) -> Path:

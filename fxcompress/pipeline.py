@@ -90,10 +90,10 @@ def stages_of(section: Mapping[str, Any], where: Where) -> list[tuple[Any, Where
         raise unknown(next(iter(section)), dict.fromkeys(("type", "pipeline", *ORDER)), where)
     only(section, {"pipeline"}, where)
     pipeline, place = section["pipeline"], (*where, "pipeline")
+    if not isinstance(pipeline, (Mapping, list, tuple)) or not pipeline:
+        raise fault(place, f"is {shown(pipeline)}; it is a list of stages, or stages by name.")
     if isinstance(pipeline, Mapping):
         return _ordered(pipeline, place)
-    if not isinstance(pipeline, (list, tuple)) or not pipeline:
-        raise fault(place, f"is {shown(pipeline)}; it is a list of stages, or stages by name.")
     return [(stage, (*place, number)) for number, stage in enumerate(pipeline)]
 
 

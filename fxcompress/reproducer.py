@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress import artifact
 from fxcompress.errors import ArtifactError, FxCompressError, brief
-from fxcompress.files import read_text
+from fxcompress.files import read_json
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.trace import trace
 from fxcompress.graph.treespec import read_spec, written_spec
@@ -56,10 +56,13 @@ def read(folder: str | os.PathLike[str]) -> tuple[nn.Module, Plan, Arguments | N
     call: Any = None
     if (place / _SPEC).is_file():
         try:
-            stored = json.loads(read_text(place / _SPEC))
+            stored = read_json(place / _SPEC)
             tensors = load_file(place / _INPUTS)
             leaves = [tensors.get(str(i), value) for i, value in enumerate(stored["plain"])]
             call = Arguments(*pytree.tree_unflatten(leaves, read_spec(stored["spec"])))
         except Exception as error:  # whatever a damaged file breaks means the same
             raise ArtifactError(f"the inputs in {str(place)!r} are damaged: {brief(error)}.") from error
-    return model, Plan.parse(place / _PLAN), call
+    plan = Plan.parse(place / _PLAN)
+    if not plan.steps:
+        raise ArtifactError(f"{str(place / _PLAN)!r} is damaged: it holds no step.")
+    return model, plan, call

@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxcompress import artifact
 from fxcompress.distributed import gather, is_main
 from fxcompress.errors import ArtifactError, ConfigError, brief
-from fxcompress.files import make_folder, path_of, read_text, write_text
+from fxcompress.files import make_folder, path_of, read_json, write_text
 from fxcompress.graph.digest import digest, state_of
 from fxcompress.graph.island import TOP, Island
 from fxcompress.ledger import Ledger
@@ -46,7 +46,7 @@ class Stages:
         if not resume:
             raise ConfigError(f"{str(self.folder)!r} holds a run: resume it, or choose another folder.")
         try:
-            state = json.loads(read_text(self._path))
+            state = read_json(self._path)
             if state.pop("digest") != _digest(state):
                 raise ValueError("it is not what was written")
             self.done, self.rows = int(state["done"]), Ledger.from_data(state["ledger"])

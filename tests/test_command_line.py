@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("failure/plan.yaml").write_text("[fold-batchnorm]")
     fxcompress.save(dense, "failure/model")
     Path("failure/inputs.json").write_text("{")
+    shutil.copytree("failure", "cut")
+    Path("cut/inputs.json").unlink()
+    Path("cut/plan.yaml").write_text("")
+    Path("deep.json").write_text("[" * 100_000)
+    Path("stageless.yaml").write_text("compression: {pipeline: {}}")
     return tmp_path
 
 
@@ -187,6 +193,11 @@ SENSITIVITY = ["sensitivity", "--model", "dense", "--data", DATA, "--type", "uns
         (["replay", "failure"], "are damaged"),
         (["replay", "failure", "--json", "--changes"], "choose one of them"),
         (["replay", "file"], "is not a reproducer"),
+        (["replay", "cut"], "it holds no step"),
+        ([*SENSITIVITY, "--cache", "deep.json"], "is not a cache of a sensitivity analysis"),
+        (["plan", "file"], "file is empty; it is a mapping, as in 'compression: {type: PTQQuantizer}'"),
+        (["plan", "stageless.yaml"], "line 1: compression.pipeline: is {}; it is a list of stages"),
+        (["plan", "nowhere.yaml"], "'nowhere.yaml' cannot be read: No such file or directory.\n"),
     ],
 )
 def test_a_place_or_name_that_cannot_be_is_refused_before_any_work(

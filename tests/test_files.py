@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fxcompress.errors import ConfigError
-from fxcompress.files import read_text, whole, write_text
+from fxcompress.files import read_json, read_text, whole, write_text
 
 
 def test_a_file_is_its_old_self_until_it_is_its_new_one(tmp_path: Path) -> None:
@@ -54,3 +54,11 @@ def test_a_file_is_read_up_to_a_size(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"line 1 is not UTF-8 \(byte 0xff\)"):
         read_text(tmp_path / "a")
+
+
+def test_data_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": [1]}')
+    assert read_json(tmp_path / "a.json") == {"a": [1]}
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json(tmp_path / "a.json")

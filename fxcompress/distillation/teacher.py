@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import ConfigError, DataError
-from fxcompress.files import make_folder, write_text
+from fxcompress.files import make_folder, read_json, write_text
 from fxcompress.graph.digest import digest, state_of
 from fxcompress.graph.treespec import read_spec, written_spec
 
@@ -109,7 +109,7 @@ class TeacherCache:
     def _open(self) -> None:
         assert self.folder is not None
         try:
-            header = json.loads((self.folder / "cache.json").read_text(encoding="utf-8"))
+            header = read_json(self.folder / "cache.json")
             self.spec = read_spec(header["spec"])
             self.rows = [
                 torch.empty(0, *shape, dtype=getattr(torch, dtype), device="cpu") for shape, dtype in header["rows"]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fxcompress.data import fed, fitting
 from fxcompress.distributed import gather, rank, spread, world
 from fxcompress.errors import ConfigError, DataError
-from fxcompress.files import make_folder, write_text
+from fxcompress.files import make_folder, read_json, write_text
 from fxcompress.graph.digest import digest, state_of
 from fxcompress.graph.tree import device_of
 from fxcompress.manager import PassManager, example_call
@@ -280,7 +280,7 @@ class SensitivityAnalyzer:
             if not file.is_file():
                 continue
             try:
-                data = json.loads(file.read_text(encoding="utf-8"))
+                data = read_json(file)
                 theirs, found = data["fingerprint"], {str(k): float(v) for k, v in data["values"].items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ConfigError(f"{str(file)!r} is not a cache of a sensitivity analysis; choose another path.") from error

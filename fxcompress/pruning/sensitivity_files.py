@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fxcompress.errors import ConfigError, PlanError, brief
-from fxcompress.files import read_text
+from fxcompress.files import read_json
 from fxcompress.plan import Plan
 from fxcompress.pruning.sensitivity_report import Recommendation, Summary, scores
 
@@ -26,11 +26,11 @@ def read_analysis(path: str | os.PathLike[str]) -> Summary:
     """
     source = Path(path)
     try:
-        data = json.loads(read_text(source))
+        data = read_json(source)
         return _of_cache(data) if "values" in data else _of_report(data)
     except OSError as error:
         raise ConfigError(f"the analysis {str(source)!r} cannot be read: {error.strerror}.") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, PlanError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, PlanError) as error:
         raise ConfigError(
             f"{str(source)!r} is not an analysis of sensitivity ({brief(error)}); give the .json report or the cache of one."
         ) from error

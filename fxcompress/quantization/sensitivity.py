@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompress.errors import ConfigError
-from fxcompress.files import make_folder, write_text
+from fxcompress.files import make_folder, read_json, write_text
 from fxcompress.graph.digest import digest, state_of
 from fxcompress.graph.inputs import Arguments, tensors_in
 from fxcompress.quantization.confidence import share, share_at_most
@@ -145,7 +145,7 @@ class SweepFile:
         self.resumed = 0
         if self.path is not None and self.path.is_file():
             try:
-                found = json.loads(self.path.read_text(encoding="utf-8"))
+                found = read_json(self.path)
                 kept = found["costs"] if found["key"] == key else {}
                 self.costs = {str(name): float(cost) for name, cost in kept.items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
