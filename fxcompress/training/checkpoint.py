@@ -83,7 +83,7 @@ def _check_same_run(trainer: Trainer, state: dict[str, Any], path: Path) -> None
     saved = {**state["recipe"], "processes": state["processes"], "callbacks": len(state["callbacks"])}
     parts = [f"{name} was {saved.get(name)!r} and is {mine[name]!r}" for name in mine if saved.get(name) != mine[name]]
     if parts:
-        raise ConfigError(f"the checkpoint {str(path)!r} is of another run: {', '.join(parts)}.")
+        raise ConfigError(f"the checkpoint {str(path)!r} is of another run: {', '.join(parts)}. Delete it, or name another.")
 
 
 def _with_state(trainer: Trainer) -> list[Callback]:
