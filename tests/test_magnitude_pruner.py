@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fxcompress import PassManager, load, save
+from fxcompress import CRITERIA, PassManager, load, save
 from fxcompress.errors import ConfigError, PlanError
 from fxcompress.pruning import L1UnstructuredPruner, MagnitudePruner, RandomPruner
 from fxcompress.pruning.masks import n_of_m, smallest
@@ -73,6 +73,33 @@ def test_the_sparsity_reached_is_the_one_asked_to_one_weight(pruner: type[Magnit
     baked = PassManager(["bake-masks"]).run(result, X)
     assert made.get_sparsity(baked) == made.get_sparsity(result)
     assert torch.equal(baked(X), result(X))
+
+
+def test_a_registered_criterion_ranks_single_weights() -> None:
+    @CRITERIA.register("test-nearest-to-half")
+    def nearest(slices: Tensor, name: str) -> Tensor:
+        return (slices.flatten(1) - 0.5).abs().sum(1)
+
+    @CRITERIA.register("test-signed")
+    def signed(slices: Tensor, name: str) -> Tensor:
+        return slices.flatten(1).sum(1)
+
+    dense = model()
+    small = MagnitudePruner(0.3, criterion="test-nearest-to-half").prune(dense)
+    weights = [
+        (m.weight.detach(), small.get_submodule(n).weight)
+        for n, m in dense.named_modules()
+        if isinstance(m, (nn.Conv2d, nn.Linear))
+    ]
+    kept = torch.cat([(w - 0.5).abs()[masked != 0] for w, masked in weights])
+    gone = torch.cat([(w - 0.5).abs()[masked == 0] for w, masked in weights])
+    assert len(gone) == round(0.3 * (len(gone) + len(kept))) and gone.max() <= kept.min()
+    mask = MagnitudePruner(pruning_type="semi_structured", criterion="test-nearest-to-half").compute_mask(nn.Linear(8, 2))
+    assert mask.unflatten(1, (-1, 4)).sum(2).eq(2).all()
+    with pytest.raises(ConfigError, match="gave scores below 0 for"):
+        MagnitudePruner(0.3, criterion="test-signed").prune(dense)
+    with pytest.raises(ConfigError, match=r"'taylor' for single weights. That one ranks whole channels"):
+        MagnitudePruner(criterion="taylor")
 
 
 def test_l1_and_l2_rank_alike_and_random_is_reproducible() -> None:

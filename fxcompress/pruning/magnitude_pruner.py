@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.errors import ConfigError, did_you_mean, shown
+from fxcompress.errors import ConfigError, did_you_mean
 from fxcompress.graph.select import Layer, Selection, listed, matches, resolved
 from fxcompress.graph.tree import check_module, unwrapped
 from fxcompress.ledger import Ledger
 from fxcompress.manager import PassManager
 from fxcompress.options import Seed
 from fxcompress.plan import Plan
-from fxcompress.pruning.masks import CRITERIA, check_sparsity, n_of_m, score, smallest
+from fxcompress.pruning.masks import check_criterion, check_sparsity, n_of_m, score, smallest
 from fxcompress.pruning.prunable import PRUNABLE, Skip, bake_masks, sites
 from fxcompress.pruning.sites import Site
 
@@ -100,7 +100,7 @@ class MagnitudePruner:
     ``sparsity``        share of weights that become zero, over the whole selection together, in [0, 1)
     ``pruning_type``    ``unstructured``, or ``semi_structured``: exactly ``n`` of every ``m`` weights stay along the input
                         dimension (per output channel and kernel position)
-    ``criterion``       ``l1`` (|w|), ``l2`` (w²) or ``random``
+    ``criterion``       ``l1`` (|w|), ``l2`` (w²), ``random``, or one that was registered in ``CRITERIA``
     ``exclude_layers``, ``include_layers``  by name, glob, ``re:`` or ``type:``, with everything below
     """
 
@@ -119,9 +119,7 @@ class MagnitudePruner:
         self.sparsity = check_sparsity(sparsity)
         if pruning_type not in TYPES:
             raise ConfigError(f"pruning_type is {pruning_type!r}; it is {' or '.join(TYPES)}.")
-        if not isinstance(criterion, str) or criterion not in CRITERIA:
-            hint = did_you_mean(criterion, CRITERIA)
-            raise ConfigError(f"there is no criterion {shown(criterion)}.{hint} Known: {', '.join(CRITERIA)}.")
+        check_criterion(criterion)
         if not all(isinstance(count, int) for count in (n, m)) or not 0 < n < m <= 64:
             raise ConfigError(f"n and m are {n!r} and {m!r}; whole numbers with 0 < n < m <= 64.")
         self.pruning_type, self.criterion, self.n_m, self.seed = pruning_type, criterion, (n, m), seed

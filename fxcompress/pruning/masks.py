@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fxcompress.errors import ConfigError, did_you_mean
+from fxcompress.errors import ConfigError, did_you_mean, shown
+from fxcompress.pruning import criteria
 
-__all__ = ["CRITERIA", "check_sparsity", "n_of_m", "score", "smallest"]
+__all__ = ["CRITERIA", "check_criterion", "check_sparsity", "n_of_m", "score", "smallest"]
 
 CRITERIA: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "l1": lambda magnitude, generator: magnitude,
@@ -20,20 +21,40 @@ CRITERIA: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 }
 """Criterion → the score of every weight from |w|; the smallest go first."""
 
+_OF_CHANNELS = frozenset(criteria.CRITERIA)
+
+
+def check_criterion(criterion: str) -> str:
+    """``criterion``; ConfigError unless it ranks single weights: one of those here, or one that a user registered."""
+    known = [*CRITERIA, *(name for name in criteria.CRITERIA if name not in _OF_CHANNELS)]
+    if isinstance(criterion, str) and criterion in known:
+        return criterion
+    whole = " That one ranks whole channels." if isinstance(criterion, str) and criterion in _OF_CHANNELS else ""
+    hint = did_you_mean(criterion, known)
+    raise ConfigError(
+        f"there is no criterion {shown(criterion)} for single weights.{whole}{hint} Known: {', '.join(known)}."
+    )
+
 
 def score(weight: Tensor, criterion: str, generator: torch.Generator, name: str = "") -> Tensor:
     """Non-negative scores in the weight's shape, float64 for float64 and float32 for all else.
 
-    Raises ConfigError for an unknown criterion, and for NaN or infinite values with the layer's name.
+    To a criterion that a user registered every weight is a slice of one number; its scores are float64. Raises ConfigError
+    for an unknown criterion, for scores below 0, and for NaN or infinite values with the layer's name.
     """
-    if criterion not in CRITERIA:
-        hint = did_you_mean(criterion, CRITERIA)
-        raise ConfigError(f"there is no criterion {criterion!r}.{hint} Known: {', '.join(CRITERIA)}.")
+    check_criterion(criterion)
     magnitude = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32).abs()
     if weight.numel() and not bool(torch.isfinite(magnitude.amax())):
         owner = f"the weight of {name!r}" if name else "a weight"
         raise ConfigError(f"{owner} holds NaN or infinite values; no criterion ranks them.")
-    return CRITERIA[criterion](magnitude, generator)
+    if criterion in CRITERIA:
+        return CRITERIA[criterion](magnitude, generator)
+    found = criteria.scored(criterion, weight.detach().reshape(-1, 1), name or "the weight").reshape(weight.shape)
+    if bool((found < 0).any()):
+        raise ConfigError(
+            f"the criterion {criterion!r} gave scores below 0 for {name or 'a weight'}; those of weights begin at 0."
+        )
+    return found
 
 
 def check_sparsity(sparsity: float) -> float:
