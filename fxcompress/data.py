@@ -14,7 +14,7 @@ from fxcompress.graph.inputs import Arguments, tensors_in
 from fxcompress.graph.module import signature
 from fxcompress.graph.tree import device_of
 
-__all__ = ["batches", "check_batch", "fed", "fitting", "split_batch"]
+__all__ = ["Once", "batches", "check_batch", "fed", "fitting", "split_batch"]
 
 
 def fed(data: Any) -> Iterable[Any]:
@@ -24,6 +24,22 @@ def fed(data: Any) -> Iterable[Any]:
     if not isinstance(data, Iterable) or isinstance(data, (str, bytes)):
         raise DataError(f"the data is a {type(data).__name__}; a dataloader is any iterable of batches.")
     return data
+
+
+class Once(Iterator[Any]):
+    """Batches that can be read once; DataError where they are asked for again after their end."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches, self._ended = batches, False
+
+    def __next__(self) -> Any:
+        if self._ended:
+            raise DataError("the data can be read once, and an earlier step has read it: give a DataLoader or a list.")
+        try:
+            return next(self._batches)
+        except StopIteration:
+            self._ended = True
+            raise
 
 
 def split_batch(batch: Any, model: nn.Module) -> tuple[Arguments, Any]:
@@ -48,6 +64,9 @@ def _by_keyword(batch: Mapping[Any, Any], model: nn.Module) -> tuple[Arguments, 
     parameters = signature(model).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     left = {} if open_ended else {key: value for key, value in batch.items() if key not in parameters}
+    if batch and len(left) == len(batch):
+        takes, keys = f"{type(model).__name__}.forward{signature(model)}", ", ".join(map(repr, batch))
+        raise DataError(f"{takes} takes none of the keys of a batch, {keys}; a dict is passed by keyword.")
     target = next(iter(left.values())) if len(left) == 1 else left or None
     return Arguments((), {key: value for key, value in batch.items() if key not in left}), target
 

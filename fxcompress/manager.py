@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxcompress import reproducer
-from fxcompress.data import fed, split_batch
+from fxcompress.data import Once, fed, split_batch
 from fxcompress.distributed import placed_on
 from fxcompress.errors import DataError, FxCompressError, PassError, PlanError, VerificationError
 from fxcompress.graph import edit, trace
@@ -92,8 +92,10 @@ class PassManager:
         PromiseError where a step fails, with the folder that replays it.
         """
         data = None if data is None else fed(data)
-        if data is not None and example_inputs is None and iter(data) is data:
-            example_inputs, data = _peeked(data, model)
+        if data is not None and iter(data) is data:
+            if example_inputs is None:
+                example_inputs, data = _peeked(iter(data), model)
+            data = Once(iter(data))
         call, tried = self._call(model, example_inputs, data)
         self._check_needs(call is not None or data is not None, data, teacher)
         self.ledger.rows.clear()

@@ -255,6 +255,18 @@ def test_an_iterator_tells_the_shapes_and_keeps_all_its_batches() -> None:
         manager("insert-observers", "calibrate").run(model(), data=iter([]))
 
 
+def test_an_iterator_that_two_steps_read_is_said_to_be_read() -> None:
+    with pytest.raises(DataError, match="can be read once, and an earlier step has read it"):
+        manager("recalibrate-batchnorm", "insert-observers", "calibrate").run(model(), data=iter([X, X]))
+
+
+def test_a_mapping_of_which_the_model_takes_nothing_is_named_by_its_keys() -> None:
+    with pytest.raises(
+        DataError, match="takes none of the keys of a batch, 'imput', 'target'; a dict is passed by keyword"
+    ):
+        manager("insert-observers", "calibrate").run(model(), X, data=[{"imput": X, "target": X}])
+
+
 def test_fewer_batches_than_asked_is_a_warning_with_both_numbers(caplog: pytest.LogCaptureFixture) -> None:
     m = manager("insert-observers", {"calibrate": {"num_batches": 9}})
     m.run(model(), data=[X, X])

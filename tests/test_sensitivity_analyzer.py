@@ -299,6 +299,8 @@ def test_misuse_and_bad_data_are_errors() -> None:
     for method in (analyzer.get_sensitivity_scores, analyzer.plot_sensitivity, lambda: analyzer.get_optimal_sparsity(0.5)):
         with pytest.raises(ConfigError, match="call analyze"):
             method()
+    with pytest.raises(DataError, match="batch 0 holds NaN or infinite values"):
+        analyzer.analyze(network(), [(X / 0, torch.zeros(len(X), dtype=torch.int64))])
     with pytest.raises(DataError, match="the data is a int"):
         SensitivityAnalyzer().analyze(nn.Linear(2, 2), 5)  # type: ignore[arg-type]
     for given in (None, "ab", [0.1]):

@@ -161,6 +161,8 @@ def test_what_is_missing_is_said() -> None:
         StructuredPruner(criterion="taylor").prune(network(), example_inputs=X)
     with pytest.raises(FxCompressError, match="hrank needs data"):
         StructuredPruner(criterion="hrank").prune(network(), example_inputs=X)
+    with pytest.raises(FxCompressError, match="batch 0 is empty"):
+        StructuredPruner(criterion="hrank").prune(network(), example_inputs=X, data=[X[:0]])
     with pytest.raises(FxCompressError, match="example_inputs"):
         StructuredPruner().prune(nn.Bilinear(2, 3, 4))
     broken = network()

@@ -502,6 +502,7 @@ def test_options_that_do_not_fit_are_refused_by_name() -> None:
         (iter(BATCHES), DataError, "list_iterator, which can be read once"),
         ([X], DataError, "target"),
         ([3], DataError, "no tensor"),
+        ([BATCHES[0], (X[:0], Y[:0])], DataError, "batch 1 holds no sample"),
         ([BATCHES[0], (X, Y[:3])], DataError, "batch 1 does not fit the model, the loss or the metric: "),
         ([(X[:, :2], Y)], DataError, "batch 0 does not fit"),
         ([(X, Y + 9)], DataError, "batch 0 does not fit"),

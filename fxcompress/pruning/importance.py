@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxcompress.data import split_batch
+from fxcompress.data import batches
 from fxcompress.errors import ConfigError, DataError
 from fxcompress.graph import ops
 from fxcompress.graph.channels import ChannelGroup, Channels
 from fxcompress.graph.recorder import Recorder
-from fxcompress.graph.tree import device_of
 from fxcompress.pruning import criteria
 from fxcompress.pruning.gradients import Loss, gradients
 
@@ -159,10 +158,9 @@ def _ranks(channels: Channels, data: Iterable[Any] | None) -> dict[str, Tensor]:
         if isinstance(weight, ops.Attr):
             makers[node] = walk.canonical.get(weight.name, weight.name)
     totals: dict[str, list[Tensor]] = {}
-    for batch in data:
-        arguments, _ = split_batch(batch, walk.module)
+    for batch in batches(data, walk.module):
         run = _Features(walk.module, makers)
-        run.record(arguments.to(device_of(walk.module)))
+        run.record(batch)
         for name, found in run.ranks.items():
             totals.setdefault(name, []).append(found)
     if not totals:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from fxcompress.data import fed, fitting
+from fxcompress.data import check_batch, fed, fitting
 from fxcompress.distributed import gather, rank, spread, world
 from fxcompress.errors import ConfigError, DataError
 from fxcompress.files import make_folder, read_json, write_text
@@ -313,6 +313,7 @@ def _evaluate(model: nn.Module, data: Iterable[Any], metric: str | Callable[[nn.
                 call, target = split_target(model, batch, device)
                 if target is None:
                     raise DataError(f"batch {position} has no target; {metric!r} compares outputs with targets.")
+                check_batch(call, position)
                 with fitting(position):
                     value = float(METRICS[metric](call(model), target))
             total += value * batch_size(batch)

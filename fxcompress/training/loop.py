@@ -188,6 +188,8 @@ class Trainer:
 
     def _take_step(self, group: list[Any]) -> None:
         sizes = [batch_size(batch) for batch in group]
+        if not sum(sizes):
+            raise DataError(f"batch {self.batch} holds no sample: there is nothing to train on.")
         for number, (batch, size) in enumerate(zip(group, sizes, strict=True), 1):
             with self._local(number < len(group)):
                 self._backward(batch, self.batch + number - 1, size, size / sum(sizes))
