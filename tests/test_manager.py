@@ -261,9 +261,7 @@ def test_an_iterator_that_two_steps_read_is_said_to_be_read() -> None:
 
 
 def test_a_mapping_of_which_the_model_takes_nothing_is_named_by_its_keys() -> None:
-    with pytest.raises(
-        DataError, match="takes none of the keys of a batch, 'imput', 'target'; a dict is passed by keyword"
-    ):
+    with pytest.raises(DataError, match="takes none of the keys of a batch, 'imput', 'target'; a dict is passed by keyword"):
         manager("insert-observers", "calibrate").run(model(), X, data=[{"imput": X, "target": X}])
 
 
