@@ -14,6 +14,7 @@ from tqdm import tqdm
 from fxcompress.data import batches
 from fxcompress.distributed import gather, is_main, merge, rank, world
 from fxcompress.errors import DataError
+from fxcompress.graph.layout import channels_last
 from fxcompress.graph.tree import evaluating
 from fxcompress.options import Count
 from fxcompress.pass_base import EXACT, Context, Pass, Promise, hidden
@@ -48,7 +49,7 @@ class Calibrate(Pass):
             observer.enabled = True
         seen = 0
         try:
-            with evaluating(model), torch.no_grad():
+            with evaluating(model), channels_last(model), torch.no_grad():
                 every = batches(context.require_data("'calibrate'"), model, self.num_batches)
                 feed = itertools.islice(every, rank(), None, world())
                 for call in tqdm(feed, "calibrate", disable=hidden(context.progress), leave=False, unit="batch"):

@@ -49,6 +49,7 @@ class Calibrator:
     """
 
     name: ClassVar[str]
+    per_channel: bool = False
 
     def __init__(self, symmetric: bool = True) -> None:
         self.symmetric = _flag("symmetric", symmetric)
@@ -72,6 +73,8 @@ class Calibrator:
         values = tensor.detach()
         if values.dtype != torch.float32 or values.device.type != "cpu":
             values = values.to("cpu", torch.float32)
+        if not self.per_channel:
+            values = _flat(values)
         low, high = self._extremes(values)
         bounds = (float(low), float(high)) if low.dim() == 0 else (float(low.sum()), float(high.sum()))
         if not math.isfinite(bounds[0] + bounds[1]) and not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
@@ -158,13 +161,23 @@ class Calibrator:
             self._known = (float(self.minimum), float(self.maximum))
 
     def _add(self, values: Tensor, minimum: float, maximum: float) -> None:
-        """Count float32 values; their extremes are known."""
+        """Count float32 values, all in one dimension; their extremes are known."""
 
     def _join(self, other: Any) -> None:
         """Join the counts of another calibrator of this class."""
 
     def _range(self, minimum: Tensor, maximum: Tensor, target: Grid) -> tuple[Tensor, Tensor]:
         return minimum, maximum
+
+
+def _flat(values: Tensor) -> Tensor:
+    """All elements in memory order, without a copy where the memory has no gaps."""
+    if _has_no_gaps(values):
+        return values.as_strided((values.numel(),), (1,))
+    return values.reshape(-1)
+
+
+_has_no_gaps = torch.ops.aten.is_non_overlapping_and_dense.default
 
 
 class MinMaxCalibrator(Calibrator):
@@ -203,7 +216,7 @@ class _HistogramBased(Calibrator):
         return Histogram(1 << (self.num_bins - 1).bit_length(), signed=self.signed)
 
     def _add(self, values: Tensor, minimum: float, maximum: float) -> None:
-        self.histogram.add(_flat(values), minimum, maximum)
+        self.histogram.add(values, minimum, maximum)
 
     def _join(self, other: Any) -> None:
         self.histogram.merge(other.histogram)
@@ -218,14 +231,6 @@ class _HistogramBased(Calibrator):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.histogram.load_state_dict(state["histogram"])
-
-
-def _flat(values: Tensor) -> Tensor:
-    """All elements in memory order, without a copy where the memory has no gaps."""
-    if values.is_contiguous():
-        return values.view(-1)
-    order = sorted(range(values.dim()), key=values.stride, reverse=True)
-    return values.permute(order).reshape(-1)
 
 
 class HistogramCalibrator(_HistogramBased):

@@ -52,10 +52,11 @@ class Histogram:
         self._settle()
         return self._counts
 
-    @torch.inference_mode(False)
     def add(self, values: Tensor, minimum: float, maximum: float) -> None:
         """Count the one-dimensional float32 ``values``, whose extremes are known."""
-        self._rise(_octave(max(abs(minimum), abs(maximum))))
+        octave = _octave(max(-minimum, maximum))
+        if octave > self.top:
+            self._rise(octave)
         size = values.numel()
         if size > _WAITING // 2:
             self._count(values, minimum < 0.0)
@@ -63,10 +64,14 @@ class Histogram:
         if self._waiting_count + size > _WAITING:
             self._count_waiting()
         if not self._waiting.numel():
-            self._waiting = torch.empty(_WAITING, dtype=torch.float32, device="cpu")
+            self._make_room()
         self._waiting[self._waiting_count : self._waiting_count + size] = values
         self._waiting_count += size
         self._waiting_negatives |= minimum < 0.0
+
+    @torch.inference_mode(False)
+    def _make_room(self) -> None:
+        self._waiting = torch.empty(_WAITING, dtype=torch.float32, device="cpu")
 
     def _count_waiting(self) -> None:
         if self._waiting_count:
@@ -75,11 +80,10 @@ class Histogram:
 
     def _count(self, values: Tensor, negatives: bool) -> None:
         base = (self.top + 1) * self.per_octave - self.width
-        flat = self._counts.view(-1)
+        flat, lanes = self._counts.view(-1), _lanes()
         for patterns in values.view(torch.int32).split(_CHUNK):  # a chunk and its keys stay in the cache
             keys = (patterns & 0x7FFFFFFF).bitwise_right_shift_(self.shift) if negatives else patterns >> self.shift
-            keys.sub_(base)
-            _spread_zeros(keys)
+            torch.maximum(keys.sub_(base), lanes[: keys.numel()], out=keys)
             if negatives and self.signed:
                 keys.sub_(patterns >> 31, alpha=self.width)  # shifted so, a negative number is -1, any other 0
             found = torch.bincount(keys)
@@ -92,6 +96,7 @@ class Histogram:
         self._counts[:, :_LANES] = 0
         self._counts[0, 0] = around
 
+    @torch.inference_mode(False)
     def _rise(self, octave: int) -> None:
         """Let the window of octaves end at ``octave`` at least; what falls below it joins the bin around zero."""
         if octave > self.top:
@@ -100,7 +105,6 @@ class Histogram:
                 self._counts = _lowered(self._counts, (octave - self.top) * self.per_octave)
             self.top = octave
 
-    @torch.inference_mode(False)
     def merge(self, other: Histogram) -> None:
         """Add what ``other`` counted."""
         self._rise(other.top)
@@ -158,23 +162,14 @@ def _octave(magnitude: float) -> int:
     return max(math.frexp(magnitude)[1] + 126, 0) if magnitude else 0
 
 
-def _spread_zeros(keys: Tensor) -> None:
-    """Raise keys to the lowest bins, in turn: zeros, half of all values behind a ReLU, are gathered from there afterwards.
-
-    Counting into one bin again and again waits for its own last store each time.
-    """
-    lanes = _lanes()
-    tail = keys.numel() % lanes.numel()
-    rows = keys[: keys.numel() - tail].view(-1, lanes.numel())
-    torch.maximum(rows, lanes, out=rows)
-    rest = keys[keys.numel() - tail :]
-    torch.maximum(rest, lanes[:tail], out=rest)
-
-
 @functools.cache
 def _lanes() -> Tensor:
-    """0 to 7 over and over; a row that stays in the nearest cache."""
-    return (torch.arange(1024, device="cpu") % _LANES).to(torch.int32)
+    """0 to 7 over and over: the least keys that values may have.
+
+    Zeros, half of all values behind a ReLU, go to the lowest bins in turn and are gathered from there afterwards: counting
+    into one bin again and again waits for its own last store each time.
+    """
+    return (torch.arange(_CHUNK, device="cpu") % _LANES).to(torch.int32)
 
 
 def _lowered(counts: Tensor, step: int) -> Tensor:

@@ -40,7 +40,7 @@ class ActivationObserver(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.enabled:
-            self.calibrator.collect(input.detach())
+            self.calibrator.collect(input)
         return input
 
     def passes_on(self) -> bool:
