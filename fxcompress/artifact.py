@@ -34,6 +34,7 @@ from fxcompress.files import make_folder, path_of, read_json, writing
 from fxcompress.graph import edit
 from fxcompress.graph.island import regions
 from fxcompress.graph.trace import Rung, is_traced
+from fxcompress.ledger import Ledger
 from fxcompress.pass_base import STAGES, Context
 from fxcompress.plan import build_pass
 
@@ -125,7 +126,7 @@ def load(path: str | os.PathLike[str], *, modules: Mapping[str, nn.Module] | Non
         raise ArtifactError(f"{str(folder)!r} has format {found!r}; this version reads format {FORMAT}.")
     tensors = _read_tensors(folder)
     model = _build(document, tensors, modules or {}, f"{str(folder)!r} is damaged")
-    model.meta["history"] = _read_json(folder, _HISTORY)
+    model.meta["history"] = _read_history(folder)
     return model
 
 
@@ -209,6 +210,17 @@ def _read_json(folder: Path, name: str) -> Any:
         return read_json(folder / name)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{str(folder / name)!r} is damaged: {brief(error)}.") from error
+
+
+def _read_history(folder: Path) -> list[dict[str, Any]]:
+    history: list[dict[str, Any]] = _read_json(folder, _HISTORY)
+    try:
+        for entry in history:
+            if not Ledger.from_data(entry["ledger"]).rows or not isinstance(entry["plan"], str):
+                raise ValueError("a run has a plan, and a ledger of its steps")
+    except (LookupError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{str(folder / _HISTORY)!r} is damaged: {brief(error)}.") from error
+    return history
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pydantic
 from tabulate import tabulate
 
 from fxcompress.files import write_text
@@ -90,18 +92,18 @@ class Ledger:
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Ledger:
-        """The inverse of :meth:`as_data`."""
-        rows = []
-        for row in data["rows"]:
-            remarks = tuple(Remark(**remark) for remark in row["remarks"])
-            snr = math.inf if row["snr"] == "exact" else row["snr"]
-            figures = tuple(Figures(**found) for found in row.get("figures", ()))
-            rows.append(Row(**{**row, "remarks": remarks, "snr": snr, "figures": figures}))
-        return cls(rows, list(data.get("notes", ())))
+        """The inverse of :meth:`as_data`; LookupError, TypeError or ValueError where the data are no ledger."""
+        rows = [{**row, "snr": math.inf if row["snr"] == "exact" else row["snr"]} for row in data["rows"]]
+        return _ledgers().validate_python({"rows": rows, "notes": list(data.get("notes", ()))})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ledger as JSON; the file appears whole or not at all."""
         write_text(path, json.dumps(self.as_data(), indent=1))
+
+
+@functools.cache
+def _ledgers() -> pydantic.TypeAdapter[Ledger]:
+    return pydantic.TypeAdapter(Ledger)
 
 
 _ALIGN = ("left", *("right",) * (len(HEADERS) - 1))

@@ -244,6 +244,26 @@ def test_no_word_of_a_saved_model_becomes_code(what: str, tmp_path: Path) -> Non
     assert "this" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda history: history.append(3),
+        lambda history: history[0].update(plan=["fold-batchnorm"]),
+        lambda history: history[0]["ledger"].update(rows=[]),
+        lambda history: history[0]["ledger"]["rows"][0].update(snr="loud"),
+        lambda history: history[0]["ledger"]["rows"][0].update(macs=None),
+        lambda history: history[0]["ledger"]["rows"][0].update(remarks=[{"node": 3}]),
+    ],
+)
+def test_a_history_that_is_none_is_refused(saved: Path, change: Any) -> None:
+    history = json.loads((saved / "history.json").read_text())
+    change(history)
+    (saved / "history.json").write_text(json.dumps(history))
+    sign(saved)
+    with pytest.raises(ArtifactError, match=r"history.json' is damaged: "):
+        load(saved)
+
+
 def paths(data: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     return [here, *(path for key, value in items for path in paths(value, (*here, key)))]
