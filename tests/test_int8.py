@@ -195,6 +195,26 @@ def test_sums_of_a_pooling_leave_the_range_of_its_input_and_do_not_saturate(back
     assert output_snr(model(x), PTQQuantizer(backend=backend, progress=False).quantize(model, [x])(x)) > 38
 
 
+@pytest.mark.parametrize("backend", ["fbgemm", "qnnpack", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("silent", ["channels", "input"])
+def test_a_bias_is_all_that_silenced_channels_or_inputs_leave_and_it_stays(backend: str, silent: str) -> None:
+    """Kernels hold a bias in units of the input's scale times the weight's, which are as fine as others' are."""
+    if backends.find(backend).unavailable():
+        pytest.skip(str(backends.find(backend).unavailable()))
+    torch.manual_seed(0)
+    first, x = nn.Conv2d(3, 8, 3), 10 * torch.randn(4, 3, 8, 8)
+    if silent == "channels":
+        with torch.no_grad():
+            first.weight[2:].zero_()
+            first.weight.mul_(0.02)
+    between = nn.Identity() if silent == "channels" else nn.Threshold(1e3, 0.0)
+    model = nn.Sequential(first, nn.ReLU(), between, nn.Conv2d(8, 8, 1)).eval()
+    quantizer = PTQQuantizer(backend=backend, progress=False, overrides={"3": {"weight_bits": 6}})
+    lowered = quantizer.quantize(model, [x])
+    assert output_snr(model(x), lowered(x)) > 35
+    assert not [remark for remark in quantizer.ledger.remarks("lower") if "runs in float" in remark.reason]
+
+
 def test_a_lowered_graph_can_be_printed_with_its_types_and_torchs_table_of_them_is_left_alone() -> None:
     assert torch.quint8 not in dtype_abbrs
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))

@@ -104,7 +104,8 @@ def test_scale_and_zero_point_are_the_written_out_formulas(a: float, b: float, d
     else:
         expected = (high - low) / 255
         assert zero == (np.clip(np.round(bottom - low / expected), bottom, top) if expected else bottom)
-    assert scale == pytest.approx(expected if expected > 1.2e-38 else (1.0 if not expected else 1.18e-38), rel=1e-2)
+    empty = 1 / 254 if symmetric and dtype == "int8" else 1 / 255
+    assert scale == pytest.approx(expected if expected > 1.2e-38 else (1.18e-38 if expected else empty), rel=1e-2)
     tensors = tools.compute_scale_zp(torch.tensor([low]), torch.tensor([high]), getattr(torch, dtype), symmetric=symmetric)
     assert tensors[0].shape == (1,) and tensors[1].dtype == torch.int32
 

@@ -51,12 +51,19 @@ def to_onnx(flat: Flat, *, dynamic: bool = True, ordered: bool = False) -> Any:
                     verbose=False,
                 )
         except Exception as error:  # whatever the exporter raises means the same: not this way
-            failure = failure or error
+            failure = error
             continue
         assert exported is not None
         return tidied(exported.model)
-    lines = str(failure).strip().splitlines()
-    raise BackendError(f"the graph cannot be written as ONNX: {lines[0] if lines else type(failure).__name__}") from failure
+    raise BackendError(f"the graph cannot be written as ONNX: {_reason(failure)}") from failure
+
+
+def _reason(error: BaseException | None) -> str:
+    """The first line of what is behind an error of the exporter, whose own lines are about reporting it."""
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _free_batch(examples: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:

@@ -108,7 +108,9 @@ class FakeQuantize(nn.Module):
         rounded: Tensor = fake_quantize(weight, self.scale, self.zero_point, self.axis, self.quant_min, self.quant_max)
         grown = self.scale * factor.abs().to(self.scale)
         largest = grown.amax()
-        self.scale = torch.where(grown > 0, grown, torch.where(largest > 0, largest, 1.0))  # a silenced channel takes any
+        self.scale = torch.where(
+            grown > 0, grown, torch.where(largest > 0, largest, 1.0 / self.quant_max)
+        )  # a silenced channel takes any
         if bool((self.zero_point != 0).any()) or not self.symmetric:
             mirrored = self.quant_min + self.quant_max - self.zero_point
             self.zero_point = torch.where(factor < 0, mirrored, self.zero_point).to(torch.int32)
@@ -235,7 +237,7 @@ class LearnedFakeQuantize(FakeQuantize):
         if not self.per_channel:
             rows = (rows * _factor(norm).abs() if norm else rows).mean().reshape(1)
         start = 2 * rows / math.sqrt(self.quant_max)
-        return torch.where(start > 0, start, torch.ones_like(start))
+        return torch.where(start > 0, start, 1.0 / self.quant_max)
 
     def look(self, input: Tensor, *norm: Any) -> None:
         if not self.started:

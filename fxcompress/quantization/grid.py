@@ -59,8 +59,8 @@ def compute_scale_zp(minimum: Tensor, maximum: Tensor, grid: Grid) -> tuple[Tens
     The range is widened to hold 0, which is then exact. Symmetric signed grids have zero point 0 and scale max|x| over the
     largest integer; a symmetric unsigned grid has its zero point in the middle and is as fine on both sides of it, or has it
     at 0 where no value is negative.
-    A range without extent gets scale 1. Shapes: any, elementwise. Raises DataError for NaN or infinite bounds, ConfigError
-    where minimum exceeds maximum.
+    A range without extent gets a step as for one of 1, in which kernels hold biases finely enough. Shapes: any,
+    elementwise. Raises DataError for NaN or infinite bounds, ConfigError where minimum exceeds maximum.
     """
     low, high = minimum.detach().to(torch.float64), maximum.detach().to(torch.float64)
     if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
@@ -81,5 +81,5 @@ def compute_scale_zp(minimum: Tensor, maximum: Tensor, grid: Grid) -> tuple[Tens
         share = low / torch.where(extent > 0, extent, 1.0)  # a half where both sides are equal, whatever the range
         zero_point = (grid.quant_min - share * grid.levels).round()
     finite = torch.finfo(torch.float32)
-    scale = torch.where(scale > 0, scale.clamp(finite.tiny, finite.max), 1.0).to(torch.float32)
+    scale = torch.where(scale > 0, scale.clamp(finite.tiny, finite.max), 1.0 / grid.levels).to(torch.float32)
     return scale, zero_point.clamp(grid.quant_min, grid.quant_max).to(torch.int32)

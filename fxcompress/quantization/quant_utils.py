@@ -145,7 +145,7 @@ def compute_scale_zp(
 
     Numbers give a float and an int, tensors (any shape, elementwise) a float32 and an int32 tensor. Symmetric int8 has scale
     max|x| / 127 and zero point 0; symmetric uint8 zero point 128, or 0 where no value is negative; an affine grid holds 0
-    exactly. A range without extent gets scale 1. Raises ConfigError where min exceeds max, DataError for NaN.
+    exactly. A range without extent gets a step as for one of 1. Raises ConfigError where min exceeds max, DataError for NaN.
     """
     if not isinstance(symmetric, bool):
         raise ConfigError(f"symmetric is {symmetric!r}; it is True or False.")

@@ -27,7 +27,7 @@ def weight_grid(
     """Scale (float32) and zero point (int32, None for 0), each ``[channels]`` or ``[1]``, that put ``weight`` on its grid.
 
     Symmetric: the scale is max|w| over the largest level. Affine: as
-    :func:`~fxcompress.quantization.grid.compute_scale_zp` has it. A channel of zeros gets scale 1.
+    :func:`~fxcompress.quantization.grid.compute_scale_zp` has it. A channel of zeros gets the step of weights up to 1.
 
     ``bound_pairs``: no same-sign pair of 8-bit levels may sum beyond 128, so that 8-bit activations cannot saturate a 16-bit
     partial sum (see :mod:`fxcompress.backends.saturation`). Symmetric scales are then (largest same-sign pair) / 127, where
@@ -47,7 +47,7 @@ def weight_grid(
     if not per_channel:
         reach = reach.amax().reshape(1)
     scale = (reach.to(torch.float64) / target.quant_max).clamp(min=_SMALLEST)
-    return torch.where(reach > 0, scale, torch.ones_like(scale)).to(torch.float32), None, target
+    return torch.where(reach > 0, scale, 1.0 / target.quant_max).to(torch.float32), None, target
 
 
 def quantize_weight(weight: Tensor, axis: int = 0, **options: bool | int) -> tuple[Tensor, Tensor, Tensor | None]:
