@@ -394,6 +394,7 @@ def test_calibrators_that_do_not_fit_are_refused() -> None:
         ({"maximum": 1.0}, "damaged"),
         ({"histogram": None}, "damaged"),
         ({"histogram": {"top": 3}}, "damaged"),
+        ({"histogram": {"top": 3, "counts": torch.zeros(1, 24 * 512, dtype=torch.int64)}}, "not of its extremes"),
     ],
 )
 def test_a_damaged_state_is_refused_and_changes_nothing(changed: dict[str, Any], message: str) -> None:

@@ -103,6 +103,11 @@ NUMBERS: Any = [3]
             ConfigError,
             "no projector 'cnv'. Did you mean 'conv",
         ),
+        (
+            lambda t, s: FeatureDistiller(t, s, LAYERS, projector={"type": "conv", "kernel_size": -1}),
+            ConfigError,
+            "projector 'conv': ",
+        ),
         (lambda t, s: FeatureDistiller(t, s, LAYERS, projector="identity"), ConfigError, "identity cannot bring 4 channels"),
         (lambda t, s: FeatureDistiller(t, s, LAYERS, projector=["conv"]), ConfigError, "lists 1 projectors for 2"),
         (lambda t, s: ATDistiller(t, s, ["fc"]), ConfigError, "has no positions"),

@@ -466,6 +466,15 @@ def test_a_damaged_or_hostile_checkpoint_is_refused_and_runs_nothing(content: An
         trained(checkpoint=path, resume=True)
 
 
+def test_a_checkpoint_whose_parts_are_none_cannot_be_taken_up(tmp_path: Path) -> None:
+    trained(Recipe(epochs=1), checkpoint=tmp_path / "c.pt")
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    state["parts"]["optimizer"]["state"] = 3
+    torch.save(state, tmp_path / "c.pt")
+    with pytest.raises(ArtifactError, match=r"cannot be taken up: .*Delete it, or name another"):
+        trained(Recipe(epochs=1), checkpoint=tmp_path / "c.pt", resume=True)
+
+
 # bad input
 
 
@@ -511,6 +520,11 @@ def test_options_that_do_not_fit_are_refused_by_name() -> None:
 def test_data_that_cannot_train_is_refused(data: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         trained(Recipe(epochs=1), data)
+
+
+def test_weights_of_float16_are_trained_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    train(nn.Linear(5, 2).half(), [(X.half(), Y % 2)], Recipe(epochs=1, optimizer="sgd"), loss="cross_entropy")
+    assert [message for message in caplog.messages if "train model.float() with precision='fp16'" in message]
 
 
 def test_a_model_without_losses_or_parameters_is_refused() -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fxcompress.distillation.layers import Layer
-from fxcompress.errors import ConfigError
+from fxcompress.errors import ConfigError, brief
 from fxcompress.registry import Registry
 
 __all__ = ["PROJECTORS", "align", "build_projector", "feed"]
@@ -88,8 +88,8 @@ def build_projector(config: Config, student: Layer, teacher: Layer, default: str
         raise ConfigError(f"projector is {config!r}; it is a name, a mapping with a type, or a module.")
     try:
         return PROJECTORS[name](inputs, outputs, len(student.shape) - 2, **options)
-    except TypeError as error:
-        raise ConfigError(f"projector {name!r}: {error}.") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"projector {name!r}: {brief(error)}.") from error
 
 
 def feed(layer: nn.Module, *values: Any) -> Any:

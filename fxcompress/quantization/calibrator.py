@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxcompress.errors import ConfigError, DataError
 from fxcompress.quantization.grid import Grid, compute_scale_zp, grid
-from fxcompress.quantization.histogram import Histogram
+from fxcompress.quantization.histogram import Histogram, octave
 from fxcompress.quantization.thresholds import entropy_threshold, even_bins, graded, mse_range
 from fxcompress.registry import Registry
 
@@ -231,6 +231,8 @@ class _HistogramBased(Calibrator):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.histogram.load_state_dict(state["histogram"])
+        if self.histogram.top != (octave(max(map(abs, self._known))) if self.count else -1):
+            raise ConfigError(f"the state of a {type(self).__name__} is damaged: its histogram is not of its extremes.")
 
 
 class HistogramCalibrator(_HistogramBased):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxcompress.errors import ConfigError
 
-__all__ = ["OCTAVES", "Histogram"]
+__all__ = ["OCTAVES", "Histogram", "octave"]
 
 OCTAVES = 24
 _MANTISSA = 23
@@ -54,9 +54,9 @@ class Histogram:
 
     def add(self, values: Tensor, minimum: float, maximum: float) -> None:
         """Count the one-dimensional float32 ``values``, whose extremes are known."""
-        octave = _octave(max(-minimum, maximum))
-        if octave > self.top:
-            self._rise(octave)
+        top = octave(max(-minimum, maximum))
+        if top > self.top:
+            self._rise(top)
         size = values.numel()
         if size > _WAITING // 2:
             self._count(values, minimum < 0.0)
@@ -97,13 +97,13 @@ class Histogram:
         self._counts[0, 0] = around
 
     @torch.inference_mode(False)
-    def _rise(self, octave: int) -> None:
-        """Let the window of octaves end at ``octave`` at least; what falls below it joins the bin around zero."""
-        if octave > self.top:
+    def _rise(self, top: int) -> None:
+        """Let the window of octaves end at ``top`` at least; what falls below it joins the bin around zero."""
+        if top > self.top:
             if self.top >= 0:
                 self._settle()
-                self._counts = _lowered(self._counts, (octave - self.top) * self.per_octave)
-            self.top = octave
+                self._counts = _lowered(self._counts, (top - self.top) * self.per_octave)
+            self.top = top
 
     def merge(self, other: Histogram) -> None:
         """Add what ``other`` counted."""
@@ -157,7 +157,7 @@ class Histogram:
         self.top, self._counts = top, counts.clone()
 
 
-def _octave(magnitude: float) -> int:
+def octave(magnitude: float) -> int:
     """The biased float32 exponent of a magnitude; 0 for zero and subnormals."""
     return max(math.frexp(magnitude)[1] + 126, 0) if magnitude else 0
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.distributed import rank, world
-from fxcompress.errors import ArtifactError, ConfigError
+from fxcompress.errors import ArtifactError, ConfigError, FxCompressError, brief
 from fxcompress.files import make_folder, whole
 from fxcompress.weights import read_saved, unreadable
 
@@ -64,6 +64,16 @@ def captured(trainer: Trainer, generators: list[Any]) -> dict[str, Any]:
 
 def take_up(trainer: Trainer, state: dict[str, Any], path: Path) -> Any:
     """Make a run that has not begun what ``state`` says; returns this process's random state."""
+    try:
+        return _taken_up(trainer, state, path)
+    except FxCompressError:
+        raise
+    except Exception as error:  # a damaged state breaks anything
+        reason = f"cannot be taken up: {brief(error)}. Delete it, or name another."
+        raise ArtifactError(f"the checkpoint {str(path)!r} {reason}") from error
+
+
+def _taken_up(trainer: Trainer, state: dict[str, Any], path: Path) -> Any:
     _check_same_run(trainer, state, path)
     for epoch in range(state["epoch"] + (state["batch"] > 0)):
         trainer.enter(epoch)

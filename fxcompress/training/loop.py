@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ from fxcompress.training.terms import TermRecord, gradient_norms, loss_terms, we
 
 __all__ = ["Trainer", "train"]
 
+log = logging.getLogger("fxcompress")
+
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,6 +65,9 @@ def train(model: nn.Module, data: Iterable[Any], recipe: Recipe | None = None, *
     Raises TrainingError where a loss or the weights are not finite, naming the term and the step; the last checkpoint stays.
     """
     return Trainer(model, data, recipe, **options).run()
+
+
+_HALF = "float16 weights lose small steps, and optimizers overflow: train model.float() with precision='fp16' instead"
 
 
 class Trainer:
@@ -92,6 +98,8 @@ class Trainer:
             raise ConfigError(f"there is a checkpoint at {str(self.path)!r}: resume=True goes on from it; or move it away.")
         self.loss = LOSSES[loss] if isinstance(loss, str) else loss
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if any(parameter.dtype is torch.float16 for parameter in self.parameters):
+            log.warning("train: %s", _HALF)
         self.optimizer = optimizer or build_optimizer(self.recipe, self.parameters)
         self.device = local_device(self.parameters[0].device)
         self.model.to(self.device)
