@@ -15,10 +15,11 @@ from fxcompress.data import batches
 from fxcompress.distributed import gather, is_main, merge, rank, world
 from fxcompress.errors import DataError
 from fxcompress.graph.layout import channels_last
+from fxcompress.graph.rungs import has_islands
 from fxcompress.graph.tree import evaluating
 from fxcompress.options import Count
 from fxcompress.pass_base import EXACT, Context, Pass, Promise, hidden
-from fxcompress.quantization.observer import observers
+from fxcompress.quantization.observer import Backlog, observers
 
 __all__ = ["Calibrate"]
 
@@ -44,20 +45,20 @@ class Calibrate(Pass):
     num_batches: Count = 100
 
     def run_model(self, model: fx.GraphModule, context: Context) -> None:
-        watching = observers(model)
+        watching, backlog = observers(model), Backlog(held=0) if has_islands(model) else Backlog()
         for observer in watching.values():
-            observer.enabled = True
+            observer.enabled, observer.backlog = True, backlog
         seen = 0
         try:
             with evaluating(model), channels_last(model), torch.no_grad():
                 every = batches(context.require_data("'calibrate'"), model, self.num_batches)
                 feed = itertools.islice(every, rank(), None, world())
                 for call in tqdm(feed, "calibrate", disable=hidden(context.progress), leave=False, unit="batch"):
-                    self._run(model, call, seen)
+                    self._run(model, call, seen, backlog)
                     seen += 1
         finally:
             for observer in watching.values():
-                observer.enabled = False
+                observer.enabled, observer.backlog = False, None
         merge([observer.calibrator for observer in watching.values()])
         seen = sum(gather(seen))
         if not seen:
@@ -69,9 +70,10 @@ class Calibrate(Pass):
             if is_main():
                 log.warning("calibrate: %s", reason)
 
-    def _run(self, model: fx.GraphModule, call: object, number: int) -> None:
+    def _run(self, model: fx.GraphModule, call: object, number: int, backlog: Backlog) -> None:
         try:
             call(model)  # type: ignore[operator]
+            backlog.settle()
         except (RuntimeError, ValueError, IndexError) as error:
             if isinstance(error, DataError):
                 raise

@@ -14,6 +14,8 @@ from fxcompress import DynamicQuantizer, LSQQuantizer, PassManager, PTQQuantizer
 from fxcompress.errors import ConfigError
 from fxcompress.graph import qdq
 from fxcompress.graph.results import output_snr
+from fxcompress.quantization import build_calibrator
+from fxcompress.quantization.observer import Backlog, observers
 from fxcompress.quantization.weights import quantize_weight
 
 OBSERVED = ["remove-dead", "fold-batchnorm", "fuse-activations"]
@@ -194,3 +196,49 @@ def test_a_model_quantized_in_steps_is_counted_like_one_quantized_at_once() -> N
     counted = coverage(stepwise)
     assert counted.total_macs == 2 * (8 * 36 * 27 + 8 * 36 * 4) and counted.mac_share == 1.0
     assert coverage(quantizer.quantize(model, batches)) == counted
+
+
+def seen(model: nn.Module, batches: Any) -> dict[str, tuple[float, float]]:
+    """The extremes that observers see, by the value they watch."""
+    quantizer = PTQQuantizer(calibration_method="minmax", num_calibration_batches=3, progress=False)
+    prepared = quantizer.prepare(model, torch.randn(1, 3, 12, 12))
+    quantizer.calibrate(prepared, batches)
+    ranges = {name: observer.calibrator.compute_range() for name, observer in observers(prepared).items()}
+    return {name.rpartition(".")[2]: (float(low), float(high)) for name, (low, high) in ranges.items()}
+
+
+def test_batches_that_come_in_the_same_memory_are_all_seen() -> None:
+    model, _ = net()
+    buffer = torch.empty(1, 3, 12, 12)
+    feed = (buffer.copy_(torch.full_like(buffer, value)) for value in (-3.0, 5.0, 1.0))
+    assert seen(model, feed)["x"] == (-3.0, 5.0)
+
+
+class Overwriting(nn.Module):
+    """Python code that decides by values, and overwrites what its compiled child was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = x + 1
+        result: Tensor = self.body(given)
+        given.zero_()
+        return result if float(result.sum()) > 0 else -result
+
+
+def test_what_python_code_overwrites_afterwards_is_seen_as_it_was_given() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(1, 3, 12, 12)
+    low, high = float((images + 1).min()), float((images + 1).max())
+    assert (low, high) in seen(Overwriting().eval(), [images]).values()
+
+
+def test_no_more_values_wait_than_may_be_held() -> None:
+    backlog, calibrator = Backlog(held=10), build_calibrator("minmax")
+    for held in (4, 8, 0, 4):
+        backlog.add(calibrator, torch.randn(4))
+        assert backlog.size == sum(values.numel() for _, values in backlog.shown) == held
+    backlog.settle()
+    assert calibrator.count == 16 and not backlog.shown

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fxcompress.graph import fused
 from fxcompress.graph.island import regions
+from fxcompress.graph.rungs import has_islands
 from fxcompress.graph.tree import parts
 
 __all__ = ["channels_last"]
@@ -50,8 +51,7 @@ def channels_last(model: fx.GraphModule) -> Iterator[None]:
 def _is_bound_to_layout(model: fx.GraphModule) -> bool:
     nodes = [node for region in regions(model).values() for node in region.graph.nodes]
     asked = [str(node.target) for node in nodes if node.op in ("call_method", "call_function")]
-    strict = any(word in target for target in asked for word in _READERS_OF_STRIDES)
-    return strict or any(rung.rung == "island" for rung in model.meta["rungs"])
+    return has_islands(model) or any(word in target for target in asked for word in _READERS_OF_STRIDES)
 
 
 def _is_convolution(part: nn.Module) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Rung", "join"]
+from torch import fx
+
+__all__ = ["Rung", "has_islands", "join"]
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,11 @@ class Rung:
     module: str
     rung: str
     reason: str
+
+
+def has_islands(model: fx.GraphModule) -> bool:
+    """Whether some part of a traced model stays Python, which may do anything with the values it is given."""
+    return any(rung.rung == "island" for rung in model.meta["rungs"])
 
 
 def join(*parts: str) -> str:

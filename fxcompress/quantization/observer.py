@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from fxcompress.errors import ConfigError
 from fxcompress.quantization.calibrator import Calibrator, build_calibrator
 
-__all__ = ["ActivationObserver", "check_calibrator", "observers"]
+__all__ = ["ActivationObserver", "Backlog", "check_calibrator", "observers"]
+
+_HELD = 1 << 22
 
 
 def check_calibrator(name: str, options: Mapping[str, Any], option: str = "calibrator_options") -> None:
@@ -24,8 +26,33 @@ def check_calibrator(name: str, options: Mapping[str, Any], option: str = "calib
         raise ConfigError(f"{option}: per_channel is for weights; an activation has one range.")
 
 
+class Backlog:
+    """What observers were shown and their calibrators have not collected yet: up to four million values, or ``held``.
+
+    Between two layers the code that collects is in no cache, which takes as long as the values of a small batch do; for many
+    of them at once it is fetched once. Nobody may write into what is held; :meth:`settle` after every batch.
+    """
+
+    def __init__(self, held: int = _HELD) -> None:
+        self.held, self.size = held, 0
+        self.shown: list[tuple[Calibrator, Tensor]] = []
+
+    def add(self, calibrator: Calibrator, values: Tensor) -> None:
+        """Have ``calibrator`` collect ``values``, now or later."""
+        self.shown.append((calibrator, values))
+        self.size += values.numel()
+        if self.size > self.held:
+            self.settle()
+
+    def settle(self) -> None:
+        """Collect what is held. Raises DataError as calibrators do."""
+        shown, self.shown, self.size = self.shown, [], 0
+        for calibrator, values in shown:
+            calibrator.collect(values)
+
+
 class ActivationObserver(nn.Module):
-    """Returns its input; while ``enabled``, its calibrator collects it.
+    """Returns its input; while ``enabled``, its calibrator collects it, by way of a ``backlog`` where there is one.
 
     ``calibrator``  a calibrator's name (``minmax``, ``histogram``, ...)
     ``options``     the calibrator's parameters
@@ -37,9 +64,12 @@ class ActivationObserver(nn.Module):
         self.calibrator_name, self.options, self.bits = calibrator, dict(options or {}), bits
         self.calibrator: Calibrator = build_calibrator(calibrator, **self.options)
         self.enabled = False
+        self.backlog: Backlog | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.enabled:
+        if self.enabled and self.backlog:
+            self.backlog.add(self.calibrator, input)
+        elif self.enabled:
             self.calibrator.collect(input)
         return input
 
