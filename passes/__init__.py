@@ -16,6 +16,7 @@ from fxcompress.passes.fold_batchnorm import FoldBatchNorm
 from fxcompress.passes.fold_quantization import FoldQuantization
 from fxcompress.passes.freeze_scales import FreezeScales
 from fxcompress.passes.fuse_activations import FuseActivations
+from fxcompress.passes.gptq import GPTQ
 from fxcompress.passes.insert_fake_quant import InsertFakeQuant
 from fxcompress.passes.insert_observers import InsertObservers
 from fxcompress.passes.insert_taps import InsertTaps
@@ -57,6 +58,7 @@ PASSES = (
     InsertObservers,
     Calibrate,
     CorrectBias,
+    GPTQ,
     AdaRound,
     RecoverAccuracy,
     InsertFakeQuant,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -23,6 +24,7 @@ from fxcompress.passes.adaround import AdaRound
 from fxcompress.passes.correct_bias import CorrectBias, in_one_graph
 from fxcompress.passes.equalize_layers import EqualizeLayers
 from fxcompress.passes.fold_quantization import quantized_copy
+from fxcompress.passes.gptq import GPTQ
 from fxcompress.passes.lower import become
 from fxcompress.quantization.evidence import Evidence
 from fxcompress.quantization.fake_quant import fake_quantizers
@@ -40,9 +42,10 @@ class RecoverAccuracy(Pass):
     """Apply the cheapest remedies until quantization costs no more than ``max_drop``, and say what was done.
 
     In this order, each on a trial copy that is kept only where it helps: cross-layer equalization of the chains of layers
-    that it serves (then once more with ReLU6 replaced by ReLU), bias correction, adaptive rounding of the layers that cost
-    most, and last of all float for as few layers as will do, those first that give most for their multiplications. What a
-    layer costs is measured once: the noise of the model with this layer alone quantized.
+    that it serves (then once more with ReLU6 replaced by ReLU), bias correction, rounding by second-order information
+    (``gptq``), adaptive rounding of the layers that cost most, and last of all float for as few layers as will do, those
+    first that give most for their multiplications. What a layer costs is measured once: the noise of the model with this
+    layer alone quantized.
 
     It is judged on samples that nothing was fitted to: batches that follow the calibrated ones where the data has more, else
     a quarter of the batches, kept apart from what it is mended with. What counts is what the model loses on other samples of
@@ -51,9 +54,9 @@ class RecoverAccuracy(Pass):
     Options: ``max_drop``, in points of ``metric``: ``accuracy`` (batches hold targets), ``agreement`` of the largest output
     with the float model's, ``fidelity`` (100 less the noise's share of the output power, in percent), or ``auto``;
     ``time_budget`` in seconds, after which nothing more is begun; ``num_batches`` of the data to mend with, and as many to
-    judge on; ``cache``, a file that keeps the sweep, so that an interrupted one resumes; ``adaround_layers``, how many of
-    the worst to round adaptively (0: none), and ``adaround_iterations``; ``allow_float``, whether layers may go back to
-    float.
+    judge on; ``cache``, a file that keeps the sweep, so that an interrupted one resumes; ``gptq``, whether to round by
+    second-order information; ``adaround_layers``, how many of the worst to round adaptively (0: none), and
+    ``adaround_iterations``; ``allow_float``, whether layers may go back to float.
     """
 
     name: ClassVar[str] = "recover-accuracy"
@@ -67,6 +70,7 @@ class RecoverAccuracy(Pass):
     num_batches: Count = 8
     confidence: Annotated[float, Field(ge=0.5, lt=1.0)] = 0.95
     cache: str | None = None
+    gptq: bool = True
     adaround_layers: Annotated[int, Field(ge=0)] = 4
     adaround_iterations: Count = 500
     allow_float: bool = True
@@ -85,7 +89,6 @@ class _Recovery:
         self.options, self.model, self.context, self.evidence = options, model, context, evidence
         self.judge = Judge(evidence.judging, evidence.targets, options.metric, options.confidence)
         self.started = time.monotonic()
-        self.weights: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor | None] = {}
 
     def run(self) -> None:
@@ -100,12 +103,14 @@ class _Recovery:
             self._try(replacing, lambda trial: self._equalize(trial, "replace"))
         if self._goes_on("correct-bias"):
             self._try("correct-bias", self._correct_bias)
+        if self.options.gptq and self._goes_on("gptq"):
+            self._try("gptq", self._second_order)
         costs: dict[str, float] = {}
         if (self.options.adaround_layers or self.options.allow_float) and self._goes_on("the sensitivity sweep"):
             costs = self._costs()
         if self.options.adaround_layers and self._goes_on("adaround"):
             chosen = sorted(costs, key=lambda name: -costs[name])[: self.options.adaround_layers]
-            self._try("adaround", lambda trial: self._round(trial, chosen))
+            self._try("adaround", lambda trial: self._adaround(trial, chosen))
         if self.options.allow_float and self._goes_on("float"):
             self._back_to_float(costs)
         left = "" if self._kept(self.verdict) else f", more than the {self.options.max_drop:g} asked for"
@@ -133,7 +138,7 @@ class _Recovery:
 
     def _try(self, name: str, remedy: Callable[[fx.GraphModule], str | None]) -> bool:
         """Apply a remedy to a copy, and keep it where there is less noise; returns whether it was kept."""
-        trial, saved = shared_copy(self.model), (self.weights, self.biases)
+        trial, saved = shared_copy(self.model), self.biases
         reason = remedy(trial)
         if reason is not None:
             self.context.note("", f"{name} was not tried: {reason}")
@@ -148,7 +153,7 @@ class _Recovery:
             self.verdict = found
             become(self.model, trial)
         else:
-            self.weights, self.biases = saved
+            self.biases = saved
         return kept
 
     def _equalize(self, trial: fx.GraphModule, relu6: Literal["bound", "replace"] = "bound") -> str | None:
@@ -163,17 +168,31 @@ class _Recovery:
         self.biases = before
         return None
 
-    def _round(self, trial: fx.GraphModule, chosen: list[str]) -> str | None:
+    def _adaround(self, trial: fx.GraphModule, chosen: list[str]) -> str | None:
         layers = self._layers(trial)
         known = tuple(owner for name in chosen if (owner := ops.owner_name(layers[name].node)))
         if not known:
             return "the costliest layers have no names"
-        self.weights = {name: edit.get_tensor(trial, layers[name]["weight"].name) for name in chosen}
-        rounding = AdaRound(
-            iterations=self.options.adaround_iterations, num_batches=len(self.evidence.mending), include_layers=known
-        )
-        rounding.run_model(trial, self._quiet(self.context.progress))
+        iterations = self.options.adaround_iterations
+        rounding = AdaRound(iterations=iterations, num_batches=len(self.evidence.mending), include_layers=known)
+        self._round(trial, rounding)
         return None
+
+    def _second_order(self, trial: fx.GraphModule) -> None:
+        self._round(trial, GPTQ(num_batches=len(self.evidence.mending)))
+
+    def _round(self, trial: fx.GraphModule, rounding: Pass) -> None:
+        """Round weights anew; biases that were corrected are corrected for the new weights."""
+        with self._biases_anew(trial):
+            rounding.run_model(trial, self._quiet(self.context.progress))
+
+    @contextmanager
+    def _biases_anew(self, module: fx.GraphModule) -> Iterator[None]:
+        """Give ``module`` the biases it had before they were corrected, and correct them after what is done inside."""
+        self._restore_biases(module)
+        yield
+        if self.biases:
+            CorrectBias(num_batches=len(self.evidence.mending)).run_model(module, self._quiet())
 
     def _quiet(self, progress: bool | None = False) -> Context:
         """A context whose remarks nobody reads: what a remedy leaves alone is not what this pass left alone."""
@@ -219,7 +238,7 @@ class _Recovery:
         nodes = self._put_back(self.model, ranked[:chosen])
         for node in sorted(nodes, key=lambda node: place.get(node.name, len(ranked))):
             alone = f"{100 * costs[node.name]:.3g} % noise" if node.name in costs else "it shares a weight"
-            self.context.note(node, f"back to float: quantized alone, {alone}")
+            self.context.note(ops.owner_name(node) or node, f"back to float: quantized alone, {alone}")
 
     def _layers(self, module: fx.GraphModule) -> dict[str, ops.Call]:
         """Layers that will be quantized, by node name."""
@@ -232,24 +251,21 @@ class _Recovery:
         return found
 
     def _demote(self, module: fx.GraphModule, names: Sequence[str]) -> list[fx.Node]:
-        """Leave layers in float, with the weights they had, and whatever else reads these weights."""
+        """Leave layers in float, and whatever else reads their weights."""
         layers = self._layers(module)
         weights = {id(edit.get_tensor(module, layers[name]["weight"].name)) for name in names}
         found = [c for c in layers.values() if id(edit.get_tensor(module, c["weight"].name)) in weights]
         for call in found:
             call.node.meta |= {"integer": False, "float": "quantizing it costs too much"}
-            if call.node.name in self.weights:
-                edit.set_tensor(module, call["weight"].name, self.weights[call.node.name])
         leave_stranded(module, backends.find(module.meta["quantization"]["backend"]))
         return [call.node for call in found]
 
     def _put_back(self, module: fx.GraphModule, names: Sequence[str]) -> list[fx.Node]:
         """Leave layers in float; biases that were corrected are corrected for what is left. Returns the layers' nodes."""
-        nodes = self._demote(module, names)
-        if self.biases and names:
-            self._restore_biases(module)
-            CorrectBias(num_batches=len(self.evidence.mending)).run_model(module, self._quiet())
-        return nodes
+        if not names:
+            return []
+        with self._biases_anew(module):
+            return self._demote(module, names)
 
     def _isolate(self, module: fx.GraphModule, name: str) -> None:
         """Leave every layer in float but one (and those that share its weight)."""
@@ -257,8 +273,7 @@ class _Recovery:
         weight = edit.get_tensor(module, layers[name]["weight"].name)
         others = [n for n, call in layers.items() if edit.get_tensor(module, call["weight"].name) is not weight]
         self._demote(module, others)
-        if self.biases:
-            self._restore_biases(module)
+        self._restore_biases(module)
 
     def _restore_biases(self, module: fx.GraphModule) -> None:
         for node in module.graph.nodes:

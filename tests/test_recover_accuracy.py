@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -239,3 +240,24 @@ def test_metrics_that_do_not_fit_are_refused() -> None:
         run(mobile(), data(), metric="accuracy")
     with pytest.raises(ConfigError, match="one row per sample"):
         run(nn.Sequential(nn.Conv2d(3, 4, 1)), data(), metric="agreement")
+
+
+def test_second_order_rounding_leaves_fewer_layers_in_float_and_those_with_unrounded_weights() -> None:
+    torch.manual_seed(0)
+    widths = (32, 64, 64, 64, 64, 10)
+    linears = [nn.Linear(before, after) for before, after in itertools.pairwise(widths)]
+    for layer in linears:
+        nn.init.kaiming_normal_(layer.weight)
+    model = nn.Sequential(*[part for layer in linears for part in (layer, nn.ReLU())][:-1]).eval()
+    mixing = torch.randn(8, 32)
+    batches = [torch.randn(128, 8) @ mixing for _ in range(4)]
+    options: Any = {"bits": 4, "max_drop": 0.5, "adaround_layers": 0}
+    _, quiet = run(model, batches, **options, gptq=False)
+    result, said = run(model, batches, **options)
+    assert not any("gptq" in line for line in quiet)
+    assert any(line.startswith(": gptq: ") and "became" in line and "undone" not in line for line in said)
+    back, more = (sum("back to float" in line for line in lines) for lines in (said, quiet))
+    assert 0 < back < more
+    assert fidelity(model, result, batches) >= 99.5
+    weights = [value for name, value in result.named_parameters() if name.endswith("weight")]
+    assert len(weights) == back and all(len(value.unique()) > 15 for value in weights)  # on one scale there are 15 levels

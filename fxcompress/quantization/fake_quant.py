@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxcompress.graph import ops
 from fxcompress.graph.fakequant import fake_quantize
@@ -40,6 +40,7 @@ __all__ = [
     "WeightFakeQuantize",
     "fake_quantizer",
     "fake_quantizers",
+    "on_weight",
 ]
 
 
@@ -48,13 +49,22 @@ class FakeQuantize(nn.Module):
 
     ``scale``       float32, one number (``axis`` None) or one per channel along ``axis``; 0: not known yet, values pass
     ``zero_point``  int32, like ``scale``, or one number
+    ``shift``       what is added before a weight is rounded, where it is not rounded to nearest; None: nothing
     """
 
     clip: ClassVar[bool] = False
     scale: Tensor
     zero_point: Tensor
+    shift: Tensor | None
 
-    def __init__(self, grid: Grid, scale: Tensor | float, zero_point: Tensor | int = 0, axis: int | None = None) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        scale: Tensor | float,
+        zero_point: Tensor | int = 0,
+        axis: int | None = None,
+        shift: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.quant_min, self.quant_max, self.dtype, self.symmetric = (
             grid.quant_min,
@@ -65,6 +75,7 @@ class FakeQuantize(nn.Module):
         self.axis, self.enabled = axis, True
         self.register_buffer("scale", _tensor(scale, torch.float32))
         self.register_buffer("zero_point", _tensor(zero_point, torch.int32))
+        self.register_buffer("shift", shift)
 
     @property
     def grid(self) -> Grid:
@@ -80,8 +91,13 @@ class FakeQuantize(nn.Module):
         if not self.enabled:
             return input
         steps = self.steps(input, *norm)
-        rounded: Tensor = fake_quantize(input, *steps, self.axis, self.quant_min, self.quant_max, self.clip, average)
+        rounded: Tensor = fake_quantize(
+            self._shifted(input), *steps, self.axis, self.quant_min, self.quant_max, self.clip, average
+        )
         return rounded
+
+    def _shifted(self, input: Tensor) -> Tensor:
+        return input if self.shift is None else input + self.shift
 
     def look(self, input: Tensor, *norm: Any) -> None:
         """Take note of what comes in while training."""
@@ -94,7 +110,7 @@ class FakeQuantize(nn.Module):
         """This fake-quantizer with the scale that it has now."""
         with torch.no_grad():
             scale, zero_point = (self.scale, self.zero_point) if input is None else self.steps(input, *norm)
-        made = FakeQuantize(self.grid, scale.detach().abs(), zero_point.detach(), self.axis)
+        made = FakeQuantize(self.grid, scale.detach().abs(), zero_point.detach(), self.axis, self.shift)
         made.enabled = self.enabled
         return made.train(self.training)
 
@@ -105,7 +121,9 @@ class FakeQuantize(nn.Module):
         Where the sign changes, an affine grid is mirrored and a symmetric one widened by the level it has on one side only,
         so that every weight keeps its level.
         """
-        rounded: Tensor = fake_quantize(weight, self.scale, self.zero_point, self.axis, self.quant_min, self.quant_max)
+        on = self.scale, self.zero_point, self.axis, self.quant_min, self.quant_max
+        rounded: Tensor = fake_quantize(self._shifted(weight), *on)
+        self.shift = None
         grown = self.scale * factor.abs().to(self.scale)
         largest = grown.amax()
         self.scale = torch.where(
@@ -124,7 +142,8 @@ class FakeQuantize(nn.Module):
         """``weight`` as int8 levels, their scale and zero point (None where the grid is symmetric), each one-dimensional."""
         axis = self.axis if self.axis is not None else 0
         zero_point = self.zero_point.reshape(-1)
-        levels = torch.round(weight / along(self.scale, weight.dim(), axis)) + along(zero_point, weight.dim(), axis)
+        ratio = self._shifted(weight) / along(self.scale, weight.dim(), axis)
+        levels = torch.round(ratio) + along(zero_point, weight.dim(), axis)
         stored = levels.clamp_(self.quant_min, self.quant_max).to(torch.int8)
         affine = None if self.symmetric else zero_point.expand(self.scale.numel()).to(torch.int8)
         return stored, self.scale.reshape(-1), affine
@@ -263,13 +282,19 @@ CLASSES = (FakeQuantize, WeightFakeQuantize, RangeFakeQuantize, LearnedFakeQuant
 """What a saved model may hold."""
 
 
-def fake_quantizer(call: ops.Call) -> FakeQuantize | None:
-    """The fake-quantizer on the weight of a weighted call, or None."""
+def on_weight(call: ops.Call) -> fx.Node | None:
+    """The node between a weighted call and its weight that fake-quantizes it, or None."""
     for node in call.node.all_input_nodes:
         if node.meta.get("observer") and ops.Attr(str(node.all_input_nodes[0].target)) == call["weight"]:
-            found = module_of(node)
-            return found if isinstance(found, FakeQuantize) else None
+            return node
     return None
+
+
+def fake_quantizer(call: ops.Call) -> FakeQuantize | None:
+    """The fake-quantizer on the weight of a weighted call, or None."""
+    node = on_weight(call)
+    found = module_of(node) if node is not None else None
+    return found if isinstance(found, FakeQuantize) else None
 
 
 def fake_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
