@@ -16,7 +16,7 @@ from fxcompress.distributed import placed_on
 from fxcompress.errors import DataError, FxCompressError, PassError, PlanError, VerificationError
 from fxcompress.graph import edit, trace
 from fxcompress.graph.example import guess_example
-from fxcompress.graph.inputs import Arguments, arguments
+from fxcompress.graph.inputs import Arguments, arguments, undisturbed
 from fxcompress.graph.island import regions
 from fxcompress.graph.select import resolved_step
 from fxcompress.graph.sharing import own
@@ -67,6 +67,7 @@ class PassManager:
         checks: list[Observer] = [Verifier(), Promises()] if verify else []
         self._watchers: list[Observer] = [*checks, *([Diffs()] if show else []), *observers]
 
+    @undisturbed()
     def run(
         self,
         model: nn.Module,

@@ -207,15 +207,21 @@ def respell(document: Any, change: Any) -> None:
     """Change the structure of what a saved graph takes."""
     tree = document["module"]["pytree"]
     version, structure = json.loads(tree["in"])
-    change(structure["children_spec"][1])
+    change(*structure["children_spec"])
     tree["in"] = json.dumps([version, structure])
 
 
-def an_enum(entry: Any) -> None:
+def a_key(first: Any, entry: Any) -> None:
+    """Make them what fx takes for arguments by position and by keyword."""
+    first.update(type="builtins.tuple", context="null")
+    entry.update(context=json.dumps([f"a': {CODE}, 'b", "b"]))
+
+
+def an_enum(first: Any, entry: Any) -> None:
     entry.update(type="builtins.list", context='{"\\u005f_enum__": true, "fqn": "this:s", "name": "a"}', children_spec=[])
 
 
-def a_factory(entry: Any) -> None:
+def a_factory(first: Any, entry: Any) -> None:
     context = {"default_factory_module": "this", "default_factory_name": "s", "dict_context": ["a", "b"]}
     entry.update(type="collections.defaultdict", context=context)
 
@@ -224,7 +230,7 @@ WRITTEN: dict[str, Any] = {
     "an argument": lambda d: d["module"]["nodes"][0].update(target=f"x={CODE}"),
     "an argument of a call": lambda d: d["module"]["nodes"][-2].update(kwargs={"dict": [[f"x={CODE}, dim", 0]]}),
     "an argument with a mapping": lambda d: d["module"]["pytree"].update(names=["self", f"inputs={CODE}"]),
-    "a key of a mapping": lambda d: respell(d, lambda e: e.update(context=json.dumps([f"a': {CODE}, 'b", "b"]))),
+    "a key of a mapping": lambda d: respell(d, a_key),
     "a layer": lambda d: d["module"]["nodes"][-2].update(op="get_attr", target=f'x"), {CODE}, ("'),
     "a private attribute": lambda d: d["module"]["nodes"][2].update(args={"tuple": [{"node": "inputs_1"}, "__class__"]}),
     "an enum": lambda d: respell(d, an_enum),
@@ -242,6 +248,29 @@ def test_no_word_of_a_saved_model_becomes_code(what: str, tmp_path: Path) -> Non
     with pytest.raises(ArtifactError, match=r"no name|no part of a model|none of a tensor|not read|not an operator"):
         load(tmp_path / "model")
     assert "this" not in sys.modules
+
+
+class Quoted(nn.Module):
+    """Names that code cannot write as they are, and a module that its own code does not call ``self``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"it's": nn.Linear(4, 4), "a b": nn.Linear(4, 4)})
+
+    def forward(me, pair: Any, named: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: N805
+        left, right = pair
+        found = me.parts["it's"](left) + me.parts["a b"](right)
+        return {name: found + value for name, value in named.items()}
+
+
+def test_names_that_are_no_words_are_saved_as_any_other(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, (left, right) = Quoted().eval(), torch.randn(2, 3, 4)
+    for keys in (("plain", "two words"), ('a "b"', "größe")):
+        call = ((left, right), dict.fromkeys(keys, left))
+        save(trace(model, call), tmp_path / "model")
+        again = load(tmp_path / "model")(*call)
+        assert all(torch.equal(again[key], value) for key, value in model(*call).items())
 
 
 @pytest.mark.parametrize(

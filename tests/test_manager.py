@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -253,6 +254,17 @@ def test_an_iterator_tells_the_shapes_and_keeps_all_its_batches() -> None:
     assert torch.equal(once(X), again(X)) and not torch.equal(manager(*steps).run(deep, data=[X, X])(X), again(X))
     with pytest.raises(DataError, match="the dataloader is empty"):
         manager("insert-observers", "calibrate").run(model(), data=iter([]))
+
+
+def test_a_run_computes_as_outside_of_the_callers_autocast_and_threads_wait_for_each_other() -> None:
+    steps: list[Any] = ["fold-batchnorm", "insert-observers", {"calibrate": {"num_batches": 1}}, "fold-quantization"]
+    expected, models = manager(*steps).run(model(), data=[X])(X), [model() for _ in range(3)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = manager(*steps).run(model(), data=[X])
+    assert torch.equal(narrow(X), expected)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda given: manager(*steps).run(given, data=[X])(X), models))
+    assert all(torch.equal(one, expected) for one in found)
 
 
 def test_an_iterator_that_two_steps_read_is_said_to_be_read() -> None:

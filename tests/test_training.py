@@ -522,6 +522,14 @@ def test_data_that_cannot_train_is_refused(data: Any, error: type[Exception], me
         trained(Recipe(epochs=1), data)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_is_the_same_where_the_caller_asks_for_no_gradients(mode: Any) -> None:
+    expected, found = trained(), small()
+    with mode():
+        train(found, BATCHES, SGD, loss="cross_entropy")
+    assert torch.equal(weights(found), weights(expected))
+
+
 def test_weights_of_float16_are_trained_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     train(nn.Linear(5, 2).half(), [(X.half(), Y % 2)], Recipe(epochs=1, optimizer="sgd"), loss="cross_entropy")
     assert [message for message in caplog.messages if "train model.float() with precision='fp16'" in message]

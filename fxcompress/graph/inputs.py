@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "preserved_attributes",
     "record_calls",
     "tensors_in",
+    "undisturbed",
 ]
 
 
@@ -123,6 +125,22 @@ def _written(module: nn.Module) -> dict[str, torch.Tensor]:
     held = {name: buffer for name, buffer in module.named_buffers() if training or buffer.is_floating_point()}
     bounded = [(n, m) for n, m in module.named_modules() if getattr(m, "max_norm", None) is not None]
     return held | {f"{n}.weight": m.weight for n, m in bounded if isinstance(m.weight, torch.Tensor)}
+
+
+_ALONE = threading.RLock()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Compute as outside of an autocast that the caller is in, and one thread at a time.
+
+    Tracing puts functions of its own in the place of torch's, for all threads.
+    """
+    with _ALONE, ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @contextmanager

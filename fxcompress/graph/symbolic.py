@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.fx.graph import _PyTreeCodeGen
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
@@ -76,6 +77,9 @@ class LadderTracer(fx.Tracer):
         self._proxies = {}
         spellings.known_classes()  # the op table is read before tracing puts its own functions in the place of torch's
         graph = super().trace(root, concrete_args)
+        if isinstance(graph._codegen, _PyTreeCodeGen):  # whose code takes the module as "self", and calls it nothing else
+            info = graph._codegen.pytree_info
+            graph._codegen.pytree_info = info._replace(orig_args=["self", *info.orig_args[1:]])
         for node in graph.nodes:
             node.meta.pop("is_wrapped", None)  # generated code would wrap it by a dotted name, and no trace go on after
         replace_checks(graph)

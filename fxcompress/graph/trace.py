@@ -30,7 +30,7 @@ from fxcompress.graph.finishing import finished
 from fxcompress.graph.functions import inline_call, open_functions
 from fxcompress.graph.guards import guard_fixed, guard_given
 from fxcompress.graph.hooks import ONCE, drop_hooks, has_hooks
-from fxcompress.graph.inputs import Arguments, arguments, bind, frozen_state, record_calls, tensors_in
+from fxcompress.graph.inputs import Arguments, arguments, bind, frozen_state, record_calls, tensors_in, undisturbed
 from fxcompress.graph.island import around_island, regions
 from fxcompress.graph.known import leading_size
 from fxcompress.graph.meta_run import propagate
@@ -62,6 +62,7 @@ def is_traced(model: nn.Module) -> bool:
     return isinstance(model, fx.GraphModule) and "rungs" in model.meta
 
 
+@undisturbed()
 @collector_paused()
 def trace(model: nn.Module, example_inputs: Any = None, *, copied: bool = False, shared: bool = False) -> fx.GraphModule:
     """Capture ``model`` as a graph module with the same signature, names, parameters and outputs.

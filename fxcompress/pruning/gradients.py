@@ -29,7 +29,7 @@ def gradients(model: nn.Module, data: Iterable[Any], loss: Loss | None = None) -
     totals = {name: torch.zeros_like(p) for name, p in parameters.items()}
     device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
     seen = 0
-    with evaluating(model), _learning(parameters):
+    with evaluating(model), _learning(parameters), torch.inference_mode(False), torch.enable_grad():
         for position, batch in enumerate(data):
             call, target = split_batch(batch, model)
             check_batch(call, position)

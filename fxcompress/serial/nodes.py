@@ -81,11 +81,12 @@ def build_graph(data: dict[str, Any]) -> fx.Graph:
 def _calling(tree: dict[str, Any]) -> _PyTreeInfo:
     """How a graph with containers among its arguments is called."""
     taken, returned = (read_spec(tree[side]) if tree[side] else None for side in ("in", "out"))
-    keys = [key for spec in (taken.children() if taken is not None else ()) if spec.type is dict for key in spec.context]
     for name in tree["names"]:
         _check_word(name)
-    for key in keys:
-        _check_quoted(key)
+    parts = taken.children() if taken is not None else []
+    if [part.type for part in parts] == [tuple, dict]:  # fx takes these for arguments by position and by keyword
+        for key in parts[1].context:
+            _check_quoted(key, "'")
     return _PyTreeInfo(tree["names"], taken, returned)  # type: ignore[arg-type]
 
 
@@ -118,7 +119,7 @@ def _check_target(op: str, target: Any) -> None:
     if op == "placeholder":
         _check_word(target.removeprefix("*").removeprefix("*"))
     if op in ("call_module", "get_attr"):
-        _check_quoted(target)
+        _check_quoted(target, '"')
     if op == "call_function" and spellings.target_by_name(target) is None:
         raise ArtifactError(f"the saved graph calls {target!r}, which is not an operator of the op table.")
     if op == "call_method" and (target.startswith("_") and not spellings.is_known_method(target)):
@@ -133,9 +134,9 @@ def _check_word(name: Any) -> None:
         raise ArtifactError(f"the saved graph has an argument {name!r}, which is no name.")
 
 
-def _check_quoted(name: Any) -> None:
-    """Refuse text that does not stay between quotes: fx puts these around what is no name."""
-    if not str(name).isprintable() or not set("'\"\\").isdisjoint(str(name)):
+def _check_quoted(name: Any, quote: str) -> None:
+    """Refuse text that does not stay between two of these quotes, which fx puts around what is no name."""
+    if not str(name).isprintable() or not {quote, "\\"}.isdisjoint(str(name)):
         raise ArtifactError(f"the saved graph names {name!r}, which is no part of a model.")
 
 

@@ -138,8 +138,8 @@ class Trainer:
         self.history.stopped = reason
 
     def run(self) -> History:
-        """Train to the end."""
-        with kept_modes(self.model), preserved_randomness():
+        """Train to the end, also where the caller is in ``no_grad`` or ``inference_mode``."""
+        with kept_modes(self.model), preserved_randomness(), torch.inference_mode(False), torch.enable_grad():
             if self._found and self.path is not None:
                 self._generators = files.take_up(self, files.read(self.path), self.path)
             if world() > 1:
