@@ -122,8 +122,7 @@ def test_a_layer_that_an_engine_computes_wrongly_is_named_though_the_results_are
     runtime: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(runtime)
-    monkeypatch.setattr(flat, "is_odd_pool", lambda node: node.name == "pool")
-    monkeypatch.setattr(flat, "open_pool", without_counting)
+    monkeypatch.setattr(flat, "_OTHERWISE", ((lambda node: node.name == "pool", without_counting),))
     seen: list[float] = []
     judge = agreement.engine_agreement
 

@@ -234,6 +234,30 @@ def test_runtimes_pad_as_torch_pads(name: str, runtime: str) -> None:
         assert output_snr(model(batch), lowered(batch)) > 28
 
 
+class Attention(nn.Module):
+    """Attention of one head, which its values have no dimension for; ``kind`` says what it may not see."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.mixed, self.out, self.kind = nn.Linear(16, 48), nn.Linear(16, 16), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.mixed(x).chunk(3, -1)
+        seen = torch.eye(6, dtype=torch.bool) | (x.mean(-1, keepdim=True) > 0) if self.kind == "samples" else None
+        causal = self.kind == "causal"
+        return self.out(F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=causal, scale=0.3))
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("kind", ["plain", "samples", "causal", "no batch"])
+def test_attention_needs_no_dimension_for_heads(kind: str, runtime: str) -> None:
+    pytest.importorskip(runtime)
+    torch.manual_seed(0)
+    model, x = Attention(kind).eval(), torch.randn(*([6, 16] if kind == "no batch" else [4, 6, 16]))
+    lowered = PTQQuantizer(backend=runtime, progress=False, verify=False).quantize(model, [x])
+    assert output_snr(model(x), lowered(x)) > 33
+
+
 EXTREMES: dict[str, Any] = {
     "amax": lambda y: y.amax(1),
     "amax over two": lambda y: y.unflatten(1, (2, 3)).amax((1, 2)),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxcompress.backends.engine_levels import engine_levels, snr_of_steps
+from fxcompress.backends.engine_levels import MOST_APART, engine_levels, snr_of_steps
 from fxcompress.errors import BackendError
 from fxcompress.graph import qdq
 from fxcompress.graph.inputs import Arguments, frozen_state, tensors_in
@@ -32,7 +32,6 @@ scale and zero point of its levels."""
 _SAMPLES = 2
 _CLEAR, _MARGIN = 60.0, 6.0
 """dB from which results leave no doubt, and by which steps of levels may weigh more than those drawn at random."""
-_MOST_WRONG = 0.01
 _FLOAT_KERNEL = 20.0
 
 
@@ -195,7 +194,7 @@ class _Kernels(Recorder):
         share = int((steps > 1.5).count_nonzero()) / steps.numel() if steps.numel() else 0.0
         if share > self.into.apart[0]:
             self.into.apart = (share, name)
-        if share > _MOST_WRONG:
+        if share > MOST_APART:
             self.into.wrong[name] = f"{share:.1%} of its kernel's levels are off by up to {float(steps.max()):.0f} steps"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxcompress.backends.attention_ranks import lacks_heads, open_attention
 from fxcompress.backends.average_pools import is_odd_pool, open_pool
 from fxcompress.backends.embedding_bags import is_bag, open_bag
 from fxcompress.backends.sample_convolutions import counts_samples, open_groups
@@ -61,12 +63,8 @@ def flatten(module: fx.GraphModule) -> Flat:
         elif node.op == "output":
             outputs = [result.all_input_nodes[0] if casts_edge(result) else result for result in _results(node)]
             graph.output(tuple(values[result] for result in outputs))
-        elif is_bag(node):
-            values[node] = open_bag(graph, node, values)
-        elif counts_samples(node):
-            values[node] = open_groups(graph, node, values)
-        elif is_odd_pool(node):
-            values[node] = open_pool(graph, node, values)
+        elif written := next((write for concerns, write in _OTHERWISE if concerns(node)), None):
+            values[node] = written(graph, node, values)
         else:
             values[node] = graph.node_copy(node, lambda old: values[old])
             values[node].meta.pop("nn_module_stack", None)  # torch.export would read it, and wants it in its own form
@@ -74,6 +72,15 @@ def flatten(module: fx.GraphModule) -> Flat:
         raise BackendError("the graph gives no tensor; there is nothing to export.")
     flat = fx.GraphModule(module, _drop_redundant_activations(graph))
     return Flat(flat.eval(), tuple(names), tuple(outputs), tuple(examples))
+
+
+_OTHERWISE: tuple[tuple[Callable[[fx.Node], bool], Callable[[fx.Graph, fx.Node, dict[fx.Node, Any]], fx.Node]], ...] = (
+    (is_bag, open_bag),
+    (counts_samples, open_groups),
+    (is_odd_pool, open_pool),
+    (lacks_heads, open_attention),
+)
+"""Which nodes exchange formats or runtimes lack, and what is written in their place."""
 
 
 def examples(module: fx.GraphModule) -> Arguments:
