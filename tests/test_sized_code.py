@@ -123,6 +123,15 @@ def numbers_of_numpy(net: Any, x: Tensor) -> Tensor:
     return net.layers[0](x) * net.scale + torch.from_numpy(net.table)
 
 
+def made_of_nothing(net: Any, x: Tensor) -> Tensor:
+    line = torch.linspace(0, 1, 16).expand(x.shape[0], x.shape[1], -1)
+    return (
+        net.layers[0](x)
+        + line
+        + torch.arange(16).repeat(x.shape[0], 1)[:, None] * torch.ones(1).new_full((x.shape[1], 1), 2)
+    )
+
+
 def made_on_the_way(net: Any, x: Tensor) -> Tensor:
     return nn.Sequential(nn.ReLU(), nn.Flatten(1, 2))(net.layers[0](x)).view(x.shape)
 
@@ -138,6 +147,7 @@ CODES = [
     written,
     cached,
     numbers_of_numpy,
+    made_of_nothing,
     made_on_the_way,
 ]
 

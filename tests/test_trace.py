@@ -285,6 +285,15 @@ def test_only_modules_are_traced() -> None:
         trace(torch.relu)  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_what_torch_jit_compiled_is_refused_by_name() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    with pytest.raises(TraceError, match=r"1 is compiled by torch\.jit"):
+        trace(nn.Sequential(nn.Linear(4, 4), scripted), torch.randn(2, 4))
+    with pytest.raises(TraceError, match=r"the model is compiled by torch\.jit"):
+        trace(scripted, torch.randn(2, 4))
+
+
 def test_a_traced_model_takes_inputs_of_another_size() -> None:
     small = PassManager(["fold-batchnorm"]).run(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(2, 3, 8, 8))
     again = PassManager(["fuse-activations"]).run(small, torch.randn(5, 3, 12, 12))

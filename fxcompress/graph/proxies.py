@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
-__all__ = ["Answering"]
+__all__ = ["Answering", "taken_by_tensors"]
 
 
 class Answering(fx.Proxy):
@@ -36,13 +39,13 @@ class Answering(fx.Proxy):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Write into a view, or where a mask says so: that is how channels are followed best."""
-        if isinstance(value, Answering) and _is_written_part(value.node, self.node, self.tracer.create_arg(index)):
+        if isinstance(value, fx.Proxy) and _is_written_part(value.node, self.node, self.tracer.create_arg(index)):
             return
-        if self.tracer.is_mask(self, index) and isinstance(value, (int, float)):  # type: ignore[attr-defined]
+        if self.tracer.is_mask(self, index) and type(value) in (int, float, bool):  # type: ignore[attr-defined]
             self.masked_fill_(index, value)
         elif not _is_plain(index) or (isinstance(value, fx.Proxy) and not self.tracer.is_tensor(value)):  # type: ignore[attr-defined]
             self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-        elif isinstance(value, (int, float)):
+        elif type(value) in (int, float, bool):
             operator.getitem(self, index).fill_(value)
         else:
             operator.getitem(self, index).copy_(value)
@@ -80,3 +83,32 @@ def _writing(target: Any) -> Callable[[Answering, Any], Any]:
 
 for _target in _IN_PLACE:
     setattr(Answering, f"__{_target.__name__}__", _writing(_target))
+
+
+_SIZED = ("expand", "repeat", "view", "reshape", "unflatten", "narrow", "new_zeros", "new_ones", "new_full", "new_empty")
+
+
+@contextmanager
+def taken_by_tensors() -> Iterator[None]:
+    """Let methods of tensors that the code makes itself take sizes that are traced, as torch's functions do."""
+    kept = {name: vars(torch.Tensor).get(name) for name in _SIZED}
+    for name in _SIZED:
+        setattr(torch.Tensor, name, _taking(name, getattr(torch.Tensor, name)))
+    try:
+        yield
+    finally:
+        for name, original in kept.items():
+            if original is None:
+                delattr(torch.Tensor, name)
+            else:
+                setattr(torch.Tensor, name, original)
+
+
+def _taking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if type(leaf) in (Answering, _Attribute)]
+        if not sizes:
+            return method(self, *args, **kwargs)
+        return sizes[0].tracer.create_proxy("call_method", name, (self, *args), kwargs)
+
+    return call

@@ -24,7 +24,7 @@ from fxcompress.graph.hooks import around, has_hooks, with_own_hooks
 from fxcompress.graph.inputs import autocast_refused, preserved_attributes
 from fxcompress.graph.known import MANY, Known, Shapes, at_batch_sizes, leading_size
 from fxcompress.graph.modes import unnoted
-from fxcompress.graph.proxies import Answering
+from fxcompress.graph.proxies import Answering, taken_by_tensors
 from fxcompress.graph.transformers import PLAIN, plain_transformers
 from fxcompress.graph.tree import tensors
 
@@ -321,6 +321,7 @@ def symbolic(tracer: LadderTracer, model: nn.Module, concrete: dict[str, Any]) -
             plain_transformers(),
             with_own_hooks(model),
             autocast_refused(),
+            taken_by_tensors(),
         ):
             return tracer.trace(model, concrete or None), ""
     except Exception as error:  # user code may raise anything on a proxy

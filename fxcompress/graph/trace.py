@@ -78,6 +78,10 @@ def trace(model: nn.Module, example_inputs: Any = None, *, copied: bool = False,
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace() takes an nn.Module, got a {type(model).__name__}.")
     wrapped, model = model, unwrapped(model)
+    scripted = [name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+    if scripted:
+        whole = scripted[0] or "the model"
+        raise TraceError(f"{whole} is compiled by torch.jit, and holds no Python code to trace. Give it as it was before.")
     held = list(tensors(model))
     sharded = [name for name, tensor, _ in held if type(tensor).__name__ in ("DTensor", "FlatParameter")]
     if sharded:
