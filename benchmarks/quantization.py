@@ -35,8 +35,9 @@ DYNAMIC = ("torch.ao dynamic", "ONNX Runtime dynamic")
 COMPILED = ("torchao PT2E",)
 """Left out of a quick run: compiling takes minutes."""
 CALIBRATION: dict[str, Any] = {"calibration_method": "mse"}
-BARS = {"resnet18": (3.06, 27.0), "resnet50": (3.31, 16.5), "mobilenet_v2": (3.39, 13.0), "vit_b_16": (1.9, None)}
-"""Speed-up and SNR in dB that ``auto`` must reach at batch 1 on one thread."""
+BARS = {"resnet18": (3.06, 27.0), "resnet50": (3.31, 16.5), "mobilenet_v2": (3.39, 13.0), "vit_b_16": (1.9, 30.0)}
+"""Speed-up and SNR in dB that ``auto`` must reach at batch 1 on one thread; the SNR of ViT-B/16 is above the clearest of
+ONNX Runtime's (29.7 dB, dynamic)."""
 SPREAD = 3.0
 """dB between our clearest and our least clear backend: saturating sums would cost more."""
 
@@ -115,9 +116,9 @@ def compare(name: str, run: Run, setting: Setting) -> list[dict[str, Any]]:
 
 def recovery(name: str) -> dict[str, Any] | None:
     """What to do where integers alone do not reach the bar's SNR, as a user would ask for it."""
-    bar = BARS.get(name, (None, None))[1]
-    if bar is None:
+    if name not in BARS:
         return None
+    _, bar = BARS[name]
     return {"metric": "fidelity", "max_drop": 100 * 10 ** (-bar / 10), "num_batches": 4, "adaround_layers": 0}
 
 
