@@ -7,11 +7,9 @@ axis 1. Labels are (B,) or (B, *positions) with values in [0, C); those equal to
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fxcompress.distillation.losses.precision import full_precision, nothing
@@ -27,57 +25,14 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tenso
     T² · mean over rows of KL(softmax(teacher / T) ‖ softmax(student / T)).
     """
     student, teacher = _rows(student, teacher, temperature)
-    return temperature**2 * _kl(student, teacher, temperature).mean()
+    log_s, log_t = F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1)
+    return temperature**2 * _kl(log_t, log_s).mean()
 
 
-def _kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(softmax(teacher / T) ‖ softmax(student / T)) by row."""
-    divergence: Tensor = _Divergence.apply(student, teacher, temperature)[0]
-    return divergence
-
-
-class _Divergence(torch.autograd.Function):
-    """KL(p ‖ q) by row as Σ p · (d + e⁻ᵈ − 1), d = log p − log q, with p and q of the teacher's and the student's scores.
-
-    No term is negative, so that none takes digits from another, however near p and q are; what is near is compared by how
-    far the scores moved.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, ...]:
-        log_q, log_p = (F.log_softmax((x - x.amax(1, keepdim=True)) / temperature, 1) for x in (student, teacher))
-        p, q = log_p.exp(), log_q.exp()
-        moved = torch.where(student == teacher, 0.0, teacher - student) / temperature  # -inf in both moves nowhere
-        moved = moved - (q * moved).sum(1, keepdim=True)
-        near = moved.abs().amax(1, keepdim=True) < 1.0
-        d = torch.where(near, moved - torch.log1p((q * torch.expm1(moved)).sum(1, keepdim=True)), log_p - log_q)
-        d = d.nan_to_num(0.0, posinf=torch.inf)  # where p is 0, p · d is as well
-        near, less = d.abs() < 0.25, torch.expm1(-d)
-        terms = torch.where(near, p * _excess(d, less), p * d - p + q)
-        return terms.sum(1), torch.where(near, p * less, q - p), p, d
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.temperature = inputs[2]
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        divergence, of_student, p, d = ctx.saved_tensors
-        gradient = gradients[0].unsqueeze(1) / ctx.temperature
-        of_teacher = p * (d - divergence.unsqueeze(1)) if ctx.needs_input_grad[1] else None
-        return gradient * of_student, None if of_teacher is None else gradient * of_teacher, None
-
-
-def _excess(d: Tensor, less: Tensor) -> Tensor:
-    """d + e⁻ᵈ − 1 for |d| < 1/4, to the last digits: 2 sinh²(d/2) − (sinh d − d), a series; ``less`` is e⁻ᵈ − 1."""
-    square = d * d
-    series = 1 + square / 20 * (1 + square / 42 * (1 + square / 72 * (1 + square / 110)))
-    return less * less / (2 + 2 * less) - d * square / 6 * series
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) by row; what p gives no chance adds nothing, also where q gives it none."""
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(1)
 
 
 @full_precision
@@ -107,14 +62,17 @@ def dkd_loss(
     if not len(targets):
         return nothing(student, teacher)
     target = F.one_hot(targets, student.shape[1]).bool()
-    (binary_s, rest_s), (binary_t, rest_t) = (_decoupled(x / temperature, target) for x in (student, teacher))
-    return temperature**2 * (alpha * _kl(binary_s, binary_t) + beta * _kl(rest_s, rest_t)).mean()
+    binary_s, rest_s = _decoupled(student / temperature, target)
+    binary_t, rest_t = _decoupled(teacher / temperature, target)
+    return temperature**2 * (alpha * _kl(binary_t, binary_s) + beta * _kl(rest_t, rest_s)).mean()
 
 
 def _decoupled(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores whose softmax is [p, 1 − p], and the softmax over the other classes."""
-    others = scores.masked_fill(target, -torch.inf)
-    return torch.stack([scores[target], torch.logsumexp(others, 1)], 1), others
+    """Logarithms of [p, 1 − p], and of the softmax over the other classes with 0 (which adds nothing) at the target."""
+    whole = torch.logsumexp(scores, 1)
+    rest = torch.logsumexp(scores.masked_fill(target, -torch.inf), 1)
+    binary = torch.stack([scores[target] - whole, rest - whole], 1)
+    return binary, torch.where(target, 0.0, scores - rest[:, None])
 
 
 @full_precision
