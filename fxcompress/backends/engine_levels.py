@@ -56,7 +56,7 @@ def engine_levels(graph: fx.GraphModule, lowered: fx.GraphModule, call: Argument
     """Hold ``lowered``, one call of an engine, against the graph that it was made from; None where it gives no levels.
 
     What is further off than rounding explains in general is wrong, unless the graph itself moves about as far where the
-    values between its operators are moved by such a rounding.
+    values between its operators are moved by such a rounding, and a few of the levels by a step.
     """
     tapped = shared_copy(lowered)
     try:
@@ -89,12 +89,17 @@ def snr_of_steps(graph: fx.GraphModule, call: Arguments, expected: Any) -> float
     generator = torch.Generator().manual_seed(0)
 
     def shifted(node: fx.Node, levels: Tensor) -> Tensor:
-        off = torch.randint(0, 8, levels.shape, generator=generator, device="cpu").to(levels.device)
-        low, high = (int(str(bound)) for bound in node.args[-3:-1])
-        moved = levels.to(torch.int16) + (off == 0).to(torch.int16) - (off == 1).to(torch.int16)
-        return moved.clamp_(low, high).to(levels.dtype)
+        return _one_step_off(node, levels, 4, generator)
 
     return min(_SINGLE[0], output_snr(expected, _Replay(graph, shifted).record(call)))
+
+
+def _one_step_off(node: fx.Node, levels: Tensor, one_in: int, generator: torch.Generator) -> Tensor:
+    """Levels of a quantize operator, one in so many of them moved by a step."""
+    off = torch.randint(0, 2 * one_in, levels.shape, generator=generator, device="cpu").to(levels.device)
+    low, high = (int(str(bound)) for bound in node.args[-3:-1])
+    moved = levels.to(torch.int16) + (off == 0).to(torch.int16) - (off == 1).to(torch.int16)
+    return moved.clamp_(low, high).to(levels.dtype)
 
 
 class _Tapped(Engine):
@@ -151,9 +156,13 @@ class _Replay(Recorder):
 
 
 def _replayed(graph: fx.GraphModule, call: Arguments, levels: list[Tensor], rounding: float = 0.0) -> _Replay:
-    """The graph run on an engine's levels."""
-    found = iter(levels)
-    replay = _Replay(graph, lambda node, own: next(found), rounding)
+    """The graph run on the levels of an engine, or with ``rounding`` on others like them that it may have given a reader."""
+    found, generator = iter(levels), torch.Generator().manual_seed(1)
+
+    def replaced(node: fx.Node, own: Tensor) -> Tensor:
+        return _one_step_off(node, next(found), 64, generator) if rounding else next(found)
+
+    replay = _Replay(graph, replaced, rounding)
     replay.result = replay.record(call)
     return replay
 
