@@ -224,18 +224,25 @@ class _Recovery:
         tried = {0: self.verdict}
         bar = tqdm(desc="float", disable=hidden(self.context.progress), leave=False, unit="trial")
 
-        def suffices(count: int) -> bool:
-            trial = quantized_copy(self.model, lambda trial: self._put_back(trial, ranked[:count]))
-            tried[count] = self.judge.drop(trial)
+        def verdict_on(names: Sequence[str]) -> Verdict:
             bar.update()
+            return self.judge.drop(quantized_copy(self.model, lambda trial: self._put_back(trial, names)))
+
+        def suffices(count: int) -> bool:
+            tried[count] = verdict_on(ranked[:count])
             return self._kept(tried[count])
 
         found = _fewest(len(ranked), suffices, lambda: self._goes_on("another number of layers in float"))
+        number = found or min(tried, key=lambda count: tried[count].noise)
+        chosen, self.verdict = ranked[:number], tried[number]
+        for name in sorted(ranked[: found - 1] if found else (), key=lambda name: -weighed[name]):
+            without = [other for other in chosen if other != name]
+            if self._out_of_time() or not self._kept(verdict := verdict_on(without)):
+                continue
+            chosen, self.verdict = without, verdict  # the last one, without which it did not do, made up for it
         bar.close()
-        chosen = found or min(tried, key=lambda count: tried[count].noise)
-        self.verdict = tried[chosen]
         place = {name: number for number, name in enumerate(ranked)}
-        nodes = self._put_back(self.model, ranked[:chosen])
+        nodes = self._put_back(self.model, chosen)
         for node in sorted(nodes, key=lambda node: place.get(node.name, len(ranked))):
             alone = f"{100 * costs[node.name]:.3g} % noise" if node.name in costs else "it shares a weight"
             self.context.note(ops.owner_name(node) or node, f"back to float: quantized alone, {alone}")

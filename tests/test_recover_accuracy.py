@@ -193,6 +193,31 @@ def test_a_layer_that_gives_as_much_for_fewer_multiplications_goes_first() -> No
     assert next(line for line in said if "back to float" in line).startswith("narrow: ")
 
 
+def test_a_layer_returns_to_integers_where_those_after_it_suffice() -> None:
+    """The small layer is first by noise for its multiplications; the wide one has most of the noise."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+            with torch.no_grad():
+                for conv in (self.wide, self.narrow):
+                    conv.weight[0, 0, 0, 0] = 40.0
+                self.narrow.weight.mul_(2.0)  # a quarter of the noise, of a sixteenth of the multiplications
+
+        def forward(self, x: Tensor) -> Tensor:
+            small = self.narrow(x[..., ::4, ::4])
+            return self.wide(x) + torch.nn.functional.pad(small, (0, 9, 0, 9))
+
+    torch.manual_seed(0)
+    model = Halves()
+    drop = 100 - fidelity(model, PTQQuantizer(progress=False).quantize(model, data()), data())
+    options: dict[str, Any] = {"max_drop": drop / 2, "confidence": 0.5, "adaround_layers": 0, "gptq": False}
+    result, said = run(model, data(), **options)
+    assert {row.node for row in coverage(result).floats if row.reason == "quantizing it costs too much"} == {"wide"}
+    assert [line.partition(":")[0] for line in said if "back to float" in line] == ["wide"]
+
+
 def test_a_time_budget_stops_what_has_not_begun() -> None:
     _, said = run(imbalanced(mobile()), data(), bits=2, time_budget=1e-9)
     assert any("time budget" in line and "was not tried" in line for line in said)
