@@ -152,6 +152,8 @@ def _capture_whole(model: nn.Module, call: Arguments | None) -> tuple[fx.GraphMo
 def _capture_named(model: nn.Module, call: Arguments | None, *, single: bool = False) -> tuple[fx.GraphModule | None, str]:
     hooked = [name for name, part in parts(model).items() if has_hooks(part)]
     concrete = bound = concrete_arguments(model, call)
+    if spellings.module_kind(model) in _LAYERS and not hooked:
+        return _around_layer(model, concrete), ""
     examples = bind(model, call).arguments if call is not None else {}
     tracer = LadderTracer(examples, single=single)
     with noted_mode() as mode:
@@ -174,8 +176,6 @@ def _capture_named(model: nn.Module, call: Arguments | None, *, single: bool = F
             if node.op == "call_module" and (layer := module.get_submodule(node.target)) in tracer.opened:
                 drop_hooks(layer)
         return finished(module, model, [*rungs, *_hook_notes(hooked, rungs)]), ""
-    if spellings.module_kind(model) in _LAYERS and not hooked:
-        return _around_layer(model, concrete), ""
     if call is None:
         return None, join(failure, "without example_inputs torch.export cannot capture it")
     try:
