@@ -315,20 +315,22 @@ def test_values_inside_code_that_was_not_traced_are_an_error_that_says_why() -> 
 
 
 class Branching(nn.Module):
-    """Only torch.export captures it: it branches on a size."""
+    """It branches on a size, or on how a value lies in memory, which only torch.export captures."""
 
-    def __init__(self) -> None:
+    def __init__(self, exported: bool) -> None:
         super().__init__()
+        self.exported = exported
         self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2] > 4:
+        if x.is_contiguous() if self.exported else x.shape[2] > 4:
             x = x * 2
         return self.act(self.conv(x))
 
 
-def test_modules_that_were_captured_by_export_are_tapped_by_name() -> None:
-    model = nn.Sequential(OrderedDict(part=Branching(), pool=nn.AdaptiveAvgPool2d(1))).eval()
+@pytest.mark.parametrize("exported", [False, True])
+def test_modules_whose_code_decides_are_tapped_by_name(exported: bool) -> None:
+    model = nn.Sequential(OrderedDict(part=Branching(exported), pool=nn.AdaptiveAvgPool2d(1))).eval()
     layers = ["part.conv", "part", "part:preactivation", "part:input"]
     with torch.no_grad():
         _, values = features(tapped(model, X, *layers))(X)

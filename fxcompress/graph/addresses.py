@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from fxcompress.errors import ConfigError, TraceError, did_you_mean
 from fxcompress.graph import ops
+from fxcompress.graph.guards import CHECKS
 from fxcompress.graph.island import TOP, Island
 
 __all__ = ["expand", "locate"]
@@ -103,7 +104,7 @@ def _output(module: fx.GraphModule, address: str, call: list[fx.Node]) -> fx.Nod
 
 def _returned(address: str, call: list[fx.Node]) -> fx.Node:
     inside = set(call)
-    leaving = [n for n in call if len(call) == 1 or any(user not in inside and ops.kind(user) != "tap" for user in n.users)]
+    leaving = [n for n in call if len(call) == 1 or any(_takes(user) for user in n.users if user not in inside)]
     tensors = [n for n in leaving if (found := ops.lookup(n)) is None or found.family != "query"] or leaving
     if len(tensors) == 1:
         return tensors[0]
@@ -111,6 +112,11 @@ def _returned(address: str, call: list[fx.Node]) -> fx.Node:
         raise ConfigError(f"nothing uses what {address!r} returns; the graph does not compute it.")
     names = ", ".join(repr(_address(node)) for node in tensors)
     raise ConfigError(f"{address!r} returns several values: tap them one by one, as {names}.")
+
+
+def _takes(user: fx.Node) -> bool:
+    """Whether a node goes on with a value; a tap and a check of the arguments only look at it."""
+    return ops.kind(user) != "tap" and user.target not in CHECKS
 
 
 def _address(node: fx.Node) -> str:

@@ -95,4 +95,6 @@ def _formed(node: fx.Node, form: Callable[[Any], Any]) -> fx.Node:
         return node
     place = next(reversed(node.graph.find_nodes(op="placeholder"))) if node.op == "placeholder" else node
     with node.graph.inserting_after(place):
-        return node.graph.call_function(form, (node,))
+        made = node.graph.call_function(form, (node,))
+    made.meta |= {key: node.meta[key] for key in ("nn_module_stack",) if key in node.meta}  # it is asked there
+    return made
