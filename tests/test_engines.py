@@ -282,3 +282,31 @@ def test_extremes_between_integers_are_those_of_the_graph(name: str, runtime: st
     torch.manual_seed(0)
     model, x = Extreme().eval(), torch.randn(8, 6, 4)
     assert output_snr(model(x), PTQQuantizer(backend=runtime, progress=False).quantize(model, [x])(x)) > 28
+
+
+BEHIND: dict[str, Any] = {
+    "a normalisation": lambda y: F.batch_norm(y, torch.zeros(12), torch.linspace(0.5, 2, 12)),
+    "a factor and an addend": lambda y: y * 1.5 + 0.25,
+    "bounds": lambda y: F.hardtanh(y, -0.5, 0.4),
+    "nothing": lambda y: y,
+}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("name", BEHIND)
+def test_a_concat_is_rounded_before_and_after_what_constants_do(name: str, runtime: str) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(12, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.first(x))
+            return self.last(BEHIND[name](torch.cat([y, self.second(y)], 1)))  # type: ignore[no-any-return]
+
+    pytest.importorskip(runtime)
+    torch.manual_seed(0)
+    model, x = Joined().eval(), torch.randn(4, 3, 12, 13)
+    lowered = PTQQuantizer(backend=runtime, progress=False).quantize(model, [x])
+    for batch in (x, x[:1]):
+        assert output_snr(model(batch), lowered(batch)) > 28

@@ -63,16 +63,16 @@ class Engine(nn.Module):
 
 
 def lower_to(
-    runtime: Runtime, *, device: str = "cpu", half: bool = False, ordered: bool = False
+    runtime: Runtime, *, device: str = "cpu", half: bool = False, openvino: bool = False
 ) -> Callable[[fx.GraphModule, Callable[[fx.Node, str], None]], None]:
     """The lowering that hands a whole graph to ``runtime``; with ``half`` what is float in it becomes float16;
-    with ``ordered`` extremes are taken from the order of values."""
+    with ``openvino`` it is written around that runtime's defects."""
 
     def lower(module: fx.GraphModule, remark: Callable[[fx.Node, str], None]) -> None:
         flat = flatten(module)
         _made_up_call(runtime, flat)
         exported = in_half(flat) if half else flat
-        engine = Engine(runtime, to_onnx(exported, ordered=ordered).SerializeToString(), len(flat.outputs)).to(device)
+        engine = Engine(runtime, to_onnx(exported, openvino=openvino).SerializeToString(), len(flat.outputs)).to(device)
         _first_call(engine, [example.to(device) for example in flat.examples])
         install(module, flat, engine)
 

@@ -24,8 +24,8 @@ OPSET = 20
 _NEEDED = ("onnx", "onnxscript")
 
 
-def to_onnx(flat: Flat, *, dynamic: bool = True, ordered: bool = False) -> Any:
-    """The graph as an ``onnx.ModelProto``; ``ordered``: extremes are taken from the order of values.
+def to_onnx(flat: Flat, *, dynamic: bool = True, openvino: bool = False) -> Any:
+    """The graph as an ``onnx.ModelProto``; ``openvino``: around what it computes wrongly or breaks on.
 
     Raises BackendError where torch cannot export an operator.
     """
@@ -45,7 +45,7 @@ def to_onnx(flat: Flat, *, dynamic: bool = True, ordered: bool = False) -> Any:
                     program,
                     dynamo=True,
                     opset_version=OPSET,
-                    custom_translation_table=TRANSLATIONS | (EXTREMES if ordered else {}),
+                    custom_translation_table=TRANSLATIONS | (EXTREMES if openvino else {}),
                     input_names=list(flat.inputs),
                     optimize=False,
                     verbose=False,
@@ -54,7 +54,7 @@ def to_onnx(flat: Flat, *, dynamic: bool = True, ordered: bool = False) -> Any:
             failure = error
             continue
         assert exported is not None
-        return tidied(exported.model)
+        return tidied(exported.model, openvino=openvino)
     raise BackendError(f"the graph cannot be written as ONNX: {_reason(failure)}") from failure
 
 

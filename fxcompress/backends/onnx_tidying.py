@@ -14,10 +14,11 @@ from onnx_ir.passes import common
 __all__ = ["tidied"]
 
 
-def tidied(model: Any) -> Any:
+def tidied(model: Any, *, openvino: bool = False) -> Any:
     """Constants as initialisers, transposed weights stored transposed, and nothing that is not used; as a proto.
 
-    Every weight has scales and zero points of its own: where two share them, OpenVINO computes both layers in float.
+    Every weight has scales and zero points of its own: where two share them, OpenVINO computes both layers in float. With
+    ``openvino`` what its compiler breaks on is written otherwise.
     """
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     for node in list(model.graph):
@@ -29,6 +30,8 @@ def tidied(model: Any) -> Any:
             _drop_made_up_bias(node)
         elif node.op_type == "Pad":
             _open_circle(node)
+        elif node.op_type == "Concat" and openvino:
+            _bound_rounded(node)
     _name_batch(model)
     common.RemoveUnusedNodesPass()(model)
     return ir.to_proto(model)
@@ -98,6 +101,30 @@ def _open_circle(node: Any) -> None:
 
 
 _END = 2**31 - 1
+
+_WITH_CONSTANTS = ("QuantizeLinear", "BatchNormalization", "Mul", "Add", "Sub", "Div", "Clip")
+
+
+def _bound_rounded(node: Any) -> None:
+    """Bound what is rounded behind a concat by its lowest level, which changes nothing, where it may be rounded again.
+
+    OpenVINO's process ends (2026.4, sizes fixed) on a concat, a rounding, factors and addends that are constants, if any,
+    and another rounding.
+    """
+    rounded = [reader for reader in node.outputs[0].consumers() if reader.op_type == "QuantizeLinear"]
+    for back in [reader for q in rounded for reader in q.outputs[0].consumers() if reader.op_type == "DequantizeLinear"]:
+        value = back.outputs[0]
+        readers = [reader for reader in value.consumers() if reader.op_type in _WITH_CONSTANTS]
+        if not readers:
+            continue
+        scale, zero_point = (given.const_value.numpy() for given in back.inputs[1:3])
+        lowest = ((np.iinfo(zero_point.dtype).min - zero_point.astype(scale.dtype)) * scale).astype(scale.dtype)
+        bound = _initializer(node.graph, ir.tensor(lowest, name=f"{value.name}_lowest"))
+        made = ir.Node("", "Max", [value, bound])
+        node.graph.insert_after(back, made)
+        made.outputs[0].name = f"{value.name}_bounded"
+        for reader in readers:
+            reader.replace_input_with(reader.inputs.index(value), made.outputs[0])
 
 
 def _slice(graph: Any, value: Any, axis: int, start: int, end: int) -> Any:

@@ -53,7 +53,7 @@ BACKEND = Backend(
     per_channel=True,
     affine_weights=False,
     rules=RULES,
-    lower=lower_to(openvino, ordered=True),
+    lower=lower_to(openvino, openvino=True),
     unavailable=lambda: missing("openvino", "onnx", "onnxscript"),
     saturates=lambda: not has_vnni(),
     whole=True,
