@@ -17,7 +17,7 @@ from fxcompress.errors import ArtifactError, FxCompressError, brief
 from fxcompress.files import read_json
 from fxcompress.graph.inputs import Arguments
 from fxcompress.graph.trace import trace
-from fxcompress.graph.treespec import read_spec, written_spec
+from fxcompress.graph.treespec import read_spec
 from fxcompress.plan import Plan
 
 __all__ = ["leave", "read"]
@@ -44,7 +44,7 @@ def _write_inputs(place: Path, call: Arguments) -> None:
     tensors = {str(i): leaf.detach().contiguous() for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     plain = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, place / _INPUTS)
-    (place / _SPEC).write_text(json.dumps({"spec": written_spec(spec), "plain": plain}), encoding="utf-8")
+    (place / _SPEC).write_text(json.dumps({"spec": pytree.treespec_dumps(spec), "plain": plain}), encoding="utf-8")
 
 
 def read(folder: str | os.PathLike[str]) -> tuple[nn.Module, Plan, Arguments | None]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
-from fxcompress.graph import edit
 from fxcompress.graph.shapes import module_of
 from fxcompress.pass_base import Context, Pass, Promise, close
-from fxcompress.quantization.fake_quant import FakeQuantize
+from fxcompress.quantization.fake_quant import FakeQuantize, fixed_on_weight
 
 __all__ = ["FreezeScales"]
 
@@ -34,7 +33,7 @@ class FreezeScales(Pass):
                 continue
             name = str(node.target)
             if name not in fixed:
-                fixed[name] = fake.fixed(*(_value(module, arg) for arg in node.args)) if _on_weight(node) else fake.fixed()
+                fixed[name] = fixed_on_weight(module, node) if _on_weight(node) else fake.fixed()
             node.args = node.args[:1]
         for name, fake in fixed.items():
             module.set_submodule(name, fake)
@@ -42,7 +41,3 @@ class FreezeScales(Pass):
 
 def _on_weight(node: fx.Node) -> bool:
     return node.all_input_nodes[0].op == "get_attr"
-
-
-def _value(module: fx.GraphModule, arg: Any) -> Any:
-    return edit.get_tensor(module, str(arg.target)) if isinstance(arg, fx.Node) else arg

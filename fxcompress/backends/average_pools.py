@@ -27,8 +27,7 @@ def is_odd_pool(node: fx.Node) -> bool:
     call = ops.read(node) if node.op.startswith("call") else None
     if call is None or call.kind not in _POOLS:
         return False
-    padding = call["padding"] or 0
-    counted = call["count_include_pad"] is not False and any(padding if isinstance(padding, (tuple, list)) else [padding])
+    counted = call["count_include_pad"] is not False and any(call.each("padding", int(call.kind[-2])))
     shifted = counted and (bool(call["ceil_mode"]) or _is_shifted(call["input"]))
     return bool(call["divisor_override"]) or shifted or _is_padded(call["input"])
 
@@ -48,13 +47,10 @@ def open_pool(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any]) -> fx.
     if call is None or shape is None:
         raise BackendError(f"{node.name!r} pools averages in a form that ONNX lacks, and its sizes are not known.")
     pool, dims, value = _POOLS[call.kind], int(call.kind[-2]), values[call["input"]]
-    size, stride, padding = (_each(given or 0, dims) for given in (call["kernel_size"], call["stride"], call["padding"]))
+    size, stride, padding = (call.each(name, dims) for name in ("kernel_size", "stride", "padding"))
     stride = stride if any(stride) else size
-    over, divisor, held = (
-        bool(call["ceil_mode"]),
-        call["divisor_override"],
-        torch.ones(1, 1, *shape[-dims:], dtype=torch.float32, device="cpu"),
-    )
+    over, divisor = bool(call["ceil_mode"]), call["divisor_override"]
+    held = torch.ones(1, 1, *shape[-dims:], dtype=torch.float32, device="cpu")
     made = pool(held, size, stride, padding, over).shape
     edges = [edge for edge in reversed(padding) for _ in range(2)] if divisor else []
     if any(edges):
@@ -72,8 +68,3 @@ def open_pool(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any]) -> fx.
     if bool((share == share.flatten()[0]).all()):
         return means if share.flatten()[0] == 1 else graph.call_function(torch.mul, (means, float(share.flatten()[0])))
     return graph.call_function(torch.mul, (means, graph.call_function(torch.tensor, (share.tolist(),))))
-
-
-def _each(given: Any, dims: int) -> list[int]:
-    """One number per dimension."""
-    return list(given) * (dims // len(given)) if isinstance(given, (tuple, list)) else [given] * dims

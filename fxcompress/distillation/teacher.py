@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import ConfigError, DataError
 from fxcompress.files import make_folder, read_json, write_text
 from fxcompress.graph.digest import digest, state_of
-from fxcompress.graph.treespec import read_spec, written_spec
+from fxcompress.graph.treespec import read_spec
 
 __all__ = ["TeacherCache", "frozen"]
 
@@ -101,7 +101,7 @@ class TeacherCache:
             make_folder(self.folder)
             header = {
                 "teacher": self._teacher,
-                "spec": written_spec(spec),
+                "spec": pytree.treespec_dumps(spec),
                 "rows": [[list(leaf.shape[1:]), str(leaf.dtype).removeprefix("torch.")] for leaf in leaves],
             }
             write_text(self.folder / "cache.json", json.dumps(header))

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import TraceError
 from fxcompress.graph.containers import containers
+from fxcompress.graph.decisions import DECIDED_SIZES
 from fxcompress.graph.guards import guard
 from fxcompress.graph.inputs import Arguments, autocast_refused, bind, frozen_state, preserved_attributes
 from fxcompress.graph.quiet import quiet
@@ -94,8 +95,7 @@ def _limits(
             with frozen_state(module), preserved_attributes(module):
                 limited += places if _runs(module, *args, **kwargs) else []
     described = ", ".join(f"dimension {dim} of {names[place]}" for place, dim in sorted(limited))
-    said = f"its code decides by sizes, and what it does for others is not kept: {described}" if described else ""
-    return said, {dim for _, dim in limited}
+    return DECIDED_SIZES.format(described) if described else "", {dim for _, dim in limited}
 
 
 def _one_more(leaves: list[Any], places: list[tuple[int, int]]) -> list[Any]:

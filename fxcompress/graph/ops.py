@@ -52,6 +52,11 @@ class Call:
     def __getitem__(self, name: str) -> Any:
         return self.arguments.get(name, self.op.defaults.get(name))
 
+    def each(self, name: str, dims: int) -> list[Any]:
+        """An argument that stands for all dimensions or for one each (stride, padding), one per dimension; None is 0."""
+        value = self[name]
+        return list(value) * (dims // len(value)) if isinstance(value, (tuple, list)) else [value or 0] * dims
+
     @property
     def inputs(self) -> list[fx.Node]:
         """The nodes whose values this call consumes, in order, parameters left out."""

@@ -8,18 +8,13 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-__all__ = ["read_spec", "written_spec"]
+__all__ = ["read_spec"]
 
 _FACTORIES = ("list", "dict", "set", "int", "float")
 
 
-def written_spec(spec: pytree.TreeSpec) -> str:
-    """``spec`` as text; whatever torch raises where a container in it is not registered."""
-    return pytree.treespec_dumps(spec)
-
-
 def read_spec(text: str) -> pytree.TreeSpec:
-    """The structure that :func:`written_spec` wrote; ValueError where the text is another, or names code.
+    """The structure that torch's ``treespec_dumps`` wrote; ValueError where the text is another, or names code.
 
     torch imports the module of an enum and of a defaultdict's factory, whichever the text names.
     """

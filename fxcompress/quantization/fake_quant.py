@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.graph import ops
+from fxcompress.graph import edit, ops
 from fxcompress.graph.fakequant import fake_quantize
 from fxcompress.graph.qdq import along
 from fxcompress.graph.shapes import module_of
@@ -40,6 +40,7 @@ __all__ = [
     "WeightFakeQuantize",
     "fake_quantizer",
     "fake_quantizers",
+    "fixed_on_weight",
     "on_weight",
 ]
 
@@ -288,6 +289,14 @@ def on_weight(call: ops.Call) -> fx.Node | None:
         if node.meta.get("observer") and ops.Attr(str(node.all_input_nodes[0].target)) == call["weight"]:
             return node
     return None
+
+
+def fixed_on_weight(module: nn.Module, node: fx.Node) -> FakeQuantize:
+    """The fake-quantizer that a node between a layer and its weight calls, with the scale that it has now."""
+    values: list[Any] = [edit.get_tensor(module, str(a.target)) if isinstance(a, fx.Node) else a for a in node.args]
+    fake = module_of(node)
+    assert isinstance(fake, FakeQuantize)
+    return fake.fixed(*values)
 
 
 def fake_quantizer(call: ops.Call) -> FakeQuantize | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -11,8 +10,7 @@ from torch import Tensor, fx
 from fxcompress import backends
 from fxcompress.graph import edit, fused, ops
 from fxcompress.graph.qdq import along
-from fxcompress.graph.shapes import module_of
-from fxcompress.quantization.fake_quant import FakeQuantize, on_weight
+from fxcompress.quantization.fake_quant import FakeQuantize, fixed_on_weight, on_weight
 from fxcompress.quantization.grid import Grid
 from fxcompress.quantization.placement import weight_axis, weight_options
 from fxcompress.quantization.weights import weight_grid
@@ -49,7 +47,7 @@ class LayerGrid:
             scale, zero_point, grid = weight_grid(weight, axis, **options)
             zero = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
         else:
-            fake = _fixed(module, node)
+            fake = fixed_on_weight(module, node)
             scale, zero, grid = fake.scale, fake.zero_point, fake.grid
         step, zero = along(scale, weight.dim(), axis), along(zero, weight.dim(), axis)
         return cls(call, weight, axis, step, zero, grid, options["bound_pairs"])
@@ -85,11 +83,3 @@ class LayerGrid:
         node.meta["observer"] = True
         fused.make_functional(call, node, bias)
         return node
-
-
-def _fixed(module: fx.GraphModule, node: fx.Node) -> FakeQuantize:
-    """A fake-quantizer of a weight, with the scale that it has now."""
-    fake: Any = module_of(node)
-    values = (edit.get_tensor(module, str(arg.target)) if isinstance(arg, fx.Node) else arg for arg in node.args)
-    fixed: FakeQuantize = fake.fixed(*values)
-    return fixed

@@ -25,7 +25,7 @@ class Patches:
         self.groups: int = call["groups"] or 1
         self.transposed = call.kind.startswith("conv_transpose")
         count = len(self.kernel)
-        each = {name: _each(call[name], count) for name in ("stride", "padding", "dilation", "output_padding")}
+        each = {name: call.each(name, count) for name in ("stride", "padding", "dilation", "output_padding")}
         self.stride, self.dilation = each["stride"], each["dilation"]
         self.padding = [_padding(each["padding"][d], self.dilation[d] * (self.kernel[d] - 1)) for d in range(count)]
         if self.transposed:
@@ -84,10 +84,6 @@ class Patches:
     def count(self, view: Tensor) -> int:
         """How many positions there are."""
         return math.prod(view.shape[: view.dim() - 2 - len(self.kernel)])
-
-
-def _each(value: Any, count: int) -> list[Any]:
-    return list(value) * (count // len(value)) if isinstance(value, (tuple, list)) else [value or 0] * count
 
 
 def _padding(value: int | str, reach: int) -> tuple[int, int]:

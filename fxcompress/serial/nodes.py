@@ -11,10 +11,11 @@ import torch
 from torch import fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.fx.passes.shape_prop import TensorMetadata
+from torch.utils import _pytree as pytree
 
 from fxcompress.errors import ArtifactError
 from fxcompress.graph import ops, spellings
-from fxcompress.graph.treespec import read_spec, written_spec
+from fxcompress.graph.treespec import read_spec
 from fxcompress.serial.records import build_record, is_record, record_data
 from fxcompress.serial.values import decode, encode
 
@@ -29,7 +30,7 @@ def graph_data(module: fx.GraphModule) -> dict[str, Any]:
     tree = None
     if isinstance(codegen, _PyTreeCodeGen):
         info = codegen.pytree_info
-        specs = [written_spec(spec) if spec else None for spec in (info.in_spec, info.out_spec)]
+        specs = [pytree.treespec_dumps(spec) if spec else None for spec in (info.in_spec, info.out_spec)]
         tree = {"names": list(info.orig_args), "in": specs[0], "out": specs[1]}
     return {
         "name": type(module).__name__,
